@@ -1,0 +1,624 @@
+"""Direct Preference Optimization (DPO), Rafailov et al. 2023, https://arxiv.org/abs/2305.18290
+
+    L = -E log sigmoid(beta [(log pi(y_w|x) - log pi(y_l|x)) - (log ref(y_w|x) - log ref(y_l|x))])     eq. 7
+
+The policy pi learns to prefer the chosen response y_w to the rejected y_l by more than the reference ref
+does; beta (in 1/nats) says how dearly it pays for moving away. No reward model is trained, nothing is
+sampled, and the reference is never in memory: cache_ref.py stored its log-probs once.
+
+    python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
+    torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME
+    torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME          (or python, or ./launch.sh)
+
+Symbols: n pairs, T tokens in the longest row, L tokens in a micro-batch, M response tokens, V vocabulary,
+h hidden size, H heads, d head size. What stands along a first dimension of 2 is (chosen, rejected).
+"""
+import argparse, bisect, dataclasses, hashlib, importlib, inspect, json, math, os, re, resource
+import shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import transformers
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # input and output
+    model: str  # Hugging Face folder or hub name of the policy at step 0, which is also the reference
+    data: str  # folder made by prepare_data.py
+    out: str = f"out/{Path(__file__).stem}"  # folder of the run: args.json, log.jsonl, checkpoints, final/
+    resume: bool = False  # continue from the last checkpoint in `out`; starts afresh if there is none
+    save_every: int = 0  # steps between checkpoints (SIGTERM always writes one); 0 = none
+    keep: int = 2  # how many checkpoints stay on disk
+    hub_repo: str = ""  # push final/ to this Hugging Face hub repository
+    # optimisation
+    epochs: int = 1  # passes over the training pairs
+    max_steps: int = 0  # stop after so many optimiser steps; 0 = all epochs
+    batch_size: int = 32  # pairs per optimiser step over all ranks; the result does not depend on ranks
+    learning_rate: float = 5e-7  # peak, AdamW
+    schedule: str = "linear"  # after warm-up: linear | cosine (both to zero) | constant
+    warmup: float = 0.1  # fraction of the steps over which the learning rate rises from zero
+    weight_decay: float = 0.0  # AdamW, decoupled
+    max_grad_norm: float = 1.0  # gradient clipping, L2 norm over all parameters
+    seed: int = 0  # order of the pairs, initial LoRA weights
+    # memory and speed
+    layout: str = "packed"  # packed (each prompt once, no padding) | concatenated | separate
+    max_tokens: int = 8192  # bound on the tokens of one forward pass on one rank
+    dtype: str = "auto"  # of the computation: bfloat16 | float32 | auto (bfloat16 on a GPU); weights: float32
+    activation_checkpointing: bool = False  # recompute each block in the backward pass
+    compile: bool = False  # torch.compile each block
+    cpu_offload: bool = False  # keep weights, gradients and optimiser state in host memory
+    lora_rank: int = 0  # train LoRA adapters of this rank (peft) instead of all weights; 0 = off
+    liger: bool = False  # Liger kernels for norms, rotary embedding and MLP (liger-kernel, GPU only)
+    # logging
+    log_every: int = 10  # steps between lines of log.jsonl
+    eval_every: int = 100  # steps between evaluations on val/ (also at step 0 and at the end); 0 = never
+    wandb: str = ""  # Weights & Biases project to log to as well
+    # algorithm
+    beta: float = 0.1  # strength of the pull to the reference, beta of eq. 7
+    label_smoothing: float = 0.0  # probability that a preference label is wrong, eps of cDPO
+    sft_weight: float = 0.0  # weight of -log pi(y_w|x) / |y_w|, added to the loss as in RPO
+    router_aux_coef: float = 0.0  # weight of the load-balancing loss of a mixture of experts
+    check_reference: bool = True  # stop unless the loss of the first batch is ln 2
+
+
+def preference_loss(logps, ref_logps, lengths, args):
+    """The algorithm. logps, ref_logps: (2, n) summed response log-probs in nats; lengths: (2, n) tokens.
+
+    Returns the losses (n,) and per-pair metrics {name: (n,)}; rewards include beta."""
+    rewards = args.beta * (logps - ref_logps)  # (2, n) below eq. 7
+    margins = rewards[0] - rewards[1]  # (n,)
+    losses = -(1 - args.label_smoothing) * F.logsigmoid(margins)  # (n,) eq. 7
+    losses = losses - args.label_smoothing * F.logsigmoid(-margins)  # (n,) 0 by default
+    return losses, reward_metrics(rewards, logps, lengths)
+
+
+# ---- helpers: the same source in every script (tests/test_copies.py); edit them in dpo.py first ----
+
+
+def fail(message: str):
+    """End the program with one line on stderr and exit status 1."""
+    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0 spoke
+    raise SystemExit(f"error: {message}")
+
+
+def extra(package: str):
+    """Import an optional package."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fail(f"this flag needs a package that is not installed: pip install {package.replace('_', '-')}")
+
+
+def parse_args(cls):
+    """Command line -> frozen dataclass `cls`; the trailing comment of each field is its --help."""
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING
+        note = notes[field.name].replace("%", "%%") + ("" if required else f" [{field.default}]")
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        default = None if required else field.default
+        parser.add_argument(f"--{field.name}", required=required, default=default, help=note, **kind)
+    return cls(**vars(parser.parse_args()))
+
+
+def vocab_hash(tokenizer) -> str:
+    """16 hex digits that change when any token or its id does."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def start_process_group():
+    """Join torchrun's process group, or make one of a single process. Returns rank, world size, device."""
+    cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def load_data(args, names):
+    """Splits of prepare_data.py as {name: dict(rows=dataset, lengths=(rows, 3) of prompt, chosen, rejected,
+    hash=str)}, and the tokenizer of --model, which must be the one that made the data."""
+    folder, splits = Path(args.data), {}
+    remake = f"run: prepare_data.py --model {args.model} --out {args.data} --dataset ..."
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        for name in names:
+            rows = datasets.load_from_disk(str(folder / name))
+            columns = [rows.data.column(side) for side in ("prompt", "chosen", "rejected")]
+            lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(np.int64)
+            splits[name] = dict(rows=rows, lengths=lengths, hash=[meta["content_hash"][name], *lengths.shape])
+    except Exception as error:  # every library has its own errors for a folder that is absent or broken
+        fail(f"--data {folder} or the tokenizer of --model {args.model} cannot be read "
+             f"({type(error).__name__}: {str(error).splitlines()[0][:150]}); {remake}")
+    if vocab_hash(tokenizer) != meta["vocab_hash"]:
+        fail(f"{folder} was tokenised for {meta['arguments']['model']}, not for --model {args.model}; {remake}")
+    for name, split in splits.items():
+        if len(split["rows"]) == 0 or split["lengths"].min() == 0:
+            fail(f"{folder}/{name} has no pairs, or an empty prompt or response; {remake}")
+        cost = pair_costs(split["lengths"], args.layout)
+        if cost.max() > args.max_tokens:
+            fail(f"pair {split['rows'][int(cost.argmax())]['id']} of {folder}/{name} takes {cost.max()} tokens; "
+                 f"raise --max_tokens {args.max_tokens}, or prepare the data with a smaller --max_length")
+    return splits, tokenizer
+
+
+def pair_costs(lengths, layout):
+    """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
+    longest = lengths[:, 0] + lengths[:, 1:].max(1)
+    return {"packed": lengths.sum(1), "concatenated": 2 * longest, "separate": longest}[layout]
+
+
+def micro_batches(rows, lengths, layout, max_tokens, world):
+    """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
+
+    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it can
+    be, so that ranks finish together. A list is empty only if there are fewer rows than ranks."""
+    cost = pair_costs(lengths[rows], layout)
+    order = np.argsort(-lengths[rows, 0] - lengths[rows, 1:].max(1), kind="stable")  # longest first
+
+    def split(limit):
+        lists, used = [], math.inf
+        for i in order:
+            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padded to the first
+            if used + step > limit:
+                lists.append([])
+                used, step = 0, cost[i]
+            lists[-1].append(i)
+            used += step
+        return lists
+
+    count = math.ceil(len(split(max_tokens)) / world) * world
+    limits = range(max_tokens)
+    lists = split(bisect.bisect_left(limits, True, lo=cost.max(), key=lambda limit: len(split(limit)) <= count))
+    while len(lists) < count:
+        big = lists.pop(max(range(len(lists)), key=lambda i: len(lists[i])))
+        lists += [big[:len(big) // 2], big[len(big) // 2:]]
+    return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
+
+
+def collate(pairs, layout):
+    """The tensors of one micro-batch: a list with one dict per forward pass (two if layout is separate).
+
+    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are one row
+    (1, L) that leaves out the padding and the second copy of each prompt; then rows (rows, T) and tokens
+    (L,) lead there and back. source (M,) indexes the flattened input_ids: the token that predicts
+    targets (M,); sizes are the response lengths and sum to M."""
+    batches = []
+    for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
+        texts = [(pair["prompt"], pair[side]) for side in sides for pair in pairs]
+        starts = np.array([len(prompt) for prompt, _ in texts])[:, None]  # column of the response
+        ends = starts + np.array([len(response) for _, response in texts])[:, None]
+        columns = np.arange(ends.max())
+        ids = np.stack([np.pad(x + y, (0, len(columns) - len(x + y))) for x, y in texts])  # (rows, T)
+        real, response = columns < ends, (columns >= starts) & (columns < ends)  # masks from lengths
+        cells = np.arange(ids.size).reshape(ids.shape)
+        batch = dict(targets=ids[response], position_ids=columns[None], input_ids=ids, real=real)
+        if layout == "packed":
+            kept = real & (response | (np.arange(len(texts)) < len(pairs))[:, None])
+            tokens = np.flatnonzero(kept)
+            cells = np.cumsum(kept).reshape(kept.shape) - 1
+            first, second = np.split(cells, 2)
+            cells = np.concatenate([first, np.where(response[len(pairs):], second, first)])
+            batch |= dict(rows=cells, tokens=tokens, input_ids=ids.flatten()[tokens][None],
+                          position_ids=tokens[None] % len(columns))
+        batch["source"] = cells[:, :-1][response[:, 1:]]
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        batches.append(batch | {"sizes": response.sum(1).tolist()})
+    return batches
+
+
+def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
+                       rows=None, tokens=None, **kwargs):
+    """Causal attention over right-padded rows that start at position 0, so that no padding mask is needed.
+
+    query (b, H, L, d); key, value with H or fewer heads. In the packed layout b = 1 and the rows are
+    gathered: rows (2n, T) says which of the L tokens stands where in each prompt + response, tokens (L,)
+    where in those rows, flattened, each token's output is found. Returns (b, L, H, d)."""
+    if rows is not None:
+        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))  # (2n, H, T, d)
+    length = query.shape[2]
+    window, mask = sliding_window or length, None
+    own_rule = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None  # Gemma-2; gpt-oss
+    if own_rule or window < length:
+        distance = torch.arange(length, device=query.device)
+        distance = distance[:, None] - distance  # (T, T) how far back the key is
+        mask = (distance >= 0) & (distance < window)
+    if own_rule:  # what SDPA cannot express is left to the model's own definition
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        kwargs["dropout"] = 0.0
+        output = attend(module, query, key, value, bias[None, None], scaling=scaling, **kwargs)[0]
+    else:
+        groups = query.shape[1] // key.shape[1]
+        if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
+                                                scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+        output = output.transpose(1, 2)  # (2n, T, H, d)
+    return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
+
+
+transformers.AttentionInterface.register("gathered", gathered_attention)
+
+
+def token_logps(hidden, targets, head, config):
+    """hidden (t, h), targets (t,) -> log pi(target) (t,), float32; what models do to their logits included."""
+    logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
+    logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward gives log pi(y|x). It is the root of FSDP, so inside it the head is whole."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches, router=False, chunk=1024):
+        """batches from collate -> (2, n) summed response log-probs, and the mean router loss (or 0).
+
+        The logits of `chunk` response tokens exist at a time; the backward pass computes them again."""
+        sums, router_loss = [], 0.0
+        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        for batch in batches:
+            inputs = {k: v for k, v in batch.items() if k in ("input_ids", "position_ids", "rows", "tokens")}
+            inputs = inputs | dict(use_cache=False) | (dict(output_router_logits=True) if router else {})
+            output = self.model.base_model(**inputs)
+            hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
+            logps = [checkpoint(token_logps, x, y, head, config, use_reentrant=False)
+                     for x, y in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
+            if router:
+                loss = sys.modules[type(self.model).__module__].load_balancing_loss_func
+                experts = getattr(config, "num_experts", None) or config.num_local_experts
+                mask = None if "rows" in batch else batch["real"]
+                router_loss = router_loss + loss(output.router_logits, experts, config.num_experts_per_tok,
+                                                 mask) / len(batches)
+        return torch.stack(sums).view(2, -1), router_loss
+
+
+def load_policy(name, layout, dtype, device, lora_rank=0, seed=0, liger=False, checkpointing=False,
+                compiled=False, cpu_offload=False):
+    """Rank 0 reads `name` as float32 and sends every rank its shard. Returns Policy, hash of the weights.
+
+    All ranks build the model without memory (meta device), shard it block by block, then fill the shards."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        saved_dtype = config.dtype or torch.float32
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"--model {name} is not a causal language model ({str(error).splitlines()[0][:160]})")
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    plain = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
+    if layout == "packed" and not (plain and model._supports_attention_backend):
+        fail(f"{name} ({config.model_type}) mixes tokens by more than attention, which --layout packed cannot "
+             "gather; use --layout concatenated or --layout separate")
+    if model._supports_attention_backend and "chunked_attention" not in kinds:
+        model.set_attn_implementation("gathered")
+
+    weights = None
+    if dist.get_rank() == 0:
+        weights = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    fingerprint = [weights_hash(weights) if weights else None]
+    dist.broadcast_object_list(fingerprint, 0)
+    if lora_rank:
+        from peft import LoraConfig
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+        for each in (model, weights) if weights else (model,):
+            each.add_adapter(lora)
+    if liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    for module in model.modules():  # dropout and router noise would make the reference another model
+        for key, value in list(vars(module).items()):
+            if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or re.search("drop|jitter", key)):
+                setattr(module, key, 0.0)
+    if checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+
+    policy = Policy(model).train()
+    policy.saved_dtype = saved_dtype
+    if weights:
+        model.generation_config = weights.generation_config
+    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    sharding = dict(mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+                    mesh=dist.init_device_mesh(device.type, (dist.get_world_size(),)))
+    if cpu_offload:
+        sharding["offload_policy"] = CPUOffloadPolicy()
+    for block in blocks:
+        if compiled:
+            block.forward = torch.compile(block.forward, dynamic=True)
+        fully_shard(block, **sharding)
+    fully_shard(policy, **sharding)
+    whole, shards = weights.state_dict() if weights else {}, {}
+    for key, empty in model.state_dict().items():
+        tensor = whole[key].to(device) if weights else torch.empty(empty.shape, device=device)
+        tensor = distribute_tensor(tensor, sharding["mesh"], empty.placements)
+        shards[key] = tensor.cpu() if cpu_offload else tensor
+    model.load_state_dict(shards, assign=True)
+    model.tie_weights()
+    for key, buffer in model.named_buffers():  # rotary frequencies and the like are in no state dict
+        source = weights.get_buffer(key).to(device) if weights else torch.empty_like(buffer, device=device)
+        dist.broadcast(source, 0)
+        path, _, leaf = key.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = source
+    return policy, fingerprint[0]
+
+
+def weights_hash(model) -> str:
+    """16 hex digits over up to 4096 values, in float32, of every weight."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float().contiguous()
+        digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_reference(args, weights, dtype, splits):
+    """Add to each split its float32 (rows, 2) log-probs from cache_ref.py, unless missing or stale."""
+    folder, key = reference_folder(args, weights, dtype, splits)
+    command = f"cache_ref.py --model {args.model} --data {args.data} --dtype {args.dtype}"
+    if not (folder / "meta.json").is_file():
+        others = [json.loads(path.read_text())["key"] for path in Path(args.data).glob("ref-*/meta.json")]
+        stale = [f"; another has other {', '.join(k for k in key if o[k] != key[k])}" for o in others]
+        fail(f"{folder}, the reference's log-probs, is missing{''.join(stale)}; run: {command}")
+    for name, split in splits.items():
+        split["ref"] = np.load(folder / f"{name}.npy")
+        if split["ref"].shape != (len(split["rows"]), 2) or not np.isfinite(split["ref"]).all():
+            fail(f"{folder}/{name}.npy is damaged; delete {folder} and run: {command}")
+
+
+def reference_folder(args, weights, dtype, splits):
+    """Where the log-probs of these weights in this precision on these tokens belong, and that as a dict."""
+    key = dict(weights=weights, attention="gathered", dtype=str(dtype).removeprefix("torch."))
+    key |= {name: split["hash"] for name, split in splits.items()}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(args.data, f"ref-{name}"), key
+
+
+def reward_metrics(rewards, logps, lengths):
+    """{name: (n,)} under the names that dashboards know; a tie counts half; all inputs (2, n)."""
+    margins = rewards[0] - rewards[1]
+    metrics = {"rewards/accuracies": (margins > 0) + 0.5 * (margins == 0), "rewards/margins": margins}
+    for i, side in enumerate(("chosen", "rejected")):
+        metrics |= {f"rewards/{side}": rewards[i], f"logps/{side}": logps[i], f"lengths/{side}": lengths[i]}
+    return metrics
+
+
+def pair_losses(policy, part, split, totals, args):
+    """Losses (n,) of a micro-batch as they are optimised; adds its metrics to the sums in `totals`."""
+    real = min(len(part), 1)  # 0 on a rank that got no pairs: it computes along, with weight 0
+    part = part if real else [0]
+    pairs = [split["rows"][int(row)] for row in part]
+    logps, router_loss = policy(collate(pairs, args.layout), args.router_aux_coef > 0)
+    device = logps.device
+    lengths = torch.from_numpy(split["lengths"][part].T).to(device)  # (3, n)
+    ref_logps = torch.from_numpy(split["ref"][part].T).to(device) if "ref" in split else None  # (2, n)
+    losses, metrics = preference_loss(logps, ref_logps, lengths[1:], args)
+    metrics |= {"preference_loss": losses, "tokens": lengths.sum(0), "pairs": torch.ones_like(losses)}
+    losses = losses * torch.tensor([pair.get("weight", 1.0) for pair in pairs], device=device)
+    losses = losses - args.sft_weight * logps[0] / lengths[1]
+    if args.router_aux_coef:
+        losses = losses + args.router_aux_coef * router_loss
+        metrics["aux_loss"] = router_loss.expand(len(pairs))
+    metrics["loss"] = losses
+    for name, value in metrics.items():
+        totals[name] = totals.get(name, 0.0) + real * value.detach().double().sum()
+    return real * losses
+
+
+def mean_over_pairs(totals):
+    """Means over the pairs of all ranks, of sums made by pair_losses; `pairs` and `tokens` stay sums."""
+    names = sorted(totals)
+    sums = torch.stack([totals[name] for name in names])
+    dist.all_reduce(sums)
+    sums = dict(zip(names, sums.tolist()))
+    return {n: v if n in ("pairs", "tokens") else v / sums["pairs"] for n, v in sums.items()}
+
+
+def evaluate(policy, split, args):
+    """Metrics of a whole split as {eval/...: mean}, dealt over the ranks."""
+    totals, rank, world = {}, dist.get_rank(), dist.get_world_size()
+    rows = np.arange(len(split["rows"]))
+    for part in micro_batches(rows, split["lengths"], args.layout, args.max_tokens, world)[rank::world]:
+        with torch.no_grad():
+            pair_losses(policy, part, split, totals, args)
+    return {f"eval/{k}": v for k, v in mean_over_pairs(totals).items() if k not in ("pairs", "tokens")}
+
+
+def batch_rows(step, pairs, args):
+    """Rows of optimiser step `step`: a function of the seed alone, so a resumed run repeats none."""
+    epoch, index = divmod(step, math.ceil(pairs / args.batch_size))
+    order = np.random.default_rng((args.seed, epoch)).permutation(pairs)
+    return order[index * args.batch_size:(index + 1) * args.batch_size]
+
+
+def learning_rate(step, steps, args):
+    """For optimiser step 0 <= step < steps; neither the first nor the last is wasted on a rate of 0."""
+    warmup = int(args.warmup * steps)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / (warmup + 1)
+    left = (steps - step) / (steps - warmup)  # 1 -> 0
+    cosine = 0.5 - 0.5 * math.cos(math.pi * left)
+    return args.learning_rate * dict(linear=left, cosine=cosine, constant=1.0)[args.schedule]
+
+
+def open_run(args):
+    """Rank 0 opens the run's folder and writes args.json. Returns the step to continue from (0 = afresh)."""
+    out, step = Path(args.out), [0]
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        kept = dataclasses.asdict(args)
+        if (out / "args.json").exists() and not args.resume:
+            fail(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        if (out / "args.json").exists():
+            free = "out resume save_every keep hub_repo layout max_tokens activation_checkpointing compile " \
+                   "cpu_offload liger log_every eval_every wandb".split()  # these change nothing but rounding
+            before = json.loads((out / "args.json").read_text())["args"]
+            changed = [f"--{k} {before.get(k)} became {v}" for k, v in kept.items() if before.get(k) != v]
+            changed = [text for text in changed if text.split()[0][2:] not in free]
+            if changed:
+                fail(f"{out} cannot be resumed: {', '.join(changed)}; repeat the flags, or choose another --out")
+        step = [max([int(path.name[5:]) for path in out.glob("step-*[0-9]")], default=0)]
+        log = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+        log = [line for line in log if step[0] and line.endswith("}") and json.loads(line)["step"] <= step[0]]
+        (out / "log.jsonl").write_text("".join(line + "\n" for line in log))
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True)
+        record = dict(args=kept, command=sys.argv, ranks=dist.get_world_size(), cpus=os.cpu_count(),
+                      device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                      python=sys.version.split()[0], torch=torch.__version__, datasets=datasets.__version__,
+                      transformers=transformers.__version__, commit=commit.stdout.decode().strip(),
+                      script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16])
+        (out / "args.json").write_text(json.dumps(record, indent=1))
+    dist.broadcast_object_list(step, 0)
+    return step[0]
+
+
+def save_checkpoint(policy, optimizer, step, args):
+    """out/step-NNNNNN: weights, optimiser, step and random state, written aside and renamed when complete."""
+    out = Path(args.out)
+    model, optim = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    try:
+        dcp.save(dict(model=model, optim=optim, rng=torch.get_rng_state()), checkpoint_id=out / f"{step}.tmp")
+        if dist.get_rank() == 0:
+            (out / f"{step}.tmp").rename(out / f"step-{step:06d}")
+            for old in sorted(out.glob("step-*[0-9]"))[:-args.keep]:
+                old.rename(out / "old.tmp")  # first, so that a kill leaves no half-deleted checkpoint
+                shutil.rmtree(out / "old.tmp")
+    except Exception as error:  # a full disk is a different error in every layer
+        fail(f"{out}/{step}.tmp cannot be written ({error}); earlier checkpoints are intact, go on with --resume")
+    dist.barrier()
+
+
+def load_checkpoint(policy, optimizer, step, args):
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    model, optim = get_state_dict(policy, optimizer, options=options)
+    state = dict(model=model, optim=optim, rng=torch.get_rng_state())
+    dcp.load(state, checkpoint_id=Path(args.out, f"step-{step:06d}"))
+    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=options)
+    torch.set_rng_state(state["rng"])
+
+
+def save_final(policy, tokenizer, args):
+    """out/final: a Hugging Face folder in the precision of --model, with tokenizer and template."""
+    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        aside, final, kind = Path(args.out, "final.tmp"), Path(args.out, "final"), policy.saved_dtype
+        state = {key.removeprefix("model."): tensor.to(kind) for key, tensor in state.items()}
+        policy.model.save_pretrained(aside, state_dict=state)
+        tokenizer.save_pretrained(aside)
+        aside.rename(final)
+        if args.hub_repo:
+            import huggingface_hub
+            huggingface_hub.create_repo(args.hub_repo, exist_ok=True)
+            huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
+    dist.barrier()
+
+
+# ---- end of the helpers ----
+
+
+def main():
+    args = parse_args(Args)
+    for name, allowed in dict(schedule="linear cosine constant", layout="packed concatenated separate",
+                              dtype="auto float32 bfloat16").items():
+        if getattr(args, name) not in allowed.split():
+            fail(f"--{name} {getattr(args, name)} is none of: {allowed}")
+    for name in ("epochs", "batch_size", "max_tokens", "keep", "log_every", "learning_rate"):
+        if getattr(args, name) <= 0:
+            fail(f"--{name} {getattr(args, name)} must be positive")
+    rank, world, device = start_process_group()
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+
+    splits, tokenizer = load_data(args, ("train", "val"))
+    train, val = splits["train"], splits["val"]
+    if args.batch_size > len(train["rows"]):
+        fail(f"--batch_size {args.batch_size} is more than the {len(train['rows'])} pairs of {args.data}/train")
+    dtype = dict(float32=torch.float32, bfloat16=torch.bfloat16,
+                 auto=torch.bfloat16 if device.type == "cuda" else torch.float32)[args.dtype]
+    policy, weights = load_policy(args.model, args.layout, dtype, device, args.lora_rank, args.seed, args.liger,
+                                  args.activation_checkpointing, args.compile, args.cpu_offload)
+    load_reference(args, weights, dtype, splits)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    steps_per_epoch = math.ceil(len(train["rows"]) / args.batch_size)
+    steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    start = open_run(args)
+    if start:
+        load_checkpoint(policy, optimizer, start, args)
+
+    def log(line):
+        if rank == 0:
+            with open(f"{args.out}/log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in line.items()))
+
+    if args.eval_every and not start:
+        log({"step": 0} | evaluate(policy, val, args))
+    totals, clock = {}, time.time()
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=args.out, disable=rank > 0):
+        rows, broken = batch_rows(step, len(train["rows"]), args), []
+        for part in micro_batches(rows, train["lengths"], args.layout, args.max_tokens, world)[rank::world]:
+            losses = pair_losses(policy, part, train, totals, args)
+            (losses.sum() * world / len(rows)).backward()  # FSDP averages over ranks: the mean over all pairs
+            broken += [train["rows"][int(row)]["id"] for row, loss in zip(part, losses.tolist()) if not math.isfinite(loss)]
+        first = mean_over_pairs(totals)["preference_loss"] if step == 0 else math.log(2)
+        if args.check_reference and not abs(first - math.log(2)) < (1e-4 if dtype == torch.float32 else 2e-2):
+            fail(f"the first batch's loss is {first:.6f}, not ln 2")
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        grad_norm = grad_norm.full_tensor().item()
+        flags = torch.tensor([len(broken), len(stop)], device=device)
+        dist.all_reduce(flags)  # a CPU-GPU sync point: all ranks must agree to stop
+        if flags[0] or not math.isfinite(grad_norm):
+            fail("nonfinite")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done, last = step + 1, step + 1 == steps
+        saving = flags[1] or (args.save_every and done % args.save_every == 0)
+        if done % args.log_every == 0 or saving or last:
+            seconds = time.time() - clock
+            means = mean_over_pairs(totals)
+            log({"step": done, "epoch": done / steps_per_epoch, "lr": group["lr"], "grad_norm": grad_norm} | means)
+            totals, clock = {}, time.time()
+        if args.eval_every and (done % args.eval_every == 0 or last):
+            log({"step": done} | evaluate(policy, val, args))
+        if saving:
+            save_checkpoint(policy, optimizer, done, args)
+        if flags[1]:
+            raise SystemExit(143)
+    save_final(policy, tokenizer, args)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
