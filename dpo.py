@@ -13,7 +13,7 @@ sampled, and the reference is never in memory: cache_ref.py stored its log-probs
 Symbols: n pairs, T tokens in the longest row, L tokens in a micro-batch, M response tokens, V vocabulary,
 h hidden size, H heads, d head size. What stands along a first dimension of 2 is (chosen, rejected).
 """
-import argparse, bisect, dataclasses, hashlib, importlib, inspect, json, math, os, re, resource
+import argparse, bisect, dataclasses, hashlib, importlib.util, inspect, json, math, os, re, resource
 import shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -36,9 +36,9 @@ from tqdm import tqdm
 @dataclasses.dataclass(frozen=True)
 class Args:
     # input and output
-    model: str  # Hugging Face folder or hub name of the policy at step 0, which is also the reference
+    model: str  # Hugging Face folder or hub name: the policy at step 0, and the reference
     data: str  # folder made by prepare_data.py
-    out: str = f"out/{Path(__file__).stem}"  # folder of the run: args.json, log.jsonl, checkpoints, final/
+    out: str = f"out/{Path(__file__).stem}"  # the run's args.json, log.jsonl, checkpoints, final/
     resume: bool = False  # continue from the last checkpoint in `out`; starts afresh if there is none
     save_every: int = 0  # steps between checkpoints (SIGTERM always writes one); 0 = none
     keep: int = 2  # how many checkpoints stay on disk
@@ -46,26 +46,26 @@ class Args:
     # optimisation
     epochs: int = 1  # passes over the training pairs
     max_steps: int = 0  # stop after so many optimiser steps; 0 = all epochs
-    batch_size: int = 32  # pairs per optimiser step over all ranks; the result does not depend on ranks
+    batch_size: int = 32  # pairs per optimiser step, over all ranks whatever their number
     learning_rate: float = 5e-7  # peak, AdamW
-    schedule: str = "linear"  # after warm-up: linear | cosine (both to zero) | constant
-    warmup: float = 0.1  # fraction of the steps over which the learning rate rises from zero
+    schedule: str = "linear"  # after warm-up: linear (to zero) | cosine (to zero) | constant
+    warmup: float = 0.1  # fraction of the steps in which the learning rate rises; 0 = none
     weight_decay: float = 0.0  # AdamW, decoupled
     max_grad_norm: float = 1.0  # gradient clipping, L2 norm over all parameters
     seed: int = 0  # order of the pairs, initial LoRA weights
     # memory and speed
-    layout: str = "packed"  # packed (each prompt once, no padding) | concatenated | separate
-    max_tokens: int = 8192  # bound on the tokens of one forward pass on one rank
-    dtype: str = "auto"  # of the computation: bfloat16 | float32 | auto (bfloat16 on a GPU); weights: float32
+    layout: str = "packed"  # packed (no padding, each prompt once) | concatenated | separate
+    max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
+    dtype: str = "auto"  # of the computation: auto (bfloat16 on a GPU) | bfloat16 | float32
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     compile: bool = False  # torch.compile each block
     cpu_offload: bool = False  # keep weights, gradients and optimiser state in host memory
     lora_rank: int = 0  # train LoRA adapters of this rank (peft) instead of all weights; 0 = off
-    liger: bool = False  # Liger kernels for norms, rotary embedding and MLP (liger-kernel, GPU only)
+    liger: bool = False  # Liger kernels for norms, rotary embedding and MLP (GPU only)
     # logging
     log_every: int = 10  # steps between lines of log.jsonl
     eval_every: int = 100  # steps between evaluations on val/ (also at step 0 and at the end); 0 = never
-    wandb: str = ""  # Weights & Biases project to log to as well
+    wandb: str = ""  # Weights & Biases project that gets the log too
     # algorithm
     beta: float = 0.1  # strength of the pull to the reference, beta of eq. 7
     label_smoothing: float = 0.0  # probability that a preference label is wrong, eps of cDPO
@@ -93,79 +93,77 @@ def fail(message: str):
     time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0 spoke
     raise SystemExit(f"error: {message}")
 
-
-def extra(package: str):
-    """Import an optional package."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        fail(f"this flag needs a package that is not installed: pip install {package.replace('_', '-')}")
-
-
 def parse_args(cls):
-    """Command line -> frozen dataclass `cls`; the trailing comment of each field is its --help."""
+    """Command line -> frozen dataclass `cls`. A field's trailing comment is its --help; words between
+    bars are its choices; a number is above 0, or may be 0 where that is its default or "0 =" is noted."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
     for field in dataclasses.fields(cls):
         required = field.default is dataclasses.MISSING
+        kind = dict(type=field.type, default=None if required else field.default, required=required)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction, default=field.default)
         note = notes[field.name].replace("%", "%%") + ("" if required else f" [{field.default}]")
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        default = None if required else field.default
-        parser.add_argument(f"--{field.name}", required=required, default=default, help=note, **kind)
-    return cls(**vars(parser.parse_args()))
-
+        parser.add_argument(f"--{field.name}", help=note, **kind)
+    args = cls(**vars(parser.parse_args()))
+    for name, value in vars(args).items():
+        choices = re.findall(r"(\w+)(?: \([^)]*\))? (?=\|)|\| (\w+)", notes[name])
+        if choices and value not in [word for pair in choices for word in pair]:
+            fail(f"--{name} {value} is not a choice: {notes[name]}")
+        if isinstance(value, (int, float)):
+            zero = "0 =" in notes[name] or not getattr(cls, name, 1)
+            if not (value > 0 or zero and value == 0):
+                fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
+    return args
 
 def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
-
-def start_process_group():
-    """Join torchrun's process group, or make one of a single process. Returns rank, world size, device."""
+def start_process_group(dtype):
+    """Join torchrun's process group, or make one of this process. Returns rank, world, device, dtype."""
     cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     if cuda:
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    return dist.get_rank(), dist.get_world_size(), device
-
+    dtype = dict(auto=torch.bfloat16 if cuda else torch.float32).get(dtype) or getattr(torch, dtype)
+    return dist.get_rank(), dist.get_world_size(), device, dtype
 
 def load_data(args, names):
-    """Splits of prepare_data.py as {name: dict(rows=dataset, lengths=(rows, 3) of prompt, chosen, rejected,
-    hash=str)}, and the tokenizer of --model, which must be the one that made the data."""
+    """{split: dict(rows=dataset, lengths=(rows, 3) of prompt, chosen, rejected, hash=list)}, tokenizer."""
     folder, splits = Path(args.data), {}
     remake = f"run: prepare_data.py --model {args.model} --out {args.data} --dataset ..."
     try:
-        meta = json.loads((folder / "meta.json").read_text())
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        meta = json.loads((folder / "meta.json").read_text())
         for name in names:
             rows = datasets.load_from_disk(str(folder / name))
-            columns = [rows.data.column(side) for side in ("prompt", "chosen", "rejected")]
-            lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(np.int64)
-            splits[name] = dict(rows=rows, lengths=lengths, hash=[meta["content_hash"][name], *lengths.shape])
+            sizes = [pc.list_value_length(rows.data[side]).to_numpy() for side in ("prompt", "chosen", "rejected")]
+            lengths = np.stack(sizes, 1).astype(np.int64)
+            content = [meta["content_hash"][name], *map(int, lengths.sum(0))]
+            splits[name] = dict(rows=rows, lengths=lengths, hash=content)
     except Exception as error:  # every library has its own errors for a folder that is absent or broken
-        fail(f"--data {folder} or the tokenizer of --model {args.model} cannot be read "
-             f"({type(error).__name__}: {str(error).splitlines()[0][:150]}); {remake}")
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        fail(f"--data {folder} or the tokenizer of --model {args.model} is unusable ({reason[0][:150]}); {remake}")
     if vocab_hash(tokenizer) != meta["vocab_hash"]:
-        fail(f"{folder} was tokenised for {meta['arguments']['model']}, not for --model {args.model}; {remake}")
+        fail(f"--data {folder} was tokenised for another model than --model {args.model}; {remake}")
     for name, split in splits.items():
         if len(split["rows"]) == 0 or split["lengths"].min() == 0:
             fail(f"{folder}/{name} has no pairs, or an empty prompt or response; {remake}")
         cost = pair_costs(split["lengths"], args.layout)
         if cost.max() > args.max_tokens:
-            fail(f"pair {split['rows'][int(cost.argmax())]['id']} of {folder}/{name} takes {cost.max()} tokens; "
-                 f"raise --max_tokens {args.max_tokens}, or prepare the data with a smaller --max_length")
+            fail(f"pair {split['rows'][int(cost.argmax())]['id']} of {folder}/{name} takes {cost.max()} tokens, over "
+                 f"--max_tokens {args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
     return splits, tokenizer
-
 
 def pair_costs(lengths, layout):
     """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
     longest = lengths[:, 0] + lengths[:, 1:].max(1)
     return {"packed": lengths.sum(1), "concatenated": 2 * longest, "separate": longest}[layout]
-
 
 def micro_batches(rows, lengths, layout, max_tokens, world):
     """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
@@ -193,7 +191,6 @@ def micro_batches(rows, lengths, layout, max_tokens, world):
         big = lists.pop(max(range(len(lists)), key=lambda i: len(lists[i])))
         lists += [big[:len(big) // 2], big[len(big) // 2:]]
     return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
-
 
 def collate(pairs, layout):
     """The tensors of one micro-batch: a list with one dict per forward pass (two if layout is separate).
@@ -225,7 +222,6 @@ def collate(pairs, layout):
         batches.append(batch | {"sizes": response.sum(1).tolist()})
     return batches
 
-
 def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                        rows=None, tokens=None, **kwargs):
     """Causal attention over right-padded rows that start at position 0, so that no padding mask is needed.
@@ -256,9 +252,7 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
         output = output.transpose(1, 2)  # (2n, T, H, d)
     return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
 
-
 transformers.AttentionInterface.register("gathered", gathered_attention)
-
 
 def token_logps(hidden, targets, head, config):
     """hidden (t, h), targets (t,) -> log pi(target) (t,), float32; what models do to their logits included."""
@@ -268,7 +262,6 @@ def token_logps(hidden, targets, head, config):
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return -F.cross_entropy(logits, targets, reduction="none")
-
 
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log pi(y|x). It is the root of FSDP, so inside it the head is whole."""
@@ -285,114 +278,74 @@ class Policy(torch.nn.Module):
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         for batch in batches:
             inputs = {k: v for k, v in batch.items() if k in ("input_ids", "position_ids", "rows", "tokens")}
-            inputs = inputs | dict(use_cache=False) | (dict(output_router_logits=True) if router else {})
+            inputs |= dict(use_cache=False) | (dict(output_router_logits=True) if router else {})
             output = self.model.base_model(**inputs)
             hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
-            logps = [checkpoint(token_logps, x, y, head, config, use_reentrant=False)
-                     for x, y in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            parts = zip(hidden.split(chunk), batch["targets"].split(chunk))
+            logps = [checkpoint(token_logps, x, y, head, config, use_reentrant=False) for x, y in parts]
             sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
             if router:
-                loss = sys.modules[type(self.model).__module__].load_balancing_loss_func
+                balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
-                mask = None if "rows" in batch else batch["real"]
-                router_loss = router_loss + loss(output.router_logits, experts, config.num_experts_per_tok,
-                                                 mask) / len(batches)
-        return torch.stack(sums).view(2, -1), router_loss
+                real = None if "rows" in batch else batch["real"]
+                router_loss += balance(output.router_logits, experts, config.num_experts_per_tok, real) / len(batches)
+        return torch.stack([torch.stack(sums[:len(sums) // 2]), torch.stack(sums[len(sums) // 2:])]), router_loss
 
-
-def load_policy(name, layout, dtype, device, lora_rank=0, seed=0, liger=False, checkpointing=False,
-                compiled=False, cpu_offload=False):
-    """Rank 0 reads `name` as float32 and sends every rank its shard. Returns Policy, hash of the weights.
-
-    All ranks build the model without memory (meta device), shard it block by block, then fill the shards."""
+def build_model(args):
+    """The model without memory (meta device) on every rank, its float32 weights on rank 0, their hash."""
     transformers.utils.logging.disable_progress_bar()
+    weights = None
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        saved_dtype = config.dtype or torch.float32
+        config = transformers.AutoConfig.from_pretrained(args.model)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        fail(f"--model {name} is not a causal language model ({str(error).splitlines()[0][:160]})")
+        if dist.get_rank() == 0:
+            weights = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+            model.generation_config = weights.generation_config
+    except Exception as error:
+        fail(f"--model {args.model} is no causal language model ({str(error).strip().splitlines()[0][:160]})")
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    plain = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
-    if layout == "packed" and not (plain and model._supports_attention_backend):
-        fail(f"{name} ({config.model_type}) mixes tokens by more than attention, which --layout packed cannot "
-             "gather; use --layout concatenated or --layout separate")
-    if model._supports_attention_backend and "chunked_attention" not in kinds:
+    plain = model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
+    if args.layout == "packed" and (model._is_stateful or not plain):
+        fail(f"--layout packed gathers tokens for attention, but {config.model_type} models mix them in other ways "
+             "too: use --layout concatenated or --layout separate")
+    if plain:
         model.set_attn_implementation("gathered")
-
-    weights = None
-    if dist.get_rank() == 0:
-        weights = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    fingerprint = [weights_hash(weights) if weights else None]
-    dist.broadcast_object_list(fingerprint, 0)
-    if lora_rank:
-        from peft import LoraConfig
-        torch.manual_seed(seed)
-        lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
-        for each in (model, weights) if weights else (model,):
-            each.add_adapter(lora)
-    if liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     for module in model.modules():  # dropout and router noise would make the reference another model
         for key, value in list(vars(module).items()):
             if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or re.search("drop|jitter", key)):
                 setattr(module, key, 0.0)
-    if checkpointing:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
-
-    policy = Policy(model).train()
-    policy.saved_dtype = saved_dtype
-    if weights:
-        model.generation_config = weights.generation_config
-    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    sharding = dict(mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-                    mesh=dist.init_device_mesh(device.type, (dist.get_world_size(),)))
-    if cpu_offload:
-        sharding["offload_policy"] = CPUOffloadPolicy()
-    for block in blocks:
-        if compiled:
-            block.forward = torch.compile(block.forward, dynamic=True)
-        fully_shard(block, **sharding)
-    fully_shard(policy, **sharding)
-    whole, shards = weights.state_dict() if weights else {}, {}
-    for key, empty in model.state_dict().items():
-        tensor = whole[key].to(device) if weights else torch.empty(empty.shape, device=device)
-        tensor = distribute_tensor(tensor, sharding["mesh"], empty.placements)
-        shards[key] = tensor.cpu() if cpu_offload else tensor
-    model.load_state_dict(shards, assign=True)
-    model.tie_weights()
-    for key, buffer in model.named_buffers():  # rotary frequencies and the like are in no state dict
-        source = weights.get_buffer(key).to(device) if weights else torch.empty_like(buffer, device=device)
-        dist.broadcast(source, 0)
-        path, _, leaf = key.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = source
-    return policy, fingerprint[0]
-
-
-def weights_hash(model) -> str:
-    """16 hex digits over up to 4096 values, in float32, of every weight."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float().contiguous()
+    for key, tensor in sorted(weights.state_dict().items()) if weights else ():
+        values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()  # a sample is enough
         digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    digest = [digest.hexdigest()[:16]]
+    dist.broadcast_object_list(digest, 0)
+    return model, weights, digest[0]
 
-
-def load_reference(args, weights, dtype, splits):
-    """Add to each split its float32 (rows, 2) log-probs from cache_ref.py, unless missing or stale."""
-    folder, key = reference_folder(args, weights, dtype, splits)
-    command = f"cache_ref.py --model {args.model} --data {args.data} --dtype {args.dtype}"
-    if not (folder / "meta.json").is_file():
-        others = [json.loads(path.read_text())["key"] for path in Path(args.data).glob("ref-*/meta.json")]
-        stale = [f"; another has other {', '.join(k for k in key if o[k] != key[k])}" for o in others]
-        fail(f"{folder}, the reference's log-probs, is missing{''.join(stale)}; run: {command}")
-    for name, split in splits.items():
-        split["ref"] = np.load(folder / f"{name}.npy")
-        if split["ref"].shape != (len(split["rows"]), 2) or not np.isfinite(split["ref"]).all():
-            fail(f"{folder}/{name}.npy is damaged; delete {folder} and run: {command}")
-
+def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
+    """Policy with every block and the rest split over the ranks (FSDP2), its shards sent by rank 0."""
+    policy, mesh = Policy(model).train(), dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    rules |= dict(offload_policy=CPUOffloadPolicy()) if cpu_offload else {}
+    for block in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        if compiled:  # inside the hooks of FSDP, which it could not trace
+            block.forward = torch.compile(block.forward, dynamic=True)
+        fully_shard(block, **rules)
+    fully_shard(policy, **rules)
+    whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
+    for key, empty in [*model.named_parameters(), *model.named_buffers()]:  # rotary frequencies: buffers
+        tensor = whole[key].detach() if whole else torch.empty(empty.shape, dtype=empty.dtype)
+        tensor = tensor.to(device)
+        if isinstance(empty, torch.nn.Parameter):
+            tensor = distribute_tensor(tensor, mesh, empty.placements)
+            tensor = torch.nn.Parameter(tensor.cpu() if cpu_offload else tensor, empty.requires_grad)
+        else:
+            dist.broadcast(tensor, 0)
+        path, _, leaf = key.rpartition(".")
+        setattr(model.get_submodule(path), leaf, tensor)
+    model.tie_weights()
+    return policy
 
 def reference_folder(args, weights, dtype, splits):
     """Where the log-probs of these weights in this precision on these tokens belong, and that as a dict."""
@@ -401,6 +354,18 @@ def reference_folder(args, weights, dtype, splits):
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return Path(args.data, f"ref-{name}"), key
 
+def load_reference(args, weights, dtype, splits):
+    """Add to each split its float32 (rows, 2) log-probs from cache_ref.py, unless missing or stale."""
+    folder, key = reference_folder(args, weights, dtype, splits)
+    command = f"run: cache_ref.py --model {args.model} --data {args.data} --dtype {args.dtype}"
+    if not (folder / "meta.json").is_file():
+        others = [json.loads(path.read_text())["key"] for path in Path(args.data).glob("ref-*/meta.json")]
+        stale = [f"; another is stale: other {', '.join(k for k in key if o[k] != key[k])}" for o in others]
+        fail(f"{folder}, the reference's log-probs, is missing{''.join(stale[-1:])}; {command}")
+    for name, split in splits.items():
+        split["ref"] = np.load(folder / f"{name}.npy")
+        if split["ref"].shape != (len(split["rows"]), 2) or not np.isfinite(split["ref"]).all():
+            fail(f"{folder}/{name}.npy is damaged; delete {folder} and {command}")
 
 def reward_metrics(rewards, logps, lengths):
     """{name: (n,)} under the names that dashboards know; a tie counts half; all inputs (2, n)."""
@@ -409,7 +374,6 @@ def reward_metrics(rewards, logps, lengths):
     for i, side in enumerate(("chosen", "rejected")):
         metrics |= {f"rewards/{side}": rewards[i], f"logps/{side}": logps[i], f"lengths/{side}": lengths[i]}
     return metrics
-
 
 def pair_losses(policy, part, split, totals, args):
     """Losses (n,) of a micro-batch as they are optimised; adds its metrics to the sums in `totals`."""
@@ -432,7 +396,6 @@ def pair_losses(policy, part, split, totals, args):
         totals[name] = totals.get(name, 0.0) + real * value.detach().double().sum()
     return real * losses
 
-
 def mean_over_pairs(totals):
     """Means over the pairs of all ranks, of sums made by pair_losses; `pairs` and `tokens` stay sums."""
     names = sorted(totals)
@@ -440,7 +403,6 @@ def mean_over_pairs(totals):
     dist.all_reduce(sums)
     sums = dict(zip(names, sums.tolist()))
     return {n: v if n in ("pairs", "tokens") else v / sums["pairs"] for n, v in sums.items()}
-
 
 def evaluate(policy, split, args):
     """Metrics of a whole split as {eval/...: mean}, dealt over the ranks."""
@@ -451,13 +413,11 @@ def evaluate(policy, split, args):
             pair_losses(policy, part, split, totals, args)
     return {f"eval/{k}": v for k, v in mean_over_pairs(totals).items() if k not in ("pairs", "tokens")}
 
-
 def batch_rows(step, pairs, args):
     """Rows of optimiser step `step`: a function of the seed alone, so a resumed run repeats none."""
     epoch, index = divmod(step, math.ceil(pairs / args.batch_size))
     order = np.random.default_rng((args.seed, epoch)).permutation(pairs)
     return order[index * args.batch_size:(index + 1) * args.batch_size]
-
 
 def learning_rate(step, steps, args):
     """For optimiser step 0 <= step < steps; neither the first nor the last is wasted on a rate of 0."""
@@ -468,70 +428,67 @@ def learning_rate(step, steps, args):
     cosine = 0.5 - 0.5 * math.cos(math.pi * left)
     return args.learning_rate * dict(linear=left, cosine=cosine, constant=1.0)[args.schedule]
 
-
 def open_run(args):
     """Rank 0 opens the run's folder and writes args.json. Returns the step to continue from (0 = afresh)."""
-    out, step = Path(args.out), [0]
+    out, step, kept = Path(args.out), [0], dataclasses.asdict(args)
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        kept = dataclasses.asdict(args)
-        if (out / "args.json").exists() and not args.resume:
-            fail(f"{out} already holds a run; continue it with --resume, or choose another --out")
-        if (out / "args.json").exists():
-            free = "out resume save_every keep hub_repo layout max_tokens activation_checkpointing compile " \
-                   "cpu_offload liger log_every eval_every wandb".split()  # these change nothing but rounding
-            before = json.loads((out / "args.json").read_text())["args"]
-            changed = [f"--{k} {before.get(k)} became {v}" for k, v in kept.items() if before.get(k) != v]
-            changed = [text for text in changed if text.split()[0][2:] not in free]
-            if changed:
-                fail(f"{out} cannot be resumed: {', '.join(changed)}; repeat the flags, or choose another --out")
-        step = [max([int(path.name[5:]) for path in out.glob("step-*[0-9]")], default=0)]
-        log = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-        log = [line for line in log if step[0] and line.endswith("}") and json.loads(line)["step"] <= step[0]]
-        (out / "log.jsonl").write_text("".join(line + "\n" for line in log))
+        before = json.loads((out / "args.json").read_text())["args"] if (out / "args.json").exists() else kept
+        if before is not kept and not args.resume:
+            fail(f"--out {out} already holds a run; continue it with --resume, or choose another --out")
+        free = ("out resume save_every keep hub_repo layout max_tokens activation_checkpointing compile cpu_offload "
+                "liger log_every eval_every wandb").split()  # these change nothing but rounding
+        changed = [f"--{k} was {before.get(k)}, is {kept[k]}" for k in kept if k not in free and before.get(k) != kept[k]]
+        if changed:
+            fail(f"--out {out} is another run's: {'; '.join(changed)}; repeat its flags, or choose another --out")
+        step = [max([int(path.name[5:]) for path in out.glob("step-*")], default=0)]
+        log = (out / "log.jsonl").read_text().splitlines() if step[0] else []
+        log = [line + "\n" for line in log if line.endswith("}") and json.loads(line)["step"] <= step[0]]
+        (out / "log.jsonl").write_text("".join(log))  # what came after the checkpoint is computed again
         commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True)
-        record = dict(args=kept, command=sys.argv, ranks=dist.get_world_size(), cpus=os.cpu_count(),
+        record = dict(args=kept, ranks=dist.get_world_size(), torch=torch.__version__, numpy=np.__version__,
                       device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                      python=sys.version.split()[0], torch=torch.__version__, datasets=datasets.__version__,
-                      transformers=transformers.__version__, commit=commit.stdout.decode().strip(),
-                      script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16])
+                      transformers=transformers.__version__, datasets=datasets.__version__,
+                      commit=commit.stdout.decode().strip(), script=hashlib.sha256(
+                          Path(__file__).read_bytes()).hexdigest()[:16])
         (out / "args.json").write_text(json.dumps(record, indent=1))
     dist.broadcast_object_list(step, 0)
     return step[0]
 
-
-def save_checkpoint(policy, optimizer, step, args):
-    """out/step-NNNNNN: weights, optimiser, step and random state, written aside and renamed when complete."""
-    out = Path(args.out)
-    model, optim = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    try:
-        dcp.save(dict(model=model, optim=optim, rng=torch.get_rng_state()), checkpoint_id=out / f"{step}.tmp")
-        if dist.get_rank() == 0:
-            (out / f"{step}.tmp").rename(out / f"step-{step:06d}")
-            for old in sorted(out.glob("step-*[0-9]"))[:-args.keep]:
-                old.rename(out / "old.tmp")  # first, so that a kill leaves no half-deleted checkpoint
-                shutil.rmtree(out / "old.tmp")
-    except Exception as error:  # a full disk is a different error in every layer
-        fail(f"{out}/{step}.tmp cannot be written ({error}); earlier checkpoints are intact, go on with --resume")
-    dist.barrier()
-
-
-def load_checkpoint(policy, optimizer, step, args):
+def checkpoint_state(policy, optimizer):
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     model, optim = get_state_dict(policy, optimizer, options=options)
-    state = dict(model=model, optim=optim, rng=torch.get_rng_state())
+    return dict(model=model, optim=optim, rng=torch.get_rng_state()), options
+
+def save_checkpoint(policy, optimizer, step, args):
+    """out/step-NNNNNN: weights, optimiser and random state, written aside and renamed when complete."""
+    out = Path(args.out)
+    aside, old = out / f"{step}.tmp", out / "old.tmp"
+    try:
+        dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=aside)
+        for path in sorted(out.glob("step-*"))[:1 - args.keep or None] if dist.get_rank() == 0 else []:
+            path.rename(old)  # first, so that a kill leaves no half-deleted checkpoint
+            shutil.rmtree(old)
+        if dist.get_rank() == 0:
+            aside.rename(out / f"step-{step:06d}")
+    except Exception as error:  # a full disk is a different error in every layer
+        fail(f"{aside} cannot be written ({error}); the checkpoint before it is intact, continue with --resume")
+    dist.barrier()
+
+def load_checkpoint(policy, optimizer, step, args):
+    state, options = checkpoint_state(policy, optimizer)
     dcp.load(state, checkpoint_id=Path(args.out, f"step-{step:06d}"))
-    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=options)
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"], options=options)
     torch.set_rng_state(state["rng"])
 
-
 def save_final(policy, tokenizer, args):
-    """out/final: a Hugging Face folder in the precision of --model, with tokenizer and template."""
+    """out/final: a Hugging Face folder (an adapter, with LoRA) in the precision of --model, and hub_repo."""
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        aside, final, kind = Path(args.out, "final.tmp"), Path(args.out, "final"), policy.saved_dtype
+        aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
+        kind = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
         state = {key.removeprefix("model."): tensor.to(kind) for key, tensor in state.items()}
-        policy.model.save_pretrained(aside, state_dict=state)
+        policy.model.to(kind).save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
         aside.rename(final)
         if args.hub_repo:
@@ -540,82 +497,137 @@ def save_final(policy, tokenizer, args):
             huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
     dist.barrier()
 
+def speed(totals, seconds, policy, args):
+    """tokens/s of all ranks, peak memory of this one, and MFU (arXiv 2204.02311) if the GPU is known."""
+    cuda, head = torch.cuda.is_available(), policy.model.get_output_embeddings().weight
+    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
+    line = {"tokens/s": totals["tokens"] / seconds, "memory/GiB": memory / 2**30}
+    peaks = dict(A100=312e12, H100=989e12, H200=989e12, B200=2250e12, MI300X=1307e12, L40S=362e12)
+    peak = [v for k, v in peaks.items() if cuda and k in torch.cuda.get_device_name()]
+    if peak and args.dtype != "float32":  # the head works on response tokens only, the embedding not at all
+        embedding = policy.model.get_input_embeddings().weight
+        trunk = sum(p.numel() for p in policy.parameters()) - head.numel() * (1 + (head is not embedding))
+        responses = (totals["lengths/chosen"] + totals["lengths/rejected"]) * totals["pairs"]
+        work = (4 if args.lora_rank else 6) * (trunk * totals["tokens"] + head.numel() * responses)
+        line["mfu"] = work / seconds / dist.get_world_size() / peak[0]
+    return line
+
+
+def add_lora(model, weights, args):
+    """Freeze the model and give every linear layer but the head a trained low-rank term (peft)."""
+    from peft import LoraConfig
+    torch.manual_seed(args.seed)
+    config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+    for each in (model, weights) if weights else (model,):
+        each.add_adapter(config)
+
+def check_reference(loss, dtype, args):
+    """At step 0 policy and reference are one model, so the loss of the first batch must be ln 2."""
+    error, bound = abs(loss - math.log(2)), 1e-4 if dtype == torch.float32 else 2e-2
+    if not error < bound:
+        fail(f"the first batch's loss is {loss:.6f}, not ln 2 = 0.693147: the cached reference is not the policy "
+             f"at step 0; delete {args.data}/ref-*, run cache_ref.py again, or --no-check_reference if meant")
+    if dist.get_rank() == 0:
+        tqdm.write(f"first loss {loss:.6f}, ln 2 = 0.693147: the cached reference is the policy at step 0")
+
+def stop_non_finite(broken, step, args):
+    """Name the pairs of all ranks whose loss is not finite, before anything was updated."""
+    names = [None] * dist.get_world_size()
+    dist.all_gather_object(names, broken)
+    which = ", ".join(sum(names, [])[:20]) or "none alone: the gradient overflowed"
+    fail(f"step {step}: loss or gradient is not finite, pairs {which}; nothing was updated, the last checkpoint in "
+         f"{args.out} is good; remove the pairs, or lower --learning_rate {args.learning_rate}")
+
+def logger(args):
+    """A function that rank 0 calls with a dict: to log.jsonl, the console and, if asked, wandb."""
+    if args.wandb and dist.get_rank() == 0:
+        import wandb
+        wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args))
+
+    def log(line):
+        if dist.get_rank() == 0:
+            with open(Path(args.out, "log.jsonl"), "a") as file:
+                file.write(json.dumps(line) + "\n")
+            tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in line.items()))
+            if args.wandb:
+                wandb.log(line, step=line["step"])
+    return log
+
 
 # ---- end of the helpers ----
 
 
 def main():
     args = parse_args(Args)
-    for name, allowed in dict(schedule="linear cosine constant", layout="packed concatenated separate",
-                              dtype="auto float32 bfloat16").items():
-        if getattr(args, name) not in allowed.split():
-            fail(f"--{name} {getattr(args, name)} is none of: {allowed}")
-    for name in ("epochs", "batch_size", "max_tokens", "keep", "log_every", "learning_rate"):
-        if getattr(args, name) <= 0:
-            fail(f"--{name} {getattr(args, name)} must be positive")
-    rank, world, device = start_process_group()
+    for flag, package in dict(wandb="wandb", lora_rank="peft", liger="liger_kernel").items():
+        if getattr(args, flag) and not importlib.util.find_spec(package):
+            fail(f"--{flag} needs a package: pip install {package.replace('_', '-')}")
+    rank, world, device, dtype = start_process_group(args.dtype)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 
-    splits, tokenizer = load_data(args, ("train", "val"))
-    train, val = splits["train"], splits["val"]
-    if args.batch_size > len(train["rows"]):
-        fail(f"--batch_size {args.batch_size} is more than the {len(train['rows'])} pairs of {args.data}/train")
-    dtype = dict(float32=torch.float32, bfloat16=torch.bfloat16,
-                 auto=torch.bfloat16 if device.type == "cuda" else torch.float32)[args.dtype]
-    policy, weights = load_policy(args.model, args.layout, dtype, device, args.lora_rank, args.seed, args.liger,
-                                  args.activation_checkpointing, args.compile, args.cpu_offload)
-    load_reference(args, weights, dtype, splits)
+    # data, model, reference
+    splits, tokenizer = load_data(args, ("train", "val") if args.eval_every else ("train",))
+    train, pairs = splits["train"], len(splits["train"]["rows"])
+    if args.batch_size > pairs:
+        fail(f"--batch_size {args.batch_size} is more than the {pairs} pairs of {args.data}/train")
+    model, weights, digest = build_model(args)
+    load_reference(args, digest, dtype, splits)
+    if args.lora_rank:
+        add_lora(model, weights, args)
+    if args.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    policy = shard(model, weights, dtype, device, args.cpu_offload, args.compile)
+    del weights
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-    steps_per_epoch = math.ceil(len(train["rows"]) / args.batch_size)
-    steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay)
+    epoch_steps = math.ceil(pairs / args.batch_size)
+    steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     start = open_run(args)
     if start:
         load_checkpoint(policy, optimizer, start, args)
-
-    def log(line):
-        if rank == 0:
-            with open(f"{args.out}/log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in line.items()))
+    log = logger(args)
 
     if args.eval_every and not start:
-        log({"step": 0} | evaluate(policy, val, args))
+        log({"step": 0} | evaluate(policy, splits["val"], args))
     totals, clock = {}, time.time()
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc=args.out, disable=rank > 0):
-        rows, broken = batch_rows(step, len(train["rows"]), args), []
-        for part in micro_batches(rows, train["lengths"], args.layout, args.max_tokens, world)[rank::world]:
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=args.out, disable=rank > 0)
+    for step in bar:
+        rows, broken = batch_rows(step, pairs, args), []
+        lists = micro_batches(rows, train["lengths"], args.layout, args.max_tokens, world)
+        for part in lists[rank::world]:
             losses = pair_losses(policy, part, train, totals, args)
-            (losses.sum() * world / len(rows)).backward()  # FSDP averages over ranks: the mean over all pairs
-            broken += [train["rows"][int(row)]["id"] for row, loss in zip(part, losses.tolist()) if not math.isfinite(loss)]
-        first = mean_over_pairs(totals)["preference_loss"] if step == 0 else math.log(2)
-        if args.check_reference and not abs(first - math.log(2)) < (1e-4 if dtype == torch.float32 else 2e-2):
-            fail(f"the first batch's loss is {first:.6f}, not ln 2")
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        grad_norm = grad_norm.full_tensor().item()
-        flags = torch.tensor([len(broken), len(stop)], device=device)
-        dist.all_reduce(flags)  # a CPU-GPU sync point: all ranks must agree to stop
-        if flags[0] or not math.isfinite(grad_norm):
-            fail("nonfinite")
+            (losses.sum() * world / len(rows)).backward()  # FSDP averages over ranks
+            broken += [train["rows"][int(row)]["id"] for row in part[~losses.isfinite().cpu().numpy()]]
+        if step == 0 and args.check_reference:
+            check_reference(mean_over_pairs(totals)["preference_loss"], dtype, args)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
+        flags = torch.tensor([len(broken), len(stop), not math.isfinite(grad_norm)], device=device)
+        dist.all_reduce(flags)  # a CPU-GPU sync point: the ranks must stop together
+        if flags[0] or flags[2]:
+            stop_non_finite(broken, step, args)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
         optimizer.step()
         optimizer.zero_grad()
 
-        done, last = step + 1, step + 1 == steps
-        saving = flags[1] or (args.save_every and done % args.save_every == 0)
-        if done % args.log_every == 0 or saving or last:
-            seconds = time.time() - clock
+        step, last = step + 1, step + 1 == steps  # now the number of steps done
+        saving = bool(flags[1]) or args.save_every and step % args.save_every == 0
+        if step % args.log_every == 0 or saving or last:
             means = mean_over_pairs(totals)
-            log({"step": done, "epoch": done / steps_per_epoch, "lr": group["lr"], "grad_norm": grad_norm} | means)
-            totals, clock = {}, time.time()
-        if args.eval_every and (done % args.eval_every == 0 or last):
-            log({"step": done} | evaluate(policy, val, args))
+            means |= speed(means, time.time() - clock, policy, args)
+            log(dict(step=step, epoch=step / epoch_steps, lr=group["lr"], grad_norm=grad_norm) | means)
+        if args.eval_every and (step % args.eval_every == 0 or last):
+            log({"step": step} | evaluate(policy, splits["val"], args))
         if saving:
-            save_checkpoint(policy, optimizer, done, args)
+            save_checkpoint(policy, optimizer, step, args)
+        if step % args.log_every == 0 or saving or last:
+            totals, clock = {}, time.time()
         if flags[1]:
-            raise SystemExit(143)
+            fail(f"stopped by SIGTERM after step {step}, which is saved; continue with --resume")
     save_final(policy, tokenizer, args)
     dist.destroy_process_group()
 
