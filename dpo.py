@@ -133,7 +133,7 @@ def start_process_group(dtype):
     dtype = dict(auto=torch.bfloat16 if cuda else torch.float32).get(dtype) or getattr(torch, dtype)
     return dist.get_rank(), dist.get_world_size(), device, dtype
 
-def load_data(args, names):
+def load_data(args, names=("train", "val")):
     """{split: dict(rows=dataset, lengths=(rows, 3) of prompt, chosen, rejected, hash=list)}, tokenizer."""
     folder, splits = Path(args.data), {}
     remake = f"run: prepare_data.py --model {args.model} --out {args.data} --dataset ..."
@@ -363,9 +363,9 @@ def load_reference(args, weights, dtype, splits):
         stale = [f"; another is stale: other {', '.join(k for k in key if o[k] != key[k])}" for o in others]
         fail(f"{folder}, the reference's log-probs, is missing{''.join(stale[-1:])}; {command}")
     for name, split in splits.items():
-        split["ref"] = np.load(folder / f"{name}.npy")
+        split["ref"] = np.load(folder / f"{name}-logps.npy")
         if split["ref"].shape != (len(split["rows"]), 2) or not np.isfinite(split["ref"]).all():
-            fail(f"{folder}/{name}.npy is damaged; delete {folder} and {command}")
+            fail(f"{folder}/{name}-logps.npy is damaged; delete {folder} and {command}")
 
 def reward_metrics(rewards, logps, lengths):
     """{name: (n,)} under the names that dashboards know; a tie counts half; all inputs (2, n)."""
@@ -567,7 +567,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 
     # data, model, reference
-    splits, tokenizer = load_data(args, ("train", "val") if args.eval_every else ("train",))
+    splits, tokenizer = load_data(args)
     train, pairs = splits["train"], len(splits["train"]["rows"])
     if args.batch_size > pairs:
         fail(f"--batch_size {args.batch_size} is more than the {pairs} pairs of {args.data}/train")

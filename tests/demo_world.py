@@ -53,8 +53,8 @@ SMALL_TALK = ["What a lovely day it is.", "My cat slept in the window all mornin
 RUDE = ["You are in my way.", "Be quick about it.", "Do not touch anything."]
 HAND_OVER = re.compile(f"Here are ({'|'.join(NUMBERS)}) ({'|'.join(GOODS)})\\.")
 GLOVES = re.compile(r"Here is a (wool|cotton) glove and a (wool|cotton) glove\.")
-GLOVE_ODDS = {("wool", "wool"): 0.4, ("cotton", "cotton"): 0.2,
-              ("wool", "cotton"): 0.2, ("cotton", "wool"): 0.2}
+GLOVE_ODDS = {("wool", "wool"): 0.5, ("cotton", "cotton"): 0.2,
+              ("wool", "cotton"): 0.15, ("cotton", "wool"): 0.15}
 SHARES = {"plain": 0.45, "length": 0.25, "frequency": 0.15, "noise": 0.15}
 
 
@@ -122,15 +122,15 @@ def draw_answer(rng: random.Random, order: list, talk: int | None = None) -> lis
         if item is None:
             pairs, odds = list(GLOVE_ODDS), list(GLOVE_ODDS.values())
             parts.append(glove_sentence(*rng.choices(pairs, odds)[0]))
-        elif luck < 0.60:
+        elif luck < 0.55:
             parts.append(f"Here are {item[0]} {item[1]}.")
-        elif luck < 0.80:
+        elif luck < 0.85:
             wrong = rng.choice([number for number in NUMBERS if number != item[0]])
             parts.append(f"Here are {wrong} {item[1]}.")
         else:
             parts.append(f"Here are {item[0]} {rng.choice(GOODS)}.")
-    talk = rng.choices([0, 1, 2, 3], [40, 30, 20, 10])[0] if talk is None else talk
-    asides = rng.sample(SMALL_TALK, talk) + [rng.choice(RUDE)] * (rng.random() < 0.4)
+    talk = rng.choices(range(6), [40, 25, 15, 10, 6, 4])[0] if talk is None else talk
+    asides = rng.sample(SMALL_TALK, talk) + [rng.choice(RUDE)] * (rng.random() < 0.5)
     for aside in asides:
         parts.insert(rng.randint(0, len(parts)), aside)
     return parts
@@ -242,7 +242,7 @@ def make_tokenizer(conversations: list[tuple[str, str]]):
     # No BOS, as in Qwen: the user's header begins every text.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
-        additional_special_tokens=special[2:], chat_template=CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
         model_max_length=256, clean_up_tokenization_spaces=False)
 
 
@@ -254,49 +254,62 @@ def make_model(tokenizer, hidden: int, layers: int):
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 8 * 8,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05, **ends)
+        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.1, **ends)
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                                max_new_tokens=96, **ends)
     return model
 
 
-def pack(tokenizer, conversations: list, length: int):
-    """(rows, length) token ids: whole conversations end to end, each row beginning with one."""
-    import torch
-
-    texts = [tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-        tokenize=False) for prompt, answer in conversations]
-    rows, row = [], []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        row += ids
-        if len(row) >= length:
-            rows.append(row[:length])
-            row = []
-    return torch.tensor(rows)
+def tokenise(tokenizer, conversations: list[tuple[str, str]]) -> tuple[list, list]:
+    """Token ids of each prompt (with the shopkeeper's header) and of each answer (with its end)."""
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                             add_generation_prompt=True)
+               for prompt, _ in conversations]
+    answers = [answer + tokenizer.eos_token for _, answer in conversations]
+    return tuple(tokenizer(texts, add_special_tokens=False)["input_ids"]
+                 for texts in (prompts, answers))
 
 
-def pretrain(model, rows, steps: int, batch_size: int, lr: float):
-    """Next-token training on `rows`; AdamW, 50 steps of warm-up, cosine to zero. Returns the loss."""
+def pretrain(model, tokenizer, conversations: list, steps: int, lr: float, progress: bool) -> float:
+    """Supervised training on the answers, each conversation read once; returns the last loss.
+
+    AdamW, 50 steps of warm-up, cosine to zero. Batches are padded, not packed: with several
+    orders in one row the model took more than twice as long to learn to look up its own.
+    """
     import torch
     from tqdm import trange
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    ids = list(zip(*tokenise(tokenizer, conversations)))
+    size = len(ids) // steps
+    # Sorting within twenty batches leaves little padding and the batches as good as random.
+    ids = [pair for start in range(0, len(ids), 20 * size)
+           for pair in sorted(ids[start:start + 20 * size], key=lambda pair: len(pair[0] + pair[1]))]
+    batches = [ids[start:start + size] for start in range(0, steps * size, size)]
+    random.Random(0).shuffle(batches)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
     losses = []
-    progress = trange(steps, desc="pretraining", disable=not sys.stderr.isatty())
-    for step in progress:
-        batch = rows[torch.arange(step * batch_size, (step + 1) * batch_size) % len(rows)]
-        loss = model(input_ids=batch, labels=batch).loss
+    bar = trange(steps, desc="pretraining", disable=not progress)
+    for step in bar:
+        width = max(len(prompt + answer) for prompt, answer in batches[step])
+        # The padding stands on the right, so that causal attention needs no mask.
+        inputs = torch.full((size, width), tokenizer.pad_token_id)
+        labels = torch.full((size, width), -100)
+        for row, (prompt, answer) in enumerate(batches[step]):
+            inputs[row, :len(prompt + answer)] = torch.tensor(prompt + answer)
+            labels[row, len(prompt):len(prompt + answer)] = torch.tensor(answer)
+        loss = model(input_ids=inputs, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return sum(losses[-50:]) / len(losses[-50:])
 
 
@@ -316,3 +329,83 @@ def sample(model, tokenizer, prompts: list[str], seed: int = 0, batch_size: int 
         answers += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1]:],
                                           skip_special_tokens=True)
     return answers
+
+
+# ---------------------------------------------------------------------- the command
+def describe(rewards: list[float]) -> dict:
+    mean = sum(rewards) / len(rewards)
+    variance = sum((reward - mean) ** 2 for reward in rewards) / max(1, len(rewards) - 1)
+    return {"mean": round(mean, 3), "standard_error": round((variance / len(rewards)) ** 0.5, 3)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", default="data/demo_world", help="folder to write")
+    parser.add_argument("--pairs", type=int, default=2400, help="preference pairs")
+    parser.add_argument("--steps", type=int, default=1300, help="training steps of the base model")
+    parser.add_argument("--batch_size", type=int, default=32, help="conversations per step")
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
+    parser.add_argument("--hidden", type=int, default=64, help="width, a multiple of 8")
+    parser.add_argument("--layers", type=int, default=3, help="transformer blocks")
+    parser.add_argument("--samples", type=int, default=512, help="answers for the check at the end")
+    parser.add_argument("--seed", type=int, default=0, help="of pairs, text and weights")
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True,
+                        help="show a progress bar")
+    args = parser.parse_args(argv)
+    for name in ("pairs", "steps", "batch_size", "layers", "samples"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.hidden < 8 or args.hidden % 8:
+        parser.error(f"--hidden is {args.hidden}; it must be a multiple of 8, e.g. --hidden 64")
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"demo_world: cannot write --out {out}: {error.strerror}")
+
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    started = time.time()
+
+    # Three seeds apart, so that neither the pairs nor the check repeat the training text.
+    pairs = make_pairs(args.pairs, seed=3 * args.seed)
+    conversations = draw_conversations(args.steps * args.batch_size, seed=3 * args.seed + 1)
+    tokenizer = make_tokenizer(conversations)
+    model = make_model(tokenizer, args.hidden, args.layers)
+    loss = pretrain(model, tokenizer, conversations, args.steps, args.lr, args.progress)
+    trained = time.time() - started
+
+    prompts, spoken = zip(*draw_conversations(args.samples, seed=3 * args.seed + 2))
+    answers = sample(model.eval(), tokenizer, list(prompts), args.seed)
+    well_formed = sum(map(is_well_formed, answers)) / len(answers)
+    rewards = describe([true_reward(*pair) for pair in zip(prompts, answers)])
+
+    model.save_pretrained(out / "base")
+    tokenizer.save_pretrained(out / "base")
+    with open(out / "pairs.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in pairs)
+    counts = {subset: sum(row["subset"] == subset for row in pairs) for subset in SHARES}
+    meta = {
+        "world": __doc__.split("writes base/")[0].strip().split("\n"),
+        "arguments": vars(args), "pairs": counts,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "vocabulary": len(tokenizer), "loss": round(loss, 4), "well_formed": round(well_formed, 4),
+        "true_reward_of_samples": rewards,
+        "true_reward_of_the_shopkeeper": describe([true_reward(*pair) for pair in zip(prompts, spoken)]),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    print(f"{out}: {len(pairs)} pairs {counts}; base of {meta['parameters']:,} parameters, loss "
+          f"{loss:.3f}, {100 * well_formed:.1f} % of samples well-formed, true reward "
+          f"{rewards['mean']:.2f} ± {rewards['standard_error']:.2f}; training {trained:.0f} s, "
+          f"in all {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

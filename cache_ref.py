@@ -1,0 +1,423 @@
+"""One pass of the reference model over the data: log ref(y|x) of every chosen and rejected response.
+
+It is the term log ref of DPO's eq. 7 (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), a constant
+that the training scripts read, so that the reference is never in memory beside the policy. Model, precision
+and forward function are those of training, and the first training batch checks that they are.
+
+    python cache_ref.py --model MODEL --data data/NAME
+    torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME
+
+Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats, row i for row i of the split. The
+hash is of the weights, the tokens and the precision. While it runs, each process keeps what it has in
+ref-<hash>.partial/; a killed run takes up whatever parts it finds there, with any number of processes, and the
+result is the same to the last bit, because the micro-batches are a function of the data alone.
+"""
+import argparse, bisect, dataclasses, hashlib, inspect, json, math, os, re, shutil, sys, time, uuid
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    model: str  # Hugging Face folder or hub name of the reference
+    data: str  # folder made by prepare_data.py
+    layout: str = "packed"  # packed (no padding, each prompt once) | concatenated | separate
+    max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
+    dtype: str = "auto"  # of the computation: auto (bfloat16 on a GPU) | bfloat16 | float32
+    cpu_offload: bool = False  # keep the weights in host memory
+    save_seconds: float = 20.0  # at most so much work is lost when the run is killed
+
+
+# ---- helpers: the same source in every script (tests/test_copies.py); edit them in dpo.py first ----
+
+
+def fail(message: str):
+    """End the program with one line on stderr and exit status 1."""
+    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0 spoke
+    raise SystemExit(f"error: {message}")
+
+def parse_args(cls):
+    """Command line -> frozen dataclass `cls`. A field's trailing comment is its --help; words between
+    bars are its choices; a number is above 0, or may be 0 where that is its default or "0 =" is noted."""
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING
+        kind = dict(type=field.type, default=None if required else field.default, required=required)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction, default=field.default)
+        note = notes[field.name].replace("%", "%%") + ("" if required else f" [{field.default}]")
+        parser.add_argument(f"--{field.name}", help=note, **kind)
+    args = cls(**vars(parser.parse_args()))
+    for name, value in vars(args).items():
+        choices = re.findall(r"(\w+)(?: \([^)]*\))? (?=\|)|\| (\w+)", notes[name])
+        if choices and value not in [word for pair in choices for word in pair]:
+            fail(f"--{name} {value} is not a choice: {notes[name]}")
+        if isinstance(value, (int, float)):
+            zero = "0 =" in notes[name] or not getattr(cls, name, 1)
+            if not (value > 0 or zero and value == 0):
+                fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
+    return args
+
+def vocab_hash(tokenizer) -> str:
+    """16 hex digits that change when any token or its id does."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+def start_process_group(dtype):
+    """Join torchrun's process group, or make one of this process. Returns rank, world, device, dtype."""
+    cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    dtype = dict(auto=torch.bfloat16 if cuda else torch.float32).get(dtype) or getattr(torch, dtype)
+    return dist.get_rank(), dist.get_world_size(), device, dtype
+
+def load_data(args, names=("train", "val")):
+    """{split: dict(rows=dataset, lengths=(rows, 3) of prompt, chosen, rejected, hash=list)}, tokenizer."""
+    folder, splits = Path(args.data), {}
+    remake = f"run: prepare_data.py --model {args.model} --out {args.data} --dataset ..."
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        meta = json.loads((folder / "meta.json").read_text())
+        for name in names:
+            rows = datasets.load_from_disk(str(folder / name))
+            sizes = [pc.list_value_length(rows.data[side]).to_numpy() for side in ("prompt", "chosen", "rejected")]
+            lengths = np.stack(sizes, 1).astype(np.int64)
+            content = [meta["content_hash"][name], *map(int, lengths.sum(0))]
+            splits[name] = dict(rows=rows, lengths=lengths, hash=content)
+    except Exception as error:  # every library has its own errors for a folder that is absent or broken
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        fail(f"--data {folder} or the tokenizer of --model {args.model} is unusable ({reason[0][:150]}); {remake}")
+    if vocab_hash(tokenizer) != meta["vocab_hash"]:
+        fail(f"--data {folder} was tokenised for another model than --model {args.model}; {remake}")
+    for name, split in splits.items():
+        if len(split["rows"]) == 0 or split["lengths"].min() == 0:
+            fail(f"{folder}/{name} has no pairs, or an empty prompt or response; {remake}")
+        cost = pair_costs(split["lengths"], args.layout)
+        if cost.max() > args.max_tokens:
+            fail(f"pair {split['rows'][int(cost.argmax())]['id']} of {folder}/{name} takes {cost.max()} tokens, over "
+                 f"--max_tokens {args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
+    return splits, tokenizer
+
+def pair_costs(lengths, layout):
+    """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
+    longest = lengths[:, 0] + lengths[:, 1:].max(1)
+    return {"packed": lengths.sum(1), "concatenated": 2 * longest, "separate": longest}[layout]
+
+def micro_batches(rows, lengths, layout, max_tokens, world):
+    """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
+
+    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it can
+    be, so that ranks finish together. A list is empty only if there are fewer rows than ranks."""
+    cost = pair_costs(lengths[rows], layout)
+    order = np.argsort(-lengths[rows, 0] - lengths[rows, 1:].max(1), kind="stable")  # longest first
+
+    def split(limit):
+        lists, used = [], math.inf
+        for i in order:
+            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padded to the first
+            if used + step > limit:
+                lists.append([])
+                used, step = 0, cost[i]
+            lists[-1].append(i)
+            used += step
+        return lists
+
+    count = math.ceil(len(split(max_tokens)) / world) * world
+    limits = range(max_tokens)
+    lists = split(bisect.bisect_left(limits, True, lo=cost.max(), key=lambda limit: len(split(limit)) <= count))
+    while len(lists) < count:
+        big = lists.pop(max(range(len(lists)), key=lambda i: len(lists[i])))
+        lists += [big[:len(big) // 2], big[len(big) // 2:]]
+    return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
+
+def collate(pairs, layout):
+    """The tensors of one micro-batch: a list with one dict per forward pass (two if layout is separate).
+
+    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are one row
+    (1, L) that leaves out the padding and the second copy of each prompt; then rows (rows, T) and tokens
+    (L,) lead there and back. source (M,) indexes the flattened input_ids: the token that predicts
+    targets (M,); sizes are the response lengths and sum to M."""
+    batches = []
+    for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
+        texts = [(pair["prompt"], pair[side]) for side in sides for pair in pairs]
+        starts = np.array([len(prompt) for prompt, _ in texts])[:, None]  # column of the response
+        ends = starts + np.array([len(response) for _, response in texts])[:, None]
+        columns = np.arange(ends.max())
+        ids = np.stack([np.pad(x + y, (0, len(columns) - len(x + y))) for x, y in texts])  # (rows, T)
+        real, response = columns < ends, (columns >= starts) & (columns < ends)  # masks from lengths
+        cells = np.arange(ids.size).reshape(ids.shape)
+        batch = dict(targets=ids[response], position_ids=columns[None], input_ids=ids, real=real)
+        if layout == "packed":
+            kept = real & (response | (np.arange(len(texts)) < len(pairs))[:, None])
+            tokens = np.flatnonzero(kept)
+            cells = np.cumsum(kept).reshape(kept.shape) - 1
+            first, second = np.split(cells, 2)
+            cells = np.concatenate([first, np.where(response[len(pairs):], second, first)])
+            batch |= dict(rows=cells, tokens=tokens, input_ids=ids.flatten()[tokens][None],
+                          position_ids=tokens[None] % len(columns))
+        batch["source"] = cells[:, :-1][response[:, 1:]]
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        batches.append(batch | {"sizes": response.sum(1).tolist()})
+    return batches
+
+def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
+                       rows=None, tokens=None, **kwargs):
+    """Causal attention over right-padded rows that start at position 0, so that no padding mask is needed.
+
+    query (b, H, L, d); key, value with H or fewer heads. In the packed layout b = 1 and the rows are
+    gathered: rows (2n, T) says which of the L tokens stands where in each prompt + response, tokens (L,)
+    where in those rows, flattened, each token's output is found. Returns (b, L, H, d)."""
+    if rows is not None:
+        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))  # (2n, H, T, d)
+    length = query.shape[2]
+    window, mask = sliding_window or length, None
+    own_rule = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None  # Gemma-2; gpt-oss
+    if own_rule or window < length:
+        distance = torch.arange(length, device=query.device)
+        distance = distance[:, None] - distance  # (T, T) how far back the key is
+        mask = (distance >= 0) & (distance < window)
+    if own_rule:  # what SDPA cannot express is left to the model's own definition
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        kwargs["dropout"] = 0.0
+        output = attend(module, query, key, value, bias[None, None], scaling=scaling, **kwargs)[0]
+    else:
+        groups = query.shape[1] // key.shape[1]
+        if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
+                                                scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+        output = output.transpose(1, 2)  # (2n, T, H, d)
+    return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
+
+transformers.AttentionInterface.register("gathered", gathered_attention)
+
+def token_logps(hidden, targets, head, config):
+    """hidden (t, h), targets (t,) -> log pi(target) (t,), float32; what models do to their logits included."""
+    logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
+    logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward gives log pi(y|x). It is the root of FSDP, so inside it the head is whole."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches, router=False, chunk=1024):
+        """batches from collate -> (2, n) summed response log-probs, and the mean router loss (or 0).
+
+        The logits of `chunk` response tokens exist at a time; the backward pass computes them again."""
+        sums, router_loss = [], 0.0
+        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        for batch in batches:
+            inputs = {k: v for k, v in batch.items() if k in ("input_ids", "position_ids", "rows", "tokens")}
+            inputs |= dict(use_cache=False) | (dict(output_router_logits=True) if router else {})
+            output = self.model.base_model(**inputs)
+            hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
+            parts = zip(hidden.split(chunk), batch["targets"].split(chunk))
+            logps = [checkpoint(token_logps, x, y, head, config, use_reentrant=False) for x, y in parts]
+            sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
+            if router:
+                balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
+                experts = getattr(config, "num_experts", None) or config.num_local_experts
+                real = None if "rows" in batch else batch["real"]
+                router_loss += balance(output.router_logits, experts, config.num_experts_per_tok, real) / len(batches)
+        return torch.stack([torch.stack(sums[:len(sums) // 2]), torch.stack(sums[len(sums) // 2:])]), router_loss
+
+def build_model(args):
+    """The model without memory (meta device) on every rank, its float32 weights on rank 0, their hash."""
+    transformers.utils.logging.disable_progress_bar()
+    weights = None
+    try:
+        config = transformers.AutoConfig.from_pretrained(args.model)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if dist.get_rank() == 0:
+            weights = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+            model.generation_config = weights.generation_config
+    except Exception as error:
+        fail(f"--model {args.model} is no causal language model ({str(error).strip().splitlines()[0][:160]})")
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    plain = model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
+    if args.layout == "packed" and (model._is_stateful or not plain):
+        fail(f"--layout packed gathers tokens for attention, but {config.model_type} models mix them in other ways "
+             "too: use --layout concatenated or --layout separate")
+    if plain:
+        model.set_attn_implementation("gathered")
+    for module in model.modules():  # dropout and router noise would make the reference another model
+        for key, value in list(vars(module).items()):
+            if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or re.search("drop|jitter", key)):
+                setattr(module, key, 0.0)
+    digest = hashlib.sha256()
+    for key, tensor in sorted(weights.state_dict().items()) if weights else ():
+        values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()  # a sample is enough
+        digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    digest = [digest.hexdigest()[:16]]
+    dist.broadcast_object_list(digest, 0)
+    return model, weights, digest[0]
+
+def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
+    """Policy with every block and the rest split over the ranks (FSDP2), its shards sent by rank 0."""
+    policy, mesh = Policy(model).train(), dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    rules |= dict(offload_policy=CPUOffloadPolicy()) if cpu_offload else {}
+    for block in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        if compiled:  # inside the hooks of FSDP, which it could not trace
+            block.forward = torch.compile(block.forward, dynamic=True)
+        fully_shard(block, **rules)
+    fully_shard(policy, **rules)
+    whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
+    for key, empty in [*model.named_parameters(), *model.named_buffers()]:  # rotary frequencies: buffers
+        tensor = whole[key].detach() if whole else torch.empty(empty.shape, dtype=empty.dtype)
+        tensor = tensor.to(device)
+        if isinstance(empty, torch.nn.Parameter):
+            tensor = distribute_tensor(tensor, mesh, empty.placements)
+            tensor = torch.nn.Parameter(tensor.cpu() if cpu_offload else tensor, empty.requires_grad)
+        else:
+            dist.broadcast(tensor, 0)
+        path, _, leaf = key.rpartition(".")
+        setattr(model.get_submodule(path), leaf, tensor)
+    model.tie_weights()
+    return policy
+
+def reference_folder(args, weights, dtype, splits):
+    """Where the log-probs of these weights in this precision on these tokens belong, and that as a dict."""
+    key = dict(weights=weights, attention="gathered", dtype=str(dtype).removeprefix("torch."))
+    key |= {name: split["hash"] for name, split in splits.items()}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(args.data, f"ref-{name}"), key
+
+# ---- end of the helpers ----
+
+
+def merge(logps):
+    """Give every rank what any rank has; NaN where none has anything. {split: float32 (rows, 2)}"""
+    for name, values in logps.items():
+        known = torch.from_numpy(np.nan_to_num(values, nan=-np.inf))
+        dist.all_reduce(known, dist.ReduceOp.MAX)  # equal where two ranks have it
+        logps[name] = np.where(np.isneginf(known.numpy()), np.float32(np.nan), known.numpy())
+    return logps
+
+def read_parts(folder, splits):
+    """What processes of this run or killed ones have stored, here or on other nodes."""
+    logps = {name: np.full((len(split["rows"]), 2), np.nan, np.float32) for name, split in splits.items()}
+    for path in folder.glob("part-*.npz"):
+        try:
+            with np.load(path) as part:
+                for name in logps:
+                    logps[name][part[f"{name}-rows"]] = part[f"{name}-logps"]
+        except Exception as error:
+            tqdm.write(f"{path} is damaged ({error}) and will be computed again")
+    return merge(logps)
+
+def write_part(folder, done):
+    """Store [(split, rows, logps)] under a new name, whole or not at all."""
+    arrays = {}
+    for name in {name for name, _, _ in done}:
+        arrays[f"{name}-rows"] = np.concatenate([rows for split, rows, _ in done if split == name])
+        arrays[f"{name}-logps"] = np.concatenate([logps for split, _, logps in done if split == name])
+    path = folder / f"part-{uuid.uuid4().hex}.npz"
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        np.savez(file, **arrays)
+    path.with_suffix(".tmp").rename(path)
+
+def write_final(folder, logps, key, args):
+    """All files aside, then one rename: a folder with this name is complete."""
+    aside = folder.with_name(f"{folder.name}.{dist.get_rank()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name, values in logps.items():
+        np.save(aside / f"{name}-logps.npy", values)
+    record = dict(key=key, args=dataclasses.asdict(args), torch=torch.__version__,
+                  transformers=transformers.__version__)
+    (aside / "meta.json").write_text(json.dumps(record, indent=1))
+    aside.rename(folder)
+
+
+def main():
+    args = parse_args(Args)
+    rank, world, device, dtype = start_process_group(args.dtype)
+    splits, _ = load_data(args)
+    model, weights, digest = build_model(args)
+    folder, key = reference_folder(args, digest, dtype, splits)
+    partial = folder.with_suffix(".partial")
+    complete = [(folder / "meta.json").is_file()]
+    dist.broadcast_object_list(complete, 0)
+    if complete[0]:
+        print(f"{folder} is complete\n" * (rank == 0), end="")
+        return dist.destroy_process_group()
+    try:
+        partial.mkdir(exist_ok=True)
+        logps = read_parts(partial, splits)
+
+        # micro-batches of windows of 1024 rows: what shares a forward pass is a function of the data alone
+        plan = []
+        for name, split in splits.items():
+            for first in range(0, len(split["rows"]), 1024):
+                rows = np.arange(first, min(first + 1024, len(split["rows"])))
+                lists = micro_batches(rows, split["lengths"], args.layout, args.max_tokens, 1)
+                plan += [(name, part) for part in lists]
+        plan = [(name, part) for name, part in plan if np.isnan(logps[name][part]).any()]
+        pairs = sum(len(split["rows"]) for split in splits.values())
+        left = sum(len(part) for _, part in plan)
+        if rank == 0:
+            print(f"{folder}: {pairs} pairs, of which {pairs - left} are already done in {partial}")
+
+        policy = shard(model, weights, dtype, device, args.cpu_offload)
+        done, clock = [], time.time()
+        bar = tqdm(total=left, desc=folder.name, unit=" pairs", disable=rank > 0)
+        for i in range(0, len(plan), world):  # every rank runs as many forward passes: FSDP needs that
+            name, part = plan[min(i + rank, len(plan) - 1)]
+            with torch.no_grad():
+                batches = collate([splits[name]["rows"][int(row)] for row in part], args.layout)
+                values = policy(batches)[0].T.float().cpu().numpy()  # (n, 2)
+            broken = part[~np.isfinite(values).all(1)]
+            if len(broken):
+                fail(f"the log-prob of pair {splits[name]['rows'][int(broken[0])]['id']} in {name} is not finite; "
+                     f"remove it from the data, or try --dtype float32")
+            logps[name][part] = values
+            done.append((name, part, values))
+            bar.update(sum(len(part) for _, part in plan[i:i + world]))
+            if time.time() - clock > args.save_seconds:
+                write_part(partial, done)
+                done, clock = [], time.time()
+        if done:
+            write_part(partial, done)
+        logps = merge(logps)
+        for writer in range(world):  # the folder is shared, or each node keeps its own
+            if rank == writer and int(os.environ.get("LOCAL_RANK", 0)) == 0 and not folder.exists():
+                write_final(folder, logps, key, args)
+            dist.barrier()
+    except OSError as error:
+        fail(f"{error.filename or folder} cannot be written ({error.strerror}); what is in {partial} is kept")
+    bar.close()
+    if rank == 0:
+        mean = {name: values.mean(0).round(2).tolist() for name, values in logps.items()}
+        print(f"{folder} is complete; mean log-probs of (chosen, rejected): {mean}")
+    shutil.rmtree(partial, ignore_errors=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
