@@ -3,15 +3,15 @@
     L = -E log sigmoid(beta [(log pi(y_w|x) - log pi(y_l|x)) - (log ref(y_w|x) - log ref(y_l|x))])     eq. 7
 
 The policy pi learns to prefer the chosen response y_w to the rejected y_l by more than the reference ref
-does; beta (in 1/nats) says how dearly it pays for moving away. No reward model is trained, nothing is
-sampled, and the reference is never in memory: cache_ref.py stored its log-probs once.
+does; beta says how dearly it pays for moving away. No reward model is trained, nothing is sampled, and the
+reference is never in memory: cache_ref.py stored its log-probs once.
 
     python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME          (or python, or ./launch.sh)
 
-Symbols: n pairs, T tokens in the longest row, L tokens in a micro-batch, M response tokens, V vocabulary,
-h hidden size, H heads, d head size. What stands along a first dimension of 2 is (chosen, rejected).
+Symbols: n pairs, T tokens of the longest row, L of a micro-batch, M of its responses, V vocabulary, h hidden
+size, H heads, d head size. What stands along a first dimension of 2 is (chosen, rejected).
 """
 import argparse, bisect, dataclasses, hashlib, importlib.util, inspect, json, math, os, re, resource
 import shutil, signal, subprocess, sys, time
@@ -39,8 +39,8 @@ class Args:
     model: str  # Hugging Face folder or hub name: the policy at step 0, and the reference
     data: str  # folder made by prepare_data.py
     out: str = f"out/{Path(__file__).stem}"  # the run's args.json, log.jsonl, checkpoints, final/
-    resume: bool = False  # continue from the last checkpoint in `out`; starts afresh if there is none
-    save_every: int = 0  # steps between checkpoints (SIGTERM always writes one); 0 = none
+    resume: bool = False  # continue from the last checkpoint in --out; begin if there is none
+    save_every: int = 0  # steps between checkpoints; 0 = only one on SIGTERM
     keep: int = 2  # how many checkpoints stay on disk
     hub_repo: str = ""  # push final/ to this Hugging Face hub repository
     # optimisation
@@ -64,7 +64,7 @@ class Args:
     liger: bool = False  # Liger kernels for norms, rotary embedding and MLP (GPU only)
     # logging
     log_every: int = 10  # steps between lines of log.jsonl
-    eval_every: int = 100  # steps between evaluations on val/ (also at step 0 and at the end); 0 = never
+    eval_every: int = 100  # steps between evaluations on val/, also at step 0 and the end; 0 = never
     wandb: str = ""  # Weights & Biases project that gets the log too
     # algorithm
     beta: float = 0.1  # strength of the pull to the reference, beta of eq. 7
@@ -93,33 +93,34 @@ def fail(message: str):
     time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0 spoke
     raise SystemExit(f"error: {message}")
 
+
 def parse_args(cls):
-    """Command line -> frozen dataclass `cls`. A field's trailing comment is its --help; words between
-    bars are its choices; a number is above 0, or may be 0 where that is its default or "0 =" is noted."""
+    """Command line -> frozen dataclass `cls`. A field's trailing comment is its --help; words between bars
+    are its choices; a number is above 0, or may be 0 where that is the default or "0 =" is noted."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
     for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING
-        kind = dict(type=field.type, default=None if required else field.default, required=required)
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction, default=field.default)
-        note = notes[field.name].replace("%", "%%") + ("" if required else f" [{field.default}]")
-        parser.add_argument(f"--{field.name}", help=note, **kind)
+        default = None if field.default is dataclasses.MISSING else field.default
+        note = notes[field.name].replace("%", "%%") + ("" if default is None else f" [{default}]")
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        parser.add_argument(f"--{field.name}", required=default is None, default=default, help=note, **kind)
     args = cls(**vars(parser.parse_args()))
     for name, value in vars(args).items():
-        choices = re.findall(r"(\w+)(?: \([^)]*\))? (?=\|)|\| (\w+)", notes[name])
-        if choices and value not in [word for pair in choices for word in pair]:
-            fail(f"--{name} {value} is not a choice: {notes[name]}")
-        if isinstance(value, (int, float)):
-            zero = "0 =" in notes[name] or not getattr(cls, name, 1)
-            if not (value > 0 or zero and value == 0):
-                fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
+        words = re.sub(r" \(.*?\)", "", notes[name]).split(": ")[-1].split(" | ")
+        positive = "0 =" not in notes[name] and getattr(cls, name, 0)
+        if len(words) > 1 and value not in words:
+            fail(f"--{name} {value} is none of {', '.join(words)}")
+        if isinstance(value, (int, float)) and not (value > 0 if positive else value >= 0):
+            if not isinstance(value, bool):
+                fail(f"--{name} {value} must be {'above' if positive else 'at least'} 0: {notes[name]}")
     return args
+
 
 def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one of this process. Returns rank, world, device, dtype."""
@@ -130,52 +131,53 @@ def start_process_group(dtype):
     torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    dtype = dict(auto=torch.bfloat16 if cuda else torch.float32).get(dtype) or getattr(torch, dtype)
-    return dist.get_rank(), dist.get_world_size(), device, dtype
+    dtype = dict(auto="bfloat16" if cuda else "float32").get(dtype, dtype)
+    return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
+
 
 def load_data(args, names=("train", "val")):
     """{split: dict(rows=dataset, lengths=(rows, 3) of prompt, chosen, rejected, hash=list)}, tokenizer."""
-    folder, splits = Path(args.data), {}
-    remake = f"run: prepare_data.py --model {args.model} --out {args.data} --dataset ..."
+    splits, remake = {}, f"run: prepare_data.py --model {args.model} --out {args.data} --dataset ..."
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads(Path(args.data, "meta.json").read_text())
         for name in names:
-            rows = datasets.load_from_disk(str(folder / name))
-            sizes = [pc.list_value_length(rows.data[side]).to_numpy() for side in ("prompt", "chosen", "rejected")]
+            rows = datasets.load_from_disk(str(Path(args.data, name)))
+            sizes = [pc.list_value_length(rows.data[k]).to_numpy() for k in ("prompt", "chosen", "rejected")]
             lengths = np.stack(sizes, 1).astype(np.int64)
             content = [meta["content_hash"][name], *map(int, lengths.sum(0))]
             splits[name] = dict(rows=rows, lengths=lengths, hash=content)
     except Exception as error:  # every library has its own errors for a folder that is absent or broken
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        fail(f"--data {folder} or the tokenizer of --model {args.model} is unusable ({reason[0][:150]}); {remake}")
+        fail(f"--data {args.data} or the tokenizer of --model {args.model} cannot be read "
+             f"({' '.join(str(error).split())[:200]}); {remake}")
     if vocab_hash(tokenizer) != meta["vocab_hash"]:
-        fail(f"--data {folder} was tokenised for another model than --model {args.model}; {remake}")
+        fail(f"--data {args.data} holds the tokens of another model than --model {args.model}; {remake}")
     for name, split in splits.items():
         if len(split["rows"]) == 0 or split["lengths"].min() == 0:
-            fail(f"{folder}/{name} has no pairs, or an empty prompt or response; {remake}")
+            fail(f"{args.data}/{name} has no pairs, or an empty prompt or response; {remake}")
         cost = pair_costs(split["lengths"], args.layout)
         if cost.max() > args.max_tokens:
-            fail(f"pair {split['rows'][int(cost.argmax())]['id']} of {folder}/{name} takes {cost.max()} tokens, over "
-                 f"--max_tokens {args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
+            fail(f"pair {split['rows'][int(cost.argmax())]['id']} of {args.data}/{name} has {cost.max()} tokens; "
+                 f"raise --max_tokens {args.max_tokens}, or prepare the data with a smaller --max_length")
     return splits, tokenizer
+
 
 def pair_costs(lengths, layout):
     """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
     longest = lengths[:, 0] + lengths[:, 1:].max(1)
     return {"packed": lengths.sum(1), "concatenated": 2 * longest, "separate": longest}[layout]
 
+
 def micro_batches(rows, lengths, layout, max_tokens, world):
     """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
 
     Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it can
     be, so that ranks finish together. A list is empty only if there are fewer rows than ranks."""
-    cost = pair_costs(lengths[rows], layout)
-    order = np.argsort(-lengths[rows, 0] - lengths[rows, 1:].max(1), kind="stable")  # longest first
+    cost, longest = (pair_costs(lengths[rows], name) for name in (layout, "separate"))
 
     def split(limit):
         lists, used = [], math.inf
-        for i in order:
+        for i in np.argsort(-longest, kind="stable"):
             step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padded to the first
             if used + step > limit:
                 lists.append([])
@@ -185,12 +187,13 @@ def micro_batches(rows, lengths, layout, max_tokens, world):
         return lists
 
     count = math.ceil(len(split(max_tokens)) / world) * world
-    limits = range(max_tokens)
-    lists = split(bisect.bisect_left(limits, True, lo=cost.max(), key=lambda limit: len(split(limit)) <= count))
+    enough = lambda limit: len(split(limit)) <= count
+    lists = split(bisect.bisect_left(range(max_tokens), True, lo=cost.max(), key=enough))
     while len(lists) < count:
         big = lists.pop(max(range(len(lists)), key=lambda i: len(lists[i])))
         lists += [big[:len(big) // 2], big[len(big) // 2:]]
     return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
+
 
 def collate(pairs, layout):
     """The tensors of one micro-batch: a list with one dict per forward pass (two if layout is separate).
@@ -202,57 +205,57 @@ def collate(pairs, layout):
     batches = []
     for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
         texts = [(pair["prompt"], pair[side]) for side in sides for pair in pairs]
-        starts = np.array([len(prompt) for prompt, _ in texts])[:, None]  # column of the response
-        ends = starts + np.array([len(response) for _, response in texts])[:, None]
-        columns = np.arange(ends.max())
-        ids = np.stack([np.pad(x + y, (0, len(columns) - len(x + y))) for x, y in texts])  # (rows, T)
-        real, response = columns < ends, (columns >= starts) & (columns < ends)  # masks from lengths
+        starts, responses = np.array([[len(x), len(y)] for x, y in texts]).T[:, :, None]
+        columns = np.arange((starts + responses).max())
+        real = columns < starts + responses  # masks come from lengths, never from token ids
+        response = real & (columns >= starts)
+        ids = np.zeros(real.shape, np.int64)
+        ids[real] = np.concatenate([x + y for x, y in texts])
         cells = np.arange(ids.size).reshape(ids.shape)
         batch = dict(targets=ids[response], position_ids=columns[None], input_ids=ids, real=real)
         if layout == "packed":
             kept = real & (response | (np.arange(len(texts)) < len(pairs))[:, None])
             tokens = np.flatnonzero(kept)
-            cells = np.cumsum(kept).reshape(kept.shape) - 1
-            first, second = np.split(cells, 2)
+            first, second = np.split(np.cumsum(kept).reshape(kept.shape) - 1, 2)
             cells = np.concatenate([first, np.where(response[len(pairs):], second, first)])
             batch |= dict(rows=cells, tokens=tokens, input_ids=ids.flatten()[tokens][None],
                           position_ids=tokens[None] % len(columns))
         batch["source"] = cells[:, :-1][response[:, 1:]]
         batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-        batches.append(batch | {"sizes": response.sum(1).tolist()})
+        batches.append(batch | {"sizes": responses[:, 0].tolist()})
     return batches
+
 
 def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                        rows=None, tokens=None, **kwargs):
     """Causal attention over right-padded rows that start at position 0, so that no padding mask is needed.
 
-    query (b, H, L, d); key, value with H or fewer heads. In the packed layout b = 1 and the rows are
-    gathered: rows (2n, T) says which of the L tokens stands where in each prompt + response, tokens (L,)
-    where in those rows, flattened, each token's output is found. Returns (b, L, H, d)."""
+    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1 and the rows are gathered: rows
+    (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows each token's
+    output is. Returns (b, L, H, d)."""
     if rows is not None:
         query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))  # (2n, H, T, d)
-    length = query.shape[2]
-    window, mask = sliding_window or length, None
+    length, mask = query.shape[2], None
     own_rule = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None  # Gemma-2; gpt-oss
-    if own_rule or window < length:
-        distance = torch.arange(length, device=query.device)
-        distance = distance[:, None] - distance  # (T, T) how far back the key is
-        mask = (distance >= 0) & (distance < window)
+    if own_rule or (sliding_window or length) < length:
+        place = torch.arange(length, device=query.device)
+        distance = place[:, None] - place  # (T, T) how far back the key is
+        mask = (distance >= 0) & (distance < (sliding_window or length))
     if own_rule:  # what SDPA cannot express is left to the model's own definition
         attend = sys.modules[type(module).__module__].eager_attention_forward
         bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        kwargs["dropout"] = 0.0
-        output = attend(module, query, key, value, bias[None, None], scaling=scaling, **kwargs)[0]
+        output = attend(module, query, key, value, bias[None, None], scaling, **kwargs | {"dropout": 0.0})[0]
     else:
         groups = query.shape[1] // key.shape[1]
         if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
-            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+            key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
-                                                scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
-        output = output.transpose(1, 2)  # (2n, T, H, d)
+                                                scale=scaling, enable_gqa=groups > 1).transpose(1, 2)
     return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
 
+
 transformers.AttentionInterface.register("gathered", gathered_attention)
+
 
 def token_logps(hidden, targets, head, config):
     """hidden (t, h), targets (t,) -> log pi(target) (t,), float32; what models do to their logits included."""
@@ -262,6 +265,7 @@ def token_logps(hidden, targets, head, config):
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return -F.cross_entropy(logits, targets, reduction="none")
+
 
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log pi(y|x). It is the root of FSDP, so inside it the head is whole."""
@@ -277,24 +281,26 @@ class Policy(torch.nn.Module):
         sums, router_loss = [], 0.0
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         for batch in batches:
-            inputs = {k: v for k, v in batch.items() if k in ("input_ids", "position_ids", "rows", "tokens")}
+            inputs = {k: batch[k] for k in ("input_ids", "position_ids", "rows", "tokens") if k in batch}
             inputs |= dict(use_cache=False) | (dict(output_router_logits=True) if router else {})
             output = self.model.base_model(**inputs)
             hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
             parts = zip(hidden.split(chunk), batch["targets"].split(chunk))
-            logps = [checkpoint(token_logps, x, y, head, config, use_reentrant=False) for x, y in parts]
+            logps = [checkpoint(token_logps, *part, head, config, use_reentrant=False) for part in parts]
             sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
             if router:
                 balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
                 real = None if "rows" in batch else batch["real"]
-                router_loss += balance(output.router_logits, experts, config.num_experts_per_tok, real) / len(batches)
-        return torch.stack([torch.stack(sums[:len(sums) // 2]), torch.stack(sums[len(sums) // 2:])]), router_loss
+                loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
+                router_loss = router_loss + loss / len(batches)
+        return torch.stack(sums).reshape(2, -1).clone(), router_loss
+
 
 def build_model(args):
     """The model without memory (meta device) on every rank, its float32 weights on rank 0, their hash."""
     transformers.utils.logging.disable_progress_bar()
-    weights = None
+    weights, digest = None, hashlib.sha256()
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)
         with torch.device("meta"):
@@ -303,19 +309,18 @@ def build_model(args):
             weights = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
             model.generation_config = weights.generation_config
     except Exception as error:
-        fail(f"--model {args.model} is no causal language model ({str(error).strip().splitlines()[0][:160]})")
+        fail(f"--model {args.model} is not a causal language model ({' '.join(str(error).split())[:200]})")
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
     plain = model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
     if args.layout == "packed" and (model._is_stateful or not plain):
-        fail(f"--layout packed gathers tokens for attention, but {config.model_type} models mix them in other ways "
-             "too: use --layout concatenated or --layout separate")
+        fail(f"--layout packed gathers tokens for attention, but {config.model_type} mixes them in other ways "
+             "as well; use --layout concatenated or --layout separate")
     if plain:
         model.set_attn_implementation("gathered")
     for module in model.modules():  # dropout and router noise would make the reference another model
-        for key, value in list(vars(module).items()):
-            if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or re.search("drop|jitter", key)):
+        for key in [k for k, v in vars(module).items() if isinstance(v, float)]:
+            if isinstance(module, torch.nn.Dropout) or "drop" in key or "jitter" in key:
                 setattr(module, key, 0.0)
-    digest = hashlib.sha256()
     for key, tensor in sorted(weights.state_dict().items()) if weights else ():
         values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()  # a sample is enough
         digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
@@ -323,10 +328,12 @@ def build_model(args):
     dist.broadcast_object_list(digest, 0)
     return model, weights, digest[0]
 
+
 def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
     """Policy with every block and the rest split over the ranks (FSDP2), its shards sent by rank 0."""
     policy, mesh = Policy(model).train(), dist.init_device_mesh(device.type, (dist.get_world_size(),))
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    cpu_offload = cpu_offload and device.type == "cuda"
     rules |= dict(offload_policy=CPUOffloadPolicy()) if cpu_offload else {}
     for block in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
         if compiled:  # inside the hooks of FSDP, which it could not trace
@@ -334,18 +341,19 @@ def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
         fully_shard(block, **rules)
     fully_shard(policy, **rules)
     whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
-    for key, empty in [*model.named_parameters(), *model.named_buffers()]:  # rotary frequencies: buffers
+    for key, empty in [*model.named_parameters(), *model.named_buffers()]:
         tensor = whole[key].detach() if whole else torch.empty(empty.shape, dtype=empty.dtype)
         tensor = tensor.to(device)
         if isinstance(empty, torch.nn.Parameter):
             tensor = distribute_tensor(tensor, mesh, empty.placements)
             tensor = torch.nn.Parameter(tensor.cpu() if cpu_offload else tensor, empty.requires_grad)
-        else:
+        else:  # rotary frequencies and the like
             dist.broadcast(tensor, 0)
         path, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(path), leaf, tensor)
     model.tie_weights()
     return policy
+
 
 def reference_folder(args, weights, dtype, splits):
     """Where the log-probs of these weights in this precision on these tokens belong, and that as a dict."""
@@ -354,6 +362,7 @@ def reference_folder(args, weights, dtype, splits):
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return Path(args.data, f"ref-{name}"), key
 
+
 def load_reference(args, weights, dtype, splits):
     """Add to each split its float32 (rows, 2) log-probs from cache_ref.py, unless missing or stale."""
     folder, key = reference_folder(args, weights, dtype, splits)
@@ -361,11 +370,22 @@ def load_reference(args, weights, dtype, splits):
     if not (folder / "meta.json").is_file():
         others = [json.loads(path.read_text())["key"] for path in Path(args.data).glob("ref-*/meta.json")]
         stale = [f"; another is stale: other {', '.join(k for k in key if o[k] != key[k])}" for o in others]
-        fail(f"{folder}, the reference's log-probs, is missing{''.join(stale[-1:])}; {command}")
+        fail(f"{folder}, the log-probs of the reference, is missing{''.join(stale[-1:])}; {command}")
     for name, split in splits.items():
-        split["ref"] = np.load(folder / f"{name}-logps.npy")
+        path = folder / f"{name}-logps.npy"
+        split["ref"] = np.load(path) if path.is_file() and path.stat().st_size else np.empty(0)
         if split["ref"].shape != (len(split["rows"]), 2) or not np.isfinite(split["ref"]).all():
-            fail(f"{folder}/{name}-logps.npy is damaged; delete {folder} and {command}")
+            fail(f"{path} is damaged; delete {folder} and {command}")
+
+
+def check_reference(loss, dtype, args):
+    """At step 0 policy and reference are one model, so the loss of the first batch must be ln 2."""
+    if not abs(loss - math.log(2)) < (1e-4 if dtype == torch.float32 else 2e-2):
+        fail(f"the first loss is {loss:.6f}, not ln 2 = 0.693147: the cached reference is not the policy at step "
+             f"0; delete {args.data}/ref-* and run cache_ref.py, or say --no-check_reference if it is meant")
+    if dist.get_rank() == 0:
+        tqdm.write(f"first loss {loss:.6f}, ln 2 = 0.693147: the cached reference is the policy at step 0")
+
 
 def reward_metrics(rewards, logps, lengths):
     """{name: (n,)} under the names that dashboards know; a tie counts half; all inputs (2, n)."""
@@ -375,18 +395,18 @@ def reward_metrics(rewards, logps, lengths):
         metrics |= {f"rewards/{side}": rewards[i], f"logps/{side}": logps[i], f"lengths/{side}": lengths[i]}
     return metrics
 
+
 def pair_losses(policy, part, split, totals, args):
     """Losses (n,) of a micro-batch as they are optimised; adds its metrics to the sums in `totals`."""
     real = min(len(part), 1)  # 0 on a rank that got no pairs: it computes along, with weight 0
     part = part if real else [0]
     pairs = [split["rows"][int(row)] for row in part]
     logps, router_loss = policy(collate(pairs, args.layout), args.router_aux_coef > 0)
-    device = logps.device
-    lengths = torch.from_numpy(split["lengths"][part].T).to(device)  # (3, n)
-    ref_logps = torch.from_numpy(split["ref"][part].T).to(device) if "ref" in split else None  # (2, n)
+    lengths = torch.from_numpy(split["lengths"][part].T).to(logps.device)  # (3, n)
+    ref_logps = torch.from_numpy(split["ref"][part].T).to(logps.device) if "ref" in split else None
     losses, metrics = preference_loss(logps, ref_logps, lengths[1:], args)
     metrics |= {"preference_loss": losses, "tokens": lengths.sum(0), "pairs": torch.ones_like(losses)}
-    losses = losses * torch.tensor([pair.get("weight", 1.0) for pair in pairs], device=device)
+    losses = losses * torch.tensor([pair.get("weight", 1.0) for pair in pairs], device=logps.device)
     losses = losses - args.sft_weight * logps[0] / lengths[1]
     if args.router_aux_coef:
         losses = losses + args.router_aux_coef * router_loss
@@ -396,28 +416,31 @@ def pair_losses(policy, part, split, totals, args):
         totals[name] = totals.get(name, 0.0) + real * value.detach().double().sum()
     return real * losses
 
+
 def mean_over_pairs(totals):
     """Means over the pairs of all ranks, of sums made by pair_losses; `pairs` and `tokens` stay sums."""
-    names = sorted(totals)
-    sums = torch.stack([totals[name] for name in names])
+    sums = torch.stack([totals[name] for name in sorted(totals)])
     dist.all_reduce(sums)
-    sums = dict(zip(names, sums.tolist()))
+    sums = dict(zip(sorted(totals), sums.tolist()))
     return {n: v if n in ("pairs", "tokens") else v / sums["pairs"] for n, v in sums.items()}
+
 
 def evaluate(policy, split, args):
     """Metrics of a whole split as {eval/...: mean}, dealt over the ranks."""
-    totals, rank, world = {}, dist.get_rank(), dist.get_world_size()
-    rows = np.arange(len(split["rows"]))
-    for part in micro_batches(rows, split["lengths"], args.layout, args.max_tokens, world)[rank::world]:
-        with torch.no_grad():
+    totals, world, rows = {}, dist.get_world_size(), np.arange(len(split["rows"]))
+    lists = micro_batches(rows, split["lengths"], args.layout, args.max_tokens, world)
+    with torch.no_grad():
+        for part in lists[dist.get_rank()::world]:
             pair_losses(policy, part, split, totals, args)
     return {f"eval/{k}": v for k, v in mean_over_pairs(totals).items() if k not in ("pairs", "tokens")}
+
 
 def batch_rows(step, pairs, args):
     """Rows of optimiser step `step`: a function of the seed alone, so a resumed run repeats none."""
     epoch, index = divmod(step, math.ceil(pairs / args.batch_size))
     order = np.random.default_rng((args.seed, epoch)).permutation(pairs)
     return order[index * args.batch_size:(index + 1) * args.batch_size]
+
 
 def learning_rate(step, steps, args):
     """For optimiser step 0 <= step < steps; neither the first nor the last is wasted on a rate of 0."""
@@ -428,6 +451,7 @@ def learning_rate(step, steps, args):
     cosine = 0.5 - 0.5 * math.cos(math.pi * left)
     return args.learning_rate * dict(linear=left, cosine=cosine, constant=1.0)[args.schedule]
 
+
 def open_run(args):
     """Rank 0 opens the run's folder and writes args.json. Returns the step to continue from (0 = afresh)."""
     out, step, kept = Path(args.out), [0], dataclasses.asdict(args)
@@ -436,60 +460,67 @@ def open_run(args):
         before = json.loads((out / "args.json").read_text())["args"] if (out / "args.json").exists() else kept
         if before is not kept and not args.resume:
             fail(f"--out {out} already holds a run; continue it with --resume, or choose another --out")
-        free = ("out resume save_every keep hub_repo layout max_tokens activation_checkpointing compile cpu_offload "
-                "liger log_every eval_every wandb").split()  # these change nothing but rounding
-        changed = [f"--{k} was {before.get(k)}, is {kept[k]}" for k in kept if k not in free and before.get(k) != kept[k]]
-        if changed:
-            fail(f"--out {out} is another run's: {'; '.join(changed)}; repeat its flags, or choose another --out")
+        free = ("out resume save_every keep hub_repo layout max_tokens activation_checkpointing compile "
+                "cpu_offload liger log_every eval_every wandb").split()  # these change rounding at most
+        new = [f"--{k} was {before.get(k)}, is {v}" for k, v in kept.items() if v != before.get(k)]
+        new = [text for text in new if text.split()[0][2:] not in free]
+        if new:
+            fail(f"--out {out} holds another run: {'; '.join(new)}; repeat its flags, or choose another --out")
         step = [max([int(path.name[5:]) for path in out.glob("step-*")], default=0)]
         log = (out / "log.jsonl").read_text().splitlines() if step[0] else []
         log = [line + "\n" for line in log if line.endswith("}") and json.loads(line)["step"] <= step[0]]
-        (out / "log.jsonl").write_text("".join(log))  # what came after the checkpoint is computed again
+        (out / "log.jsonl").write_text("".join(log))  # what came after the checkpoint comes again
         commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True)
-        record = dict(args=kept, ranks=dist.get_world_size(), torch=torch.__version__, numpy=np.__version__,
-                      device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                      transformers=transformers.__version__, datasets=datasets.__version__,
-                      commit=commit.stdout.decode().strip(), script=hashlib.sha256(
-                          Path(__file__).read_bytes()).hexdigest()[:16])
+        record = dict(args=kept, ranks=dist.get_world_size(), commit=commit.stdout.decode().strip(),
+                      script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
+                      device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+        record |= {each.__name__: each.__version__ for each in (torch, transformers, datasets, np)}
         (out / "args.json").write_text(json.dumps(record, indent=1))
     dist.broadcast_object_list(step, 0)
     return step[0]
 
+
 def checkpoint_state(policy, optimizer):
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen: the base under LoRA
     model, optim = get_state_dict(policy, optimizer, options=options)
     return dict(model=model, optim=optim, rng=torch.get_rng_state()), options
 
+
 def save_checkpoint(policy, optimizer, step, args):
     """out/step-NNNNNN: weights, optimiser and random state, written aside and renamed when complete."""
-    out = Path(args.out)
-    aside, old = out / f"{step}.tmp", out / "old.tmp"
+    out, state = Path(args.out), checkpoint_state(policy, optimizer)[0]
     try:
-        dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=aside)
-        for path in sorted(out.glob("step-*"))[:1 - args.keep or None] if dist.get_rank() == 0 else []:
-            path.rename(old)  # first, so that a kill leaves no half-deleted checkpoint
-            shutil.rmtree(old)
+        dcp.save(state, checkpoint_id=out / "new.tmp")
         if dist.get_rank() == 0:
-            aside.rename(out / f"step-{step:06d}")
+            (out / "new.tmp").rename(out / f"step-{step:06d}")
+            for old in sorted(out.glob("step-*"))[:-args.keep]:
+                old.rename(out / "old.tmp")  # first, so that a kill leaves no half-deleted checkpoint
+                shutil.rmtree(out / "old.tmp")
     except Exception as error:  # a full disk is a different error in every layer
-        fail(f"{aside} cannot be written ({error}); the checkpoint before it is intact, continue with --resume")
+        fail(f"{out}/new.tmp cannot be written ({' '.join(str(error).split())[:200]}); the checkpoint before it "
+             "is intact: make room and continue with --resume")
     dist.barrier()
+
 
 def load_checkpoint(policy, optimizer, step, args):
     state, options = checkpoint_state(policy, optimizer)
     dcp.load(state, checkpoint_id=Path(args.out, f"step-{step:06d}"))
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"], options=options)
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"],
+                   options=options)
     torch.set_rng_state(state["rng"])
 
+
 def save_final(policy, tokenizer, args):
-    """out/final: a Hugging Face folder (an adapter, with LoRA) in the precision of --model, and hub_repo."""
+    """out/final: a Hugging Face folder (an adapter, with LoRA) in the precision of --model; then the hub."""
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
-        kind = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
-        state = {key.removeprefix("model."): tensor.to(kind) for key, tensor in state.items()}
-        policy.model.to(kind).save_pretrained(aside, state_dict=state)
+        dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
+        policy.model.config.dtype = dtype
+        state = {key.removeprefix("model."): tensor.to(dtype) for key, tensor in state.items()}
+        policy.model.save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
+        shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         if args.hub_repo:
             import huggingface_hub
@@ -497,49 +528,25 @@ def save_final(policy, tokenizer, args):
             huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
     dist.barrier()
 
-def speed(totals, seconds, policy, args):
+
+def speed(means, seconds, policy, args):
     """tokens/s of all ranks, peak memory of this one, and MFU (arXiv 2204.02311) if the GPU is known."""
-    cuda, head = torch.cuda.is_available(), policy.model.get_output_embeddings().weight
+    cuda = torch.cuda.is_available()
     memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
-    line = {"tokens/s": totals["tokens"] / seconds, "memory/GiB": memory / 2**30}
     peaks = dict(A100=312e12, H100=989e12, H200=989e12, B200=2250e12, MI300X=1307e12, L40S=362e12)
     peak = [v for k, v in peaks.items() if cuda and k in torch.cuda.get_device_name()]
-    if peak and args.dtype != "float32":  # the head works on response tokens only, the embedding not at all
-        embedding = policy.model.get_input_embeddings().weight
-        trunk = sum(p.numel() for p in policy.parameters()) - head.numel() * (1 + (head is not embedding))
-        responses = (totals["lengths/chosen"] + totals["lengths/rejected"]) * totals["pairs"]
-        work = (4 if args.lora_rank else 6) * (trunk * totals["tokens"] + head.numel() * responses)
+    line = {"tokens/s": means["tokens"] / seconds, "memory/GiB": memory / 2**30}
+    if peak and args.dtype != "float32":  # the head works on response tokens only, an embedding not at all
+        tables = [m().weight for m in (policy.model.get_input_embeddings, policy.model.get_output_embeddings)]
+        trunk = sum(p.numel() for p in policy.parameters()) - sum(t.numel() for t in {*tables})
+        responses = (means["lengths/chosen"] + means["lengths/rejected"]) * means["pairs"]
+        work = (4 if args.lora_rank else 6) * (trunk * means["tokens"] + tables[1].numel() * responses)
         line["mfu"] = work / seconds / dist.get_world_size() / peak[0]
     return line
 
 
-def add_lora(model, weights, args):
-    """Freeze the model and give every linear layer but the head a trained low-rank term (peft)."""
-    from peft import LoraConfig
-    torch.manual_seed(args.seed)
-    config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-    for each in (model, weights) if weights else (model,):
-        each.add_adapter(config)
-
-def check_reference(loss, dtype, args):
-    """At step 0 policy and reference are one model, so the loss of the first batch must be ln 2."""
-    error, bound = abs(loss - math.log(2)), 1e-4 if dtype == torch.float32 else 2e-2
-    if not error < bound:
-        fail(f"the first batch's loss is {loss:.6f}, not ln 2 = 0.693147: the cached reference is not the policy "
-             f"at step 0; delete {args.data}/ref-*, run cache_ref.py again, or --no-check_reference if meant")
-    if dist.get_rank() == 0:
-        tqdm.write(f"first loss {loss:.6f}, ln 2 = 0.693147: the cached reference is the policy at step 0")
-
-def stop_non_finite(broken, step, args):
-    """Name the pairs of all ranks whose loss is not finite, before anything was updated."""
-    names = [None] * dist.get_world_size()
-    dist.all_gather_object(names, broken)
-    which = ", ".join(sum(names, [])[:20]) or "none alone: the gradient overflowed"
-    fail(f"step {step}: loss or gradient is not finite, pairs {which}; nothing was updated, the last checkpoint in "
-         f"{args.out} is good; remove the pairs, or lower --learning_rate {args.learning_rate}")
-
-def logger(args):
-    """A function that rank 0 calls with a dict: to log.jsonl, the console and, if asked, wandb."""
+def open_log(args):
+    """A function that takes a dict and, on rank 0, adds it to log.jsonl, the console and, if asked, wandb."""
     if args.wandb and dist.get_rank() == 0:
         import wandb
         wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args))
@@ -554,6 +561,15 @@ def logger(args):
     return log
 
 
+def stop_non_finite(broken, step, args):
+    """End all ranks before anything is updated, naming the pairs whose loss is not finite."""
+    names = [None] * dist.get_world_size()
+    dist.all_gather_object(names, broken)
+    pairs = ", ".join(sum(names, [])[:20]) or "none alone: the gradient overflowed"
+    fail(f"step {step}: a loss or gradient is not finite (pairs: {pairs}); the checkpoints in {args.out} are good; "
+         f"take these pairs out, or lower --learning_rate {args.learning_rate}")
+
+
 # ---- end of the helpers ----
 
 
@@ -566,7 +582,6 @@ def main():
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 
-    # data, model, reference
     splits, tokenizer = load_data(args)
     train, pairs = splits["train"], len(splits["train"]["rows"])
     if args.batch_size > pairs:
@@ -574,7 +589,11 @@ def main():
     model, weights, digest = build_model(args)
     load_reference(args, digest, dtype, splits)
     if args.lora_rank:
-        add_lora(model, weights, args)
+        from peft import LoraConfig
+        torch.manual_seed(args.seed)
+        adapter = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        for each in (model, weights) if weights else (model,):
+            each.add_adapter(adapter)
     if args.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
@@ -589,19 +608,17 @@ def main():
     start = open_run(args)
     if start:
         load_checkpoint(policy, optimizer, start, args)
-    log = logger(args)
-
+    log, totals, clock = open_log(args), {}, time.time()
     if args.eval_every and not start:
         log({"step": 0} | evaluate(policy, splits["val"], args))
-    totals, clock = {}, time.time()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=args.out, disable=rank > 0)
-    for step in bar:
+
+    for step in tqdm(range(start, steps), args.out, initial=start, total=steps, disable=rank > 0):
         rows, broken = batch_rows(step, pairs, args), []
         lists = micro_batches(rows, train["lengths"], args.layout, args.max_tokens, world)
         for part in lists[rank::world]:
             losses = pair_losses(policy, part, train, totals, args)
-            (losses.sum() * world / len(rows)).backward()  # FSDP averages over ranks
-            broken += [train["rows"][int(row)]["id"] for row in part[~losses.isfinite().cpu().numpy()]]
+            (losses.sum() * world / len(rows)).backward()  # FSDP averages over ranks: the mean over the batch
+            broken += [train["rows"][int(row)]["id"] for row in part[~losses.isfinite().cpu().numpy()[:len(part)]]]
         if step == 0 and args.check_reference:
             check_reference(mean_over_pairs(totals)["preference_loss"], dtype, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
@@ -614,20 +631,21 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
 
-        step, last = step + 1, step + 1 == steps  # now the number of steps done
-        saving = bool(flags[1]) or args.save_every and step % args.save_every == 0
-        if step % args.log_every == 0 or saving or last:
+        done, last = step + 1, step + 1 == steps
+        saving = flags[1] or args.save_every and done % args.save_every == 0
+        logging = done % args.log_every == 0 or saving or last
+        if logging:
             means = mean_over_pairs(totals)
-            means |= speed(means, time.time() - clock, policy, args)
-            log(dict(step=step, epoch=step / epoch_steps, lr=group["lr"], grad_norm=grad_norm) | means)
-        if args.eval_every and (step % args.eval_every == 0 or last):
-            log({"step": step} | evaluate(policy, splits["val"], args))
+            line = dict(step=done, epoch=done / epoch_steps, lr=group["lr"], grad_norm=grad_norm)
+            log(line | means | speed(means, time.time() - clock, policy, args))
+        if args.eval_every and (done % args.eval_every == 0 or last):
+            log({"step": done} | evaluate(policy, splits["val"], args))
         if saving:
-            save_checkpoint(policy, optimizer, step, args)
-        if step % args.log_every == 0 or saving or last:
+            save_checkpoint(policy, optimizer, done, args)
+        if logging:
             totals, clock = {}, time.time()
         if flags[1]:
-            fail(f"stopped by SIGTERM after step {step}, which is saved; continue with --resume")
+            fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
     save_final(policy, tokenizer, args)
     dist.destroy_process_group()
 

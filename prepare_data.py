@@ -1,50 +1,35 @@
-"""Raw preference pairs -> cleaned, templated, tokenised, split: one folder that every script reads.
+"""Raw preference pairs -> cleaned, templated, tokenised and split into a folder all scripts read.
 
-    python prepare_data.py --dataset pairs.jsonl.gz --tokenizer MODEL --out data/pairs
+    python prepare_data.py --dataset a.jsonl.gz,b.parquet --model MODEL --out data/NAME
     python prepare_data.py --dataset HuggingFaceH4/ultrafeedback_binarized --split train_prefs \\
-        --tokenizer MODEL --out data/ultrafeedback
+        --model MODEL --out data/ultrafeedback
 
-Input: comma separated .jsonl, .json or .parquet files (each also .gz), a Hugging Face dataset name
-or a folder that `load_dataset` reads. Every row's format is recognised by its columns:
+Input is .jsonl, .json or .parquet (each also .gz), a hub name, or a folder that load_dataset reads.
+The format of every row is recognised by its columns:
 
     plain            prompt, chosen, rejected: text
-    conversation     chosen, rejected: lists of {role, content}; prompt text, list, or their prefix
+    conversation     chosen, rejected: lists of {role, content}, whose common start is the prompt,
+                     unless a column prompt (text or list) has it
     ShareGPT         conversations: list of {from, value}; chosen, rejected: one message each
-    Alpaca           instruction, input; chosen, rejected: text (`output` is ignored)
-    hh-rlhf          chosen, rejected: "\\n\\nHuman: ... \\n\\nAssistant: ..." (cut at the last one)
-    RewardBench-2    prompt; chosen, rejected: lists of texts -> one pair per chosen x rejected
-    multiple choice  question, options | choices, answer (letter or index) -> correct against wrong:
-                     "question\\nA. option\\nB. option\\nAnswer:" is answered by "B. option"
+    Alpaca           instruction, input, chosen, rejected: text (output is ignored)
+    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", cut at the last Assistant
+    RewardBench-2    prompt: text; chosen, rejected: lists of text; a pair for each chosen x rejected
+    multiple choice  question, options or choices, answer (letter, or index from 0); the prompt is
+                     "question\\nA. option\\nB. option\\nAnswer:" and a response is "B. option"
 
-A text `system` column opens the conversation; `subset`, `category` or `subject` names the subset;
-a `weight` column is kept. Without a chat template (or with --plain) prompt and response are
-concatenated as they are; only a prompt of several turns is written out in the hh-rlhf form.
+Columns of any format: `system` opens the conversation; `subset`, `category` or `subject` names the
+subset; `weight` is kept. Without a chat template, or with --plain, prompt and response are joined
+as they are; a prompt of several turns becomes "\\n\\nHuman: ...\\n\\nAssistant:".
 
-Output: train/ and val/ (`load_from_disk`: prompt, chosen, rejected token ids; source, subset, id,
-weight), meta.json, and dropped.jsonl with place and reason: pairs in = pairs out + dropped.
-A response ends in exactly one end-of-turn token, which is scored: the first special token that the
-template puts after an answer, else the tokenizer's EOS, unless --eos_token names another.
+Output: train/ and val/ (datasets.load_from_disk: token ids prompt, chosen, rejected; source,
+subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs out + dropped; a row
+that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
+the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 """
-
-import argparse
-import dataclasses
-import functools
-import gzip
-import hashlib
-import inspect
-import itertools
-import json
-import multiprocessing
-import os
-import platform
-import random
-import re
-import shutil
-import sys
-import zlib
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import argparse, dataclasses, functools, gzip, hashlib, inspect, itertools, json
+import multiprocessing, os, platform, random, re, shutil, sys, time, types, zlib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, process
 from pathlib import Path
 
 import datasets
@@ -59,44 +44,54 @@ from tqdm import tqdm
 @dataclasses.dataclass(frozen=True)
 class Args:
     # input and output
-    dataset: str  # comma separated .jsonl, .json, .parquet (.gz) files, a folder or a hub name
-    tokenizer: str  # folder or hub name of the model whose tokenizer and chat template are used
-    out: str  # folder to make, e.g. data/NAME
+    dataset: str  # files, separated by commas, or a folder, or a hub name
+    model: str  # folder or hub name of the model whose tokenizer and chat template are used
+    out: str  # folder to make, such as data/NAME
     subset: str = ""  # configuration of a hub dataset
     split: str = "train"  # split of a hub dataset
-    overwrite: bool = False  # replace --out if it is an earlier result of this script
+    overwrite: bool = False  # replace an earlier result in --out
     # what a pair is
-    plain: bool = False  # no chat template: prompt + response text, which may be rendered already
-    eos_token: str = ""  # token that ends a response (default: the template's, else tokenizer's)
-    max_length: int = 2048  # longest prompt + response in tokens; longer pairs are dropped, not cut
-    wrong_options: str = "all"  # multiple choice: pairs against `all` wrong options or a random `one`
-    ties: bool = False  # keep RewardBench-2's Ties subset, whose chosen are all equally right
+    plain: bool = False  # no chat template; the text may be rendered already
+    eos_token: str = ""  # token that ends a response (default: the template's, else the tokenizer's)
+    max_length: int = 2048  # tokens of prompt + longer response; a longer pair is dropped, never cut
+    wrong_options: str = "all"  # multiple choice, wrong options to set against the right one: all | one
+    ties: bool = False  # keep the subset Ties of RewardBench-2, in which several answers are right
     # split and speed
     val_fraction: float = 0.05  # fraction of the prompts, chosen by hash, that go to val
     seed: int = 0  # of the split and of --wrong_options one
-    num_proc: int = 0  # worker processes (0: one per core)
+    num_proc: int = 0  # worker processes; 0 = one per core
 
 
-# ---- copied from dpo.py, byte for byte ----
+# ---- helpers: the same source in every script (tests/test_copies.py); edit them in dpo.py first ----
 
 
 def fail(message: str):
     """End the program with one line on stderr and exit status 1."""
+    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0 spoke
     raise SystemExit(f"error: {message}")
 
 
 def parse_args(cls):
-    """Command line -> frozen dataclass `cls`; the trailing comment of each field is its --help."""
+    """Command line -> frozen dataclass `cls`. A field's trailing comment is its --help; words between bars
+    are its choices; a number is above 0, or may be 0 where that is the default or "0 =" is noted."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
     for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING
-        note = notes[field.name].replace("%", "%%") + ("" if required else f" [{field.default}]")
+        default = None if field.default is dataclasses.MISSING else field.default
+        note = notes[field.name].replace("%", "%%") + ("" if default is None else f" [{default}]")
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        default = None if required else field.default
-        parser.add_argument(f"--{field.name}", required=required, default=default, help=note, **kind)
-    return cls(**vars(parser.parse_args()))
+        parser.add_argument(f"--{field.name}", required=default is None, default=default, help=note, **kind)
+    args = cls(**vars(parser.parse_args()))
+    for name, value in vars(args).items():
+        words = re.sub(r" \(.*?\)", "", notes[name]).split(": ")[-1].split(" | ")
+        positive = "0 =" not in notes[name] and getattr(cls, name, 0)
+        if len(words) > 1 and value not in words:
+            fail(f"--{name} {value} is none of {', '.join(words)}")
+        if isinstance(value, (int, float)) and not (value > 0 if positive else value >= 0):
+            if not isinstance(value, bool):
+                fail(f"--{name} {value} must be {'above' if positive else 'at least'} 0: {notes[name]}")
+    return args
 
 
 def vocab_hash(tokenizer) -> str:
@@ -117,183 +112,417 @@ def content_hash(dataset) -> str:
         digest.update(part.digest() + sizes.digest())
     return digest.hexdigest()[:16]
 
+# ---- rows, streamed: (source, id, line or row number from 1, row) ----
 
-# ---- end of the copies ----
-
-FORMATS = {".jsonl", ".json", ".parquet"}
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
-HH_TURN = "\n\nAssistant:"
-HINTS = {"too long": "raise --max_length", "ties": "--ties keeps them",
-         "template": "--plain does without the chat template",
-         "special token": "--plain takes text that is rendered already"}
-TOKENS = pa.list_(pa.int32())
-SCHEMA = pa.schema({"prompt": TOKENS, "chosen": TOKENS, "rejected": TOKENS, "source": pa.string(),
-                    "subset": pa.string(), "id": pa.string(), "weight": pa.float32()})
-
+FILE = re.compile(r"(.+)\.(jsonl|json|parquet)(\.gz)?")
 
 def short(value) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 160 else f"{text[:160]}... ({len(text)} characters)"
-
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 def drop(reason: str, value):
-    """Leave this pair out: prepare_chunk counts the reason and records the offending value."""
+    """Leave this pair out; prepare_chunk records the reason and the offending value."""
     raise ValueError(reason, short(value))
 
-
-# ---- raw rows, streamed: (source, id without pair number, line or row number, row) ----
-
-
-def parse(text):
+def parse(text: bytes):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        return f"not JSON ({error}): {text[-80:]!r}"  # a str is no row: it is dropped as malformed
-
+        return f"not JSON: {error}: ...{text[-60:]!r}"  # no row, so it is dropped as malformed
 
 def file_rows(path: Path):
-    """Yield (number, row) of one file, both counted from 1."""
-    kind = [s for s in path.suffixes if s in FORMATS][-1]
-    stream = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    _, kind, zipped = FILE.fullmatch(path.name).groups()
     number = 0
     try:
-        with stream:
-            if kind == ".parquet":  # it is read from its end, which gzip cannot seek to
-                file = pa.BufferReader(stream.read()) if path.suffix == ".gz" else stream
-                batches = pq.ParquetFile(file).iter_batches(batch_size=256)
-                yield from enumerate((row for b in batches for row in b.to_pylist()), 1)
-            elif kind == ".json" and stream.read(4096).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] != b"{":
-                stream.seek(0)  # an array; one that starts with { holds a row per line
+        with gzip.open(path) if zipped else open(path, "rb") as stream:
+            start = stream.read(4096).lstrip(b"\xef\xbb\xbf \r\n\t")[:1]
+            stream.seek(0)
+            rows = (parse(line) if line.strip() else ... for line in stream)
+            if kind == "parquet":  # its index is at the end, to which gzip cannot seek
+                file = pq.ParquetFile(pa.BufferReader(stream.read()) if zipped else path)
+                rows = (row for b in file.iter_batches(batch_size=200) for row in b.to_pylist())
+            elif kind == "json" and start != b"{":  # an array; what starts with { has a row per line
                 rows = parse(stream.read())
                 if not isinstance(rows, list):
-                    fail(f"{path}: {short(rows)}; expected a list of rows, or .jsonl with one a line")
-                yield from enumerate(rows, 1)
-            else:
-                stream.seek(0)
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield number, parse(line)
+                    fail(f"{path}: {short(rows)}; make it a list of rows, or .jsonl with one a line")
+            for number, row in enumerate(rows, 1):
+                if row is not ...:  # a blank line
+                    yield number, row
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        fail(f"{path} cannot be read after line {number}: {error}; fetch or write it again")
-
+        fail(f"cannot read {path} after row {number}: {short(error)}; check --dataset or fetch it again")
 
 def all_rows(args):
-    paths = [Path(p.strip()) for p in args.dataset.split(",")]
-    stems = [p.name.split(".")[0] for p in paths]
-    if all(set(p.suffixes[-2:]) & FORMATS and not p.is_dir() for p in paths):
-        if len(set(paths)) < len(paths):
-            fail(f"--dataset {args.dataset} names a file twice")
-        for path, stem in zip(paths, stems, strict=True):
-            name = stem if stems.count(stem) == 1 else str(path)  # ids must stay unique
-            for number, row in file_rows(path):
-                yield path.name, f"{name}:{number:06d}", number, row
+    paths = [Path(part.strip()) for part in args.dataset.split(",")]
+    names = [FILE.fullmatch(path.name) for path in paths]
+    if not all(names):
+        try:
+            rows = datasets.load_dataset(args.dataset, args.subset or None, split=args.split)
+        except Exception as error:  # hub, network, name, split, folder: each raises its own errors
+            fail(f"--dataset {args.dataset} --subset '{args.subset}' --split {args.split}: "
+                 f"{short(error)}; a file ends in .jsonl, .json or .parquet (.gz)")
+        for number, row in enumerate(rows, 1):
+            yield args.dataset, f"{args.dataset}:{number:06d}", number, row
         return
-    try:
-        rows = datasets.load_dataset(args.dataset, args.subset or None, split=args.split)
-    except Exception as error:  # the hub, the network, a wrong name or an unreadable folder
-        fail(f"--dataset {args.dataset} (--subset {args.subset!r}, --split {args.split}): "
-             f"{short(str(error).strip().splitlines()[0])}; give .jsonl, .json or .parquet files "
-             "or a dataset that load_dataset reads")
-    for number, row in enumerate(rows, 1):
-        yield args.dataset, f"{args.dataset}:{number:06d}", number, row
+    if len(set(paths)) < len(paths):
+        fail(f"--dataset {args.dataset} names a file twice")
+    stems = [name[1] for name in names]
+    for path, stem in zip(paths, stems, strict=True):
+        stem = stem if stems.count(stem) == 1 else str(path)  # ids are unique over all files
+        for number, row in file_rows(path):
+            yield path.name, f"{stem}:{number:06d}", number, row
 
 
-# ---- formats: a row -> (format, [(messages, chosen text, rejected text)]) ----
+# ---- formats: a row -> pairs of (messages, chosen text, rejected text) ----
 
+ROLES = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+SAME_ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
 
 def text_of(value, name: str) -> str:
-    if not isinstance(value, str):
-        drop("malformed", f"{name} is {value!r}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        drop("malformed", f"{name} is not valid Unicode: {value!r}")
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):  # half a surrogate pair
+        drop("malformed", f"{name} is not valid text: {value!r}")
     return value
 
-
 def message(value, name: str) -> dict:
-    if not isinstance(value, dict):
-        drop("malformed", f"{name} holds {value!r}, not a message")
-    role = value.get("role") or value.get("from")
+    value = value if isinstance(value, dict) else {"role": f"none: {value!r}"}
+    role = str(value.get("role") or value.get("from"))
+    if SAME_ROLES.get(role, role) not in ROLES:
+        drop("malformed", f"{name} has a message of role {role}")
     content = value.get("value") if value.get("content") is None else value["content"]
-    if role not in ("user", "assistant", "system", "tool", *ROLES):
-        drop("malformed", f"{name} holds a message of role {role!r}")
-    return {"role": ROLES.get(role, role), "content": text_of(content, f"{name} content")}
+    return {"role": SAME_ROLES.get(role, role), "content": text_of(content, f"content in {name}")}
 
-
-def answer_of(value, name: str):
+def answer_of(value, name: str, hh: bool, plain: bool):
     """One side of a pair -> (messages before the answer, text of the answer)."""
+    if hh:
+        prompt, turn, answer = text_of(value, name).rpartition("\n\nAssistant:")
+        if not turn or not prompt.startswith("\n\nHuman:") or "\n\nHuman:" in answer:
+            drop("malformed", f"no prompt column, and {name} is no Human/Assistant dialogue: {value}")
+        turns = re.split(r"\n\n(Human|Assistant):", prompt)[1:]
+        turns = [("user", prompt + turn)] if plain else zip(turns[::2], turns[1::2], strict=True)
+        return [message({"role": who, "content": said if plain else said.strip()}, name)
+                for who, said in turns], answer if plain else answer.strip()
     if not isinstance(value, (list, dict)):
         return [], text_of(value, name)
-    messages = [message(m, name) for m in (value if isinstance(value, list) else [value])]
-    if not messages or messages[-1]["role"] != "assistant":
-        drop("malformed", f"{name} does not end with an assistant turn: {value!r}")
-    return messages[:-1], messages[-1]["content"]
+    *before, last = [message(m, name) for m in (value if isinstance(value, list) else [value])]
+    if last["role"] != "assistant":
+        drop("malformed", f"{name} does not end with an assistant turn: {value}")
+    return before, last["content"]
 
-
-def hh_pair(chosen: str, rejected: str, plain: bool):
-    (prompt, turn, chosen), (other, _, rejected) = (s.rpartition(HH_TURN) for s in (chosen, rejected))
-    if not turn or not prompt.startswith("\n\nHuman:"):
-        drop("malformed", f"no prompt column, and chosen is no Human/Assistant dialogue: {prompt}")
-    if prompt != other:
-        drop("prompts differ", f"...{prompt[-60:]!r} and ...{other[-60:]!r}")
-    if "\n\nHuman:" in chosen + rejected:
-        drop("malformed", f"the dialogue ends with a Human turn: ...{(chosen + rejected)[-100:]!r}")
-    if plain:
-        return [{"role": "user", "content": prompt + turn}], chosen, rejected
-    turns = re.split(r"\n\n(Human|Assistant):", prompt)[1:]
-    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
-            for who, said in zip(turns[::2], turns[1::2], strict=True)], chosen.strip(), rejected.strip()
-
-
-def one_pair(row, chosen, rejected, plain: bool):
-    """Every format but hh-rlhf and multiple choice -> (messages, chosen text, rejected text)."""
-    (before, chosen), (other, rejected) = answer_of(chosen, "chosen"), answer_of(rejected, "rejected")
-    if before != other:
-        drop("prompts differ", f"{before!r:.70} and {other!r:.70}")
-    prompt = row.get("conversations", row.get("prompt"))
-    if "instruction" in row:
-        extra = text_of(row.get("input") or "", "input")
-        prompt = text_of(row["instruction"], "instruction") + (f"\n\n{extra}" if extra.strip() else "")
-    if isinstance(prompt, list):
-        turns = [message(m, "prompt") for m in prompt]
-        messages = before if before[:len(turns)] == turns else turns + before
-    elif before:  # the sides hold the whole conversation, a prompt text only repeats a part of it
-        messages = before
-    else:
-        messages = [{"role": "user", "content": text_of(prompt, "prompt")}]
-    if row.get("system") and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": text_of(row["system"], "system")}, *messages]
-    if messages[-1]["role"] not in ("user", "tool"):
-        drop("malformed", f"the prompt ends with a {messages[-1]['role']} turn")
-    return messages, chosen, rejected
-
-
-def choice_pairs(row, args, plain: bool, key: str) -> list:
+def choice_row(row: dict, args, plain: bool, key: str):
+    """Multiple choice -> (row with a prompt, pairs of the right and a wrong response)."""
     options, answer = row.get("options", row.get("choices")), row["answer"]
     if not isinstance(options, list) or not 2 <= len(options) <= 26:
-        drop("malformed", f"options are {options!r}, not a list of 2 to 26 texts")
+        drop("malformed", f"options are {options}, not a list of 2 to 26 texts")
     letters = [chr(65 + i) for i in range(len(options))]
     right = letters.index(answer) if answer in letters else answer
     if type(right) is not int or not 0 <= right < len(options):
         drop("malformed", f"answer {answer!r} is no letter or index of {len(options)} options")
     lines = [f"{a}. {text_of(option, 'option')}" for a, option in zip(letters, options, strict=True)]
-    content = "\n".join([text_of(row["question"], "question"), *lines, "Answer:"])
-    wrong = [line for line in lines if line != lines[right]]
+    prompt = "\n".join([text_of(row["question"], "question"), *lines, "Answer:"])
+    replies = [" " * plain + line for line in lines]
+    chosen = replies.pop(right)
     if args.wrong_options == "one":
-        wrong = [random.Random(f"{args.seed} {key}").choice(wrong)]
-    gap = " " if plain else ""
-    return [([{"role": "user", "content": content}], gap + lines[right], gap + w) for w in wrong]
+        replies = [random.Random(f"{args.seed} {key}").choice(replies)]
+    return row | {"prompt": prompt}, [(chosen, wrong) for wrong in replies]
 
-
-def row_pairs(row, args, plain: bool, key: str):
-    """-> (name of the format, list of functions that each give one pair or drop it)."""
+def read_row(row, args, plain: bool, key: str):
+    """-> (name of the format, row, list of raw (chosen, rejected), for some formats several)."""
     if not isinstance(row, dict):
-        drop("malformed", row if isinstance(row, str) else f"a row is {row!r}, not an object")
-    if "question" in row and "answer" in row and ("options" in row or "choices" in row):
-        return "multiple choice", [lambda p=p: p for p in choice_pairs(row, args, plain, key)]
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen is None or rejected is None or not row.keys() & {"prompt", "conversations", "instruction"}:
-        if not (isinstance(chosen, str) and isinstance(rejected, str)) and not isinstance(chosen, list):
-            drop("malformed", f"no format has these columns, or one is null: {', '.join(row)}")
-    ...
+        drop("malformed", f"no row: {row}")
+    if {"question", "answer"} <= row.keys() and row.keys() & {"options", "choices"}:
+        return "multiple choice", *choice_row(row, args, plain, key)
+    if not {"chosen", "rejected"} <= row.keys():
+        drop("malformed", f"columns of no known format: {', '.join(row)}")
+    sides = [row["chosen"], row["rejected"]]
+    if [] in sides:
+        drop("malformed", f"chosen or rejected is an empty list: {sides}")
+    several = [isinstance(side, list) and not isinstance(side[0], dict) for side in sides]
+    name = ("ShareGPT" if "conversations" in row else "Alpaca" if "instruction" in row
+            else "RewardBench-2" if any(several)
+            else "conversation" if any(isinstance(v, (list, dict)) for v in (*sides, row.get("prompt")))
+            else "plain" if "prompt" in row else "hh-rlhf")
+    sides = [side if many else [side] for side, many in zip(sides, several, strict=True)]
+    return name, row, list(itertools.product(*sides))
+
+def read_pair(row: dict, name: str, pair: tuple, plain: bool):
+    """Raw chosen and rejected of a row -> (messages, chosen text, rejected text)."""
+    (before, chosen), (other, rejected) = (
+        answer_of(side, c, name == "hh-rlhf", plain) for c, side in zip(("chosen", "rejected"), pair))
+    if before != other:
+        drop("prompts differ", next((f"{a} / {b}" for a, b in zip(before, other) if a != b), other))
+    prompt = row.get({"ShareGPT": "conversations", "Alpaca": "instruction"}.get(name, "prompt"))
+    if isinstance(prompt, list):
+        turns = [message(m, "prompt") for m in prompt]
+        messages = before if before[:len(turns)] == turns else turns + before
+    elif before:  # beside a conversation, the text of a prompt only repeats its first question
+        messages = before
+    else:
+        extra = text_of(row.get("input") or "", "input") if name == "Alpaca" else ""
+        prompt = text_of(prompt, "prompt") + f"\n\n{extra}" * bool(extra.strip())
+        messages = [{"role": "user", "content": prompt}]
+    if row.get("system"):
+        messages = [{"role": "system", "content": text_of(row["system"], "system")}, *messages]
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        drop("malformed", f"the prompt does not end with a user turn: {messages}")
+    return messages, chosen, rejected
+
+
+# ---- text and tokens ----
+
+@functools.cache
+def load_tokenizer(args):
+    """What rendering needs, once per process. `tail` is what the template writes after an answer,
+    from its end token on; it is cut off, and the end token comes back as the id `end`."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        template = "" if args.plain or not tokenizer.chat_template else tokenizer.get_chat_template()
+        probe = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "An answer."}]
+        text = tokenizer.apply_chat_template(probe, tokenize=False) if template else ""
+    except Exception as error:  # a wrong name, no network, a broken file or template: all differ
+        fail(f"tokenizer or template of --model {args.model}: {short(error)}; check the name, "
+             "or --plain if the template is at fault")
+    tokenizer.model_max_length = 10**9  # --max_length decides; silences a warning
+    tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
+    special, added = ("|".join(re.escape(t.content) for t in tokens if t.special or not only) or "(?!)"
+                      for only in (True, False))
+    named = args.eos_token and args.eos_token in tail
+    found = re.search(re.escape(args.eos_token) if named else special, tail)
+    end = args.eos_token or (found[0] if found else tokenizer.eos_token)
+    if not tokenizer.is_fast or end not in tokenizer.get_vocab():
+        fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
+             f"token {end!r} in its vocabulary; set --eos_token")
+    bos = [] if template else tokenizer("a").input_ids[:1]
+    return types.SimpleNamespace(
+        tokenizer=tokenizer, template=template, end=tokenizer.get_vocab()[end], end_token=end,
+        tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
+        bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
+        seams=re.compile(rf"\s*({added})\s*"), normalizer=tokenizer.backend_tokenizer.normalizer)
+
+def canonical(kit, text: str) -> str:
+    """Text without what tokenizers change on purpose: normal form, spaces around special tokens."""
+    text = kit.normalizer.normalize_str(text) if kit.normalizer else text
+    return kit.seams.sub(r"\1", text.replace("\u2581", " ")).lstrip(" ")  # SentencePiece's space
+
+def render(kit, messages: list, answers: list):
+    """-> (text of the prompt, [prompt + answer, without end token]). Templates strip, reorder and
+    leave out, so a response is whatever follows the prompt in the rendered conversation."""
+    if not kit.template:
+        prompt, gap = messages[0]["content"], ""
+        if len(messages) > 1:
+            prompt = "".join(f"\n\n{ROLES[m['role']]}: {m['content']}" for m in messages)
+            prompt, gap = prompt + "\n\nAssistant:", " "
+        end = re.escape(kit.end_token) + r"\s*\Z"
+        return prompt, [re.sub(end, "", prompt + gap + answer) for answer in answers]
+    chat = functools.partial(kit.tokenizer.apply_chat_template, tokenize=False)
+    try:
+        prompt, bare = chat(messages, add_generation_prompt=True), chat(messages)
+        texts = [chat([*messages, {"role": "assistant", "content": a}]) for a in answers]
+    except Exception as error:  # a template raises what it likes
+        drop("template", f"{type(error).__name__}: {error}")
+    whole = all(text.startswith(prompt) for text in texts)
+    if not whole:  # it opens <think> for generation and leaves it out of a conversation
+        prompt = os.path.commonprefix([prompt, *texts])
+    if not (whole or prompt.startswith(bare)) or not all(text.endswith(kit.tail) for text in texts):
+        drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
+    return prompt, [text.removesuffix(kit.tail) for text in texts]
+
+def encode(kit, args, messages: list, answers: list):
+    """-> (text of the prompt, its token ids, token ids of the two responses)."""
+    asked = [m["content"] for m in messages]
+    if not all(answer.strip() for answer in answers) or not "".join(asked).strip():
+        drop("empty", [asked[-1], *answers])
+    for found in map(kit.special.search, [] if args.plain else asked + answers):
+        if found:
+            drop("special token", found.string[max(0, found.start() - 40):found.end() + 40])
+    prompt, texts = render(kit, messages, answers)
+    if not all(text[len(prompt):].strip() for text in texts):
+        drop("empty", f"rendering leaves nothing of a response: {answers}")
+    coded = kit.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    sides, offsets = coded["input_ids"], coded["offset_mapping"]
+    if sides[0] == sides[1]:
+        drop("identical", answers[0])
+    # The prompt is what both sides share of the tokens that end inside it. A token across the
+    # boundary belongs to the responses, and so do all tokens of a character that it splits.
+    cut = 0
+    for a, b, (_, end_a), (_, end_b) in zip(*sides, *offsets):
+        if a != b or max(end_a, end_b) > len(prompt):
+            break
+        cut += 1
+    while cut and any(o[cut:] and o[cut][0] < o[cut - 1][1] for o in offsets):
+        cut -= 1
+    bos = [i for i in kit.bos if sides[0][0] != i]
+    length = len(bos) + max(map(len, sides)) + 1
+    if length > args.max_length:
+        drop("too long", f"{length} tokens")
+    if not bos + sides[0][:cut] or len(prompt) - (offsets[0][cut - 1][1] if cut else 0) > 64:
+        drop("boundary", f"no token of the prompt ends near its end: {prompt[-64:]}")
+    for ids, text in zip(sides, texts, strict=True):
+        back = kit.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if back != text and canonical(kit, back) != canonical(kit, text):
+            at = max(0, len(os.path.commonprefix([back, text])) - 20)
+            drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
+        if kit.end in ids[cut:]:
+            drop("special token", f"{kit.end_token} inside a response: {text[len(prompt):]}")
+    return prompt, bos + sides[0][:cut], *(ids[cut:] + [kit.end] for ids in sides)
+
+def prepare_pair(kit, args, row: dict, name: str, pair: tuple):
+    """-> (split, columns of the pair)."""
+    label = next((row[c] for c in ("subset", "category", "subject") if row.get(c)), "")
+    if name == "RewardBench-2" and label == "Ties" and not args.ties:
+        drop("ties", pair[0])
+    weight = row.get("weight", 1.0)
+    if type(weight) not in (int, float) or not 0 <= weight < 1e30:
+        drop("malformed", f"weight is {weight!r}, not a number from 0")
+    messages, *answers = read_pair(row, name, pair, not kit.template)
+    prompt, *ids = encode(kit, args, messages, answers)
+    # Prompts that differ only in white space or Unicode form may have equal tokens: one split.
+    same = f"{args.seed} {' '.join(canonical(kit, prompt).split())}"
+    point = int.from_bytes(hashlib.sha256(same.encode()).digest()[:8], "big") / 2**64
+    columns = dict(zip(SIDES, ids), subset=text_of(str(label), "subset"), weight=float(weight))
+    return ("val" if point < args.val_fraction else "train"), columns
+
+def attempt(step, *inputs):
+    try:
+        return step(*inputs)
+    except ValueError as error:  # of drop: reason and value
+        return error
+
+def prepare_chunk(args, chunk: list):
+    """Rows -> (how many, Arrow batch of each split, records of the dropped, rows of each format)."""
+    kit, pairs, dropped, formats = load_tokenizer(args), {"train": [], "val": []}, [], Counter()
+    for source, key, number, row in chunk:
+        results = [attempt(read_row, row, args, not kit.template, key)]
+        if isinstance(results[0], tuple):
+            name, row, sides = results[0]
+            formats[name] += 1
+            results = [attempt(prepare_pair, kit, args, row, name, side) for side in sides]
+        for k, result in enumerate(results):
+            one = f"{key}-{k}" if len(results) > 1 else key
+            if isinstance(result, tuple):
+                pairs[result[0]].append(result[1] | {"source": source, "id": one})
+            else:
+                reason, value = result.args
+                dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
+    batches = {split: pa.RecordBatch.from_pylist(rows, SCHEMA) for split, rows in pairs.items()}
+    return len(chunk), batches, dropped, formats
+
+
+# ---- the folder ----
+
+SIDES = ("prompt", "chosen", "rejected")
+SCHEMA = pa.schema({side: pa.list_(pa.int32()) for side in SIDES} | {
+    "source": pa.string(), "subset": pa.string(), "id": pa.string(), "weight": pa.float32()})
+HINTS = {"too long": "raise --max_length", "template": "try --plain", "ties": "add --ties",
+         "special token": "add --plain if the text is rendered already"}
+
+def in_parallel(args):
+    """Results of prepare_chunk in the order of the rows, with few chunks in memory at any time."""
+    rows, work = all_rows(args), functools.partial(prepare_chunk, args)
+    chunks = iter(lambda: list(itertools.islice(rows, 200)), [])
+    workers = args.num_proc or len(os.sched_getaffinity(0))
+    if workers == 1:
+        yield from map(work, chunks)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        while block := list(itertools.islice(chunks, 4 * workers)):  # map alone would read all rows
+            yield from pool.map(work, block)
+
+def write_pairs(args, folder: Path) -> dict:
+    """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> the counts."""
+    rows, formats, dropped, pairs, examples = 0, Counter(), Counter(), Counter(train=0, val=0), {}
+    with (pa.OSFile(f"{folder}/train.arrow", "wb") as train, open(folder / "dropped.jsonl", "w") as log,
+          pa.OSFile(f"{folder}/val.arrow", "wb") as val, tqdm(unit=" rows") as bar):
+        writers = {"train": pa.ipc.new_stream(train, SCHEMA), "val": pa.ipc.new_stream(val, SCHEMA)}
+        for read, batches, records, names in in_parallel(args):
+            for split, batch in batches.items():
+                writers[split].write_batch(batch)
+                pairs[split] += len(batch)
+            for record in records:
+                dropped[record["reason"]] += 1
+                examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
+                log.write(json.dumps(record) + "\n")
+            rows, formats = rows + read, formats + names
+            bar.update(read)
+        for writer in writers.values():
+            writer.close()
+    if not all(pairs.values()):
+        shutil.copy(folder / "dropped.jsonl", f"{args.out}.dropped.jsonl")
+        reason = max(dropped, key=dropped.get, default="none")
+        fail(f"{' and '.join(s for s in pairs if not pairs[s])} would be empty: {args.dataset} has {rows} "
+             f"rows, {pairs.total()} pairs were kept, {dropped.total()} dropped, most as '{reason}' "
+             f"({examples.get(reason, '')}); {HINTS.get(reason, 'mend the rows')}, or give more rows, or "
+             f"change --val_fraction or --seed; see {args.out}.dropped.jsonl")
+    return dict(rows=rows, formats=formats, pairs_in=pairs.total() + dropped.total(),
+                pairs_out=pairs.total(), **pairs, dropped=dropped)
+
+def save(args, kit, folder: Path, counts: dict):
+    """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
+    datasets.disable_progress_bars()
+    splits, subsets, lengths = {}, Counter(), []
+    for split in ("train", "val"):
+        rows = datasets.Dataset.from_file(f"{folder}/{split}.arrow")
+        if pc.all(pc.equal(rows.data.column("weight"), 1)).as_py():
+            rows = rows.remove_columns("weight")
+        rows.save_to_disk(f"{folder}/{split}")
+        os.remove(f"{folder}/{split}.arrow")  # stays readable while it is open
+        counted = pc.value_counts(rows.data.column("subset")).to_pylist()
+        subsets += Counter({entry["values"]: entry["counts"] for entry in counted})
+        lengths.append([pc.list_value_length(rows.data.column(side)).to_numpy() for side in SIDES])
+        splits[split] = rows
+    lengths = np.concatenate(lengths, 1)  # (3, pairs)
+    lengths = dict(zip(SIDES, lengths), pair=lengths.sum(0))
+    meta = dict(
+        arguments=dataclasses.asdict(args), tokenizer=args.model, vocab_hash=vocab_hash(kit.tokenizer),
+        template_hash=kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16],
+        eos_token=kit.end_token, eos_token_id=kit.end, counts=counts | {"subsets": subsets},
+        content_hash={split: content_hash(rows) for split, rows in splits.items()},
+        lengths={name: {f"p{p}": int(np.percentile(n, p, method="higher"))
+                        for p in (0, 10, 50, 90, 99, 100)} for name, n in lengths.items()},
+        versions={m.__name__: m.__version__ for m in (datasets, transformers, pa, np)}
+        | {"python": platform.python_version()})
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return meta, splits["train"][0]
+
+def report(args, kit, meta: dict, pair: dict):
+    counts, decode = meta["counts"], kit.tokenizer.decode
+    print("formats   " + ", ".join(f"{name}, {n:,} rows" for name, n in counts["formats"].items()))
+    print(f"template  {'the chat template' if kit.template else 'none, plain text'}; "
+          f"{kit.bos and 'BOS before the prompt' or 'no BOS added'}; end token {kit.end_token} ({kit.end})")
+    print(f"pairs     {counts['pairs_in']:,} in ({counts['rows']:,} rows) = {counts['pairs_out']:,} out "
+          f"({counts['train']:,} train, {counts['val']:,} val) + {counts['dropped'].total():,} dropped")
+    for reason, n in counts["dropped"].most_common():
+        print(f"  dropped {n:>7,}  {reason}")
+    for name, points in meta["lengths"].items():
+        print(f"{name:10}" + "  ".join(f"{p} {n:>5,}" for p, n in points.items()) + "  tokens")
+    start = decode(pair["prompt"])
+    print(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
+    for side in SIDES[1:]:
+        print(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
+    print(f"wrote     {args.out}")
+
+def main():
+    args = parse_args(Args)
+    out, part = Path(args.out), Path(f"{args.out}.partial")
+    if args.val_fraction >= 1 or args.wrong_options not in ("all", "one"):
+        fail(f"--val_fraction {args.val_fraction} must be below 1, --wrong_options one or all")
+    if out.exists() and not (args.overwrite and (out / "meta.json").is_file()):
+        fail(f"--out {out} exists: choose another, or add --overwrite if it is a result of this script")
+    kit = load_tokenizer(args)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        meta, pair = save(args, kit, part, write_pairs(args, part))
+        if out.exists():
+            out.rename(f"{out}.old")
+        part.rename(out)
+        shutil.rmtree(f"{out}.old", ignore_errors=True)
+    except OSError as error:
+        fail(f"cannot write {part}: {error}; make room or choose another --out")
+    except process.BrokenProcessPool:
+        fail("a worker process was killed, probably for memory: lower --num_proc")
+    finally:  # a result that is not whole is none
+        shutil.rmtree(part, ignore_errors=True)
+    report(args, kit, meta, pair)
+
+
+if __name__ == "__main__":
+    main()

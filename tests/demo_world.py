@@ -16,8 +16,8 @@ says, good and bad alike: it is the base model. Pairs of his answers are then la
 the true reward except in `noise`. The subsets are what separates the algorithms:
 
     plain      two answers with equally much small talk; the better one is chosen
-    length     the better one is chosen, and 80 % of the time it is also the one with more small talk:
-               a habit of the judge that is in the data and not in the reward
+    length     the better one is chosen, and 80 % of the time it is also the one with more small
+               talk: a habit of the judge that is in the data and not in the reward
     frequency  three kinds of gloves, wool (2) > cotton (1) > odd (0), compared in unequal numbers,
                wool-cotton : wool-odd : cotton-odd = 1 : 1 : 10, so that most pairs praise the
                second best (the bandit of AuxDPO, arXiv 2510.20413, Prop. 3, as text)
@@ -271,7 +271,7 @@ def tokenise(tokenizer, conversations: list[tuple[str, str]]) -> tuple[list, lis
                  for texts in (prompts, answers))
 
 
-def pretrain(model, tokenizer, conversations: list, steps: int, lr: float, progress: bool) -> float:
+def pretrain(model, tokenizer, conversations: list, steps: int, lr: float) -> float:
     """Supervised training on the answers, each conversation read once; returns the last loss.
 
     AdamW, 50 steps of warm-up, cosine to zero. Batches are padded, not packed: with several
@@ -282,9 +282,12 @@ def pretrain(model, tokenizer, conversations: list, steps: int, lr: float, progr
 
     ids = list(zip(*tokenise(tokenizer, conversations)))
     size = len(ids) // steps
+    # Every token weighs the same. With the mean of each batch, batches of short answers would
+    # teach the model to be shorter than the shopkeeper: 0.7 sentences of small talk, not 1.3.
+    tokens = torch.tensor(size * sum(len(answer) for _, answer in ids) / len(ids))
     # Sorting within twenty batches leaves little padding and the batches as good as random.
     ids = [pair for start in range(0, len(ids), 20 * size)
-           for pair in sorted(ids[start:start + 20 * size], key=lambda pair: len(pair[0] + pair[1]))]
+           for pair in sorted(ids[start:start + 20 * size], key=lambda turn: len(sum(turn, [])))]
     batches = [ids[start:start + size] for start in range(0, steps * size, size)]
     random.Random(0).shuffle(batches)
 
@@ -292,7 +295,7 @@ def pretrain(model, tokenizer, conversations: list, steps: int, lr: float, progr
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
     losses = []
-    bar = trange(steps, desc="pretraining", disable=not progress)
+    bar = trange(steps, desc="pretraining", disable=None)  # silent where nobody watches
     for step in bar:
         width = max(len(prompt + answer) for prompt, answer in batches[step])
         # The padding stands on the right, so that causal attention needs no mask.
@@ -301,7 +304,7 @@ def pretrain(model, tokenizer, conversations: list, steps: int, lr: float, progr
         for row, (prompt, answer) in enumerate(batches[step]):
             inputs[row, :len(prompt + answer)] = torch.tensor(prompt + answer)
             labels[row, len(prompt):len(prompt + answer)] = torch.tensor(answer)
-        loss = model(input_ids=inputs, labels=labels).loss
+        loss = model(input_ids=inputs, labels=labels, num_items_in_batch=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -351,8 +354,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=3, help="transformer blocks")
     parser.add_argument("--samples", type=int, default=512, help="answers for the check at the end")
     parser.add_argument("--seed", type=int, default=0, help="of pairs, text and weights")
-    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True,
-                        help="show a progress bar")
     args = parser.parse_args(argv)
     for name in ("pairs", "steps", "batch_size", "layers", "samples"):
         if getattr(args, name) < 1:
@@ -371,6 +372,9 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_flush_denormal(True)
+    # A second thread saves a quarter of the time, costs it tenfold when the core is busy, and
+    # makes the weights depend on the number of cores.
+    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     started = time.time()
 
@@ -379,13 +383,13 @@ def main(argv: list[str] | None = None) -> None:
     conversations = draw_conversations(args.steps * args.batch_size, seed=3 * args.seed + 1)
     tokenizer = make_tokenizer(conversations)
     model = make_model(tokenizer, args.hidden, args.layers)
-    loss = pretrain(model, tokenizer, conversations, args.steps, args.lr, args.progress)
+    loss = pretrain(model, tokenizer, conversations, args.steps, args.lr)
     trained = time.time() - started
 
     prompts, spoken = zip(*draw_conversations(args.samples, seed=3 * args.seed + 2))
     answers = sample(model.eval(), tokenizer, list(prompts), args.seed)
     well_formed = sum(map(is_well_formed, answers)) / len(answers)
-    rewards = describe([true_reward(*pair) for pair in zip(prompts, answers)])
+    rewards = describe(list(map(true_reward, prompts, answers)))
 
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
@@ -398,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "vocabulary": len(tokenizer), "loss": round(loss, 4), "well_formed": round(well_formed, 4),
         "true_reward_of_samples": rewards,
-        "true_reward_of_the_shopkeeper": describe([true_reward(*pair) for pair in zip(prompts, spoken)]),
+        "true_reward_of_the_shopkeeper": describe(list(map(true_reward, prompts, spoken))),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     print(f"{out}: {len(pairs)} pairs {counts}; base of {meta['parameters']:,} parameters, loss "

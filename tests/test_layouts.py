@@ -1,0 +1,332 @@
+"""Claim: packed, concatenated and separate compute one and the same log pi(y|x), and its gradient.
+
+Truth is the model's own forward of Hugging Face: one sequence at a time, no padding, all logits, in
+float64 (and once in float32, to see that we lose nothing to its own rounding). Log-probs agree to 1e-5
+relative, the gradient of each parameter to 1e-4 of its norm, for attention models with every peculiarity
+that the gathering of tokens could break: sliding windows, soft-caps, sinks, grouped heads, learned
+positions, tied heads, scaled logits, experts. The rows contain prompts and responses of one token, very
+different lengths, the padding's id as a real token, and sequences longer than the window.
+
+Also: recurrent models are refused where they would be wrong, and right elsewhere; what stands in the
+padding never matters; activation checkpointing, torch.compile and LoRA change nothing that they should not;
+the router loss is Hugging Face's own.
+"""
+import functools
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import dpo
+from conftest import ATTENTION, RECURRENT, VOCAB, random_pairs
+
+LAYOUTS = ["packed", "concatenated", "separate"]
+EXPERTS = ["mixtral", "olmoe", "gpt-oss"]
+BATCHES = {  # (prompt, chosen, rejected) lengths
+    "one short pair": [(1, 1, 1)],
+    "one long pair": [(13, 3, 20)],
+    "five unequal pairs": [(1, 1, 4), (7, 9, 1), (23, 5, 17), (2, 30, 2), (12, 3, 11)],
+}
+LOGPS, GRADIENT = 1e-5, 1e-4  # relative to the value; to the norm of the parameter's gradient
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+def batch_of(name):
+    return random_pairs(BATCHES[name], seed=len(name))
+
+
+def coefficients(pairs):
+    """(2, n) weights of the sum whose gradient is compared, chosen up and rejected down on average."""
+    noise = np.random.default_rng(1).normal(size=(2, len(pairs))) / 4
+    return torch.from_numpy(noise + [[1.0], [-1.0]])
+
+
+@functools.cache
+def make_policy(folder, layout, checkpointing=False, compiled=False, lora_rank=0):
+    args = types.SimpleNamespace(model=folder, layout=layout, lora_rank=lora_rank, seed=0)
+    model, weights, _ = dpo.build_model(args)
+    if lora_rank:
+        dpo.add_lora(model, weights, args)
+    if checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return dpo.shard(model, weights, torch.float32, torch.device("cpu"), compiled=compiled)
+
+
+def gradients(module):
+    """{parameter: float64 gradient}; what the sum does not depend on has gradient 0. Clears them."""
+    found = {}
+    for name, weight in module.named_parameters():
+        grad = torch.zeros(weight.shape) if weight.grad is None else weight.grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        found[name.removeprefix("model.", ) if isinstance(module, dpo.Policy) else name] = grad.double()
+    module.zero_grad()
+    return found
+
+
+def ours(policy, batches, pairs):
+    """Log-probs (2, n) and gradients from batches that collate made."""
+    logps, _ = policy(batches)
+    (logps * coefficients(pairs).to(logps)).sum().backward()
+    return logps.detach().double(), gradients(policy)
+
+
+@functools.cache
+def ours_of(folder, layout, name):
+    return ours(make_policy(folder, layout), dpo.collate(batch_of(name), layout), batch_of(name))
+
+
+@functools.cache
+def hugging_face(folder, name, dtype=torch.float64, **config):
+    """The same from the model's own forward, one sequence at a time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", **config)
+    model.eval()
+    pairs, sums = batch_of(name), []
+    for side in ("chosen", "rejected"):
+        for pair in pairs:
+            ids = torch.tensor(pair["prompt"] + pair[side])
+            logits = model(input_ids=ids[None], use_cache=False).logits[0].to(dtype)
+            logps = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+            sums.append(logps[len(pair["prompt"]) - 1:].sum())
+    logps = torch.stack(sums).view(2, len(pairs))
+    (logps * coefficients(pairs).to(dtype)).sum().backward()
+    return logps.detach().double(), gradients(model)
+
+
+def differences(left, right):
+    """Largest relative difference of the log-probs, and {parameter: that of its gradient, in norm}.
+
+    A gradient that is 0 in theory (GPT-2's key bias: softmax does not see it) is rounding on both sides,
+    so norms below 1e-4 of the whole gradient's count as that much."""
+    logps = ((left[0] - right[0]) / right[0]).abs().max().item()
+    assert left[1].keys() == right[1].keys()
+    whole = torch.stack([grad.norm() for grad in right[1].values()]).norm()
+    return logps, {name: ((left[1][name] - grad).norm() / max(grad.norm(), 1e-4 * whole)).item()
+                   for name, grad in right[1].items()}
+
+
+def assert_same(left, right):
+    logps, grads = differences(left, right)
+    assert logps < LOGPS
+    assert {name: value for name, value in grads.items() if not value < GRADIENT} == {}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ATTENTION)
+def test_every_layout_gives_the_log_probs_and_gradients_of_hugging_faces_own_forward(tiny_model, family, layout):
+    for name in BATCHES:
+        assert_same(ours_of(tiny_model(family), layout, name), hugging_face(tiny_model(family), name))
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_the_three_layouts_agree_with_each_other(tiny_model, family):
+    for name in BATCHES:
+        packed, *others = [ours_of(tiny_model(family), layout, name) for layout in LAYOUTS]
+        for other in others:
+            assert_same(packed, other)
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_hugging_face_in_float32_is_as_close_to_the_truth_as_we_are(tiny_model, family):
+    truth = hugging_face(tiny_model(family), "five unequal pairs")
+    assert_same(hugging_face(tiny_model(family), "five unequal pairs", torch.float32), truth)
+
+
+# Each family's peculiarity, and the configuration of the same weights without it.
+PECULIAR = {"gemma2 window": ("gemma2", dict(sliding_window=1000)), "gemma2 soft-cap of attention": ("gemma2", dict(
+    attn_logit_softcapping=None)), "gemma2 soft-cap of logits": ("gemma2", dict(final_logit_softcapping=None)),
+    "gemma3 window": ("gemma3", dict(sliding_window=1000)), "mistral window": ("mistral", dict(sliding_window=None)),
+    "cohere scale": ("cohere", dict(logit_scale=1.0)), "granite scale": ("granite", dict(logits_scaling=1.0)),
+    "granite attention": ("granite", dict(attention_multiplier=1.0)), "gpt-oss window": ("gpt-oss", dict(
+        sliding_window=1000))}
+
+
+@pytest.mark.parametrize("which", PECULIAR)
+def test_the_comparison_would_notice_that_a_peculiarity_is_ignored(tiny_model, which):
+    family, without = PECULIAR[which]
+    folder, name = tiny_model(family), "five unequal pairs"
+    truth, other = hugging_face(folder, name), hugging_face(folder, name, **without)
+    assert differences(other, truth)[0] > 100 * LOGPS
+
+
+def test_the_truth_itself_depends_on_every_prompt_token_where_there_is_no_window(tiny_model):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    ids = torch.tensor(random_pairs([(40, 1, 1)])[0]["prompt"])
+    before = model(input_ids=ids[None]).logits[0, -1]
+    for place in range(len(ids)):
+        changed = ids.clone()
+        changed[place] = (ids[place] + 1) % VOCAB
+        assert (model(input_ids=changed[None]).logits[0, -1] - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_model_that_is_not_attention_alone_is_refused_when_packed_and_told_the_other_layouts(tiny_model, family):
+    with pytest.raises(SystemExit, match="--layout concatenated or --layout separate"):
+        make_policy(tiny_model(family), "packed")
+
+
+@pytest.mark.parametrize("layout", ["concatenated", "separate"])
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_recurrent_or_hybrid_model_is_right_in_the_padded_layouts(tiny_model, family, layout):
+    for name in BATCHES:
+        assert_same(ours_of(tiny_model(family), layout, name), hugging_face(tiny_model(family), name))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "mixtral", "mamba"])
+@pytest.mark.parametrize("layout", ["concatenated", "separate"])
+def test_what_the_padding_holds_never_matters(tiny_model, family, layout):
+    pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model(family), layout)
+    batches, noise = dpo.collate(pairs, layout), np.random.default_rng(2)
+    for batch in batches:
+        random = torch.from_numpy(noise.integers(0, VOCAB, batch["input_ids"].shape))
+        assert not batch["real"].all() and batch["source"].max() < batch["input_ids"].numel()
+        batch["input_ids"] = torch.where(batch["real"], batch["input_ids"], random)
+    assert_same(ours(policy, batches, pairs), ours_of(tiny_model(family), layout, "five unequal pairs"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "mixtral"])
+def test_what_the_gathered_padding_points_to_never_matters(tiny_model, family):
+    pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model(family), "packed")
+    batch, = dpo.collate(pairs, "packed")
+    random = torch.from_numpy(np.random.default_rng(2).integers(0, len(batch["tokens"]), batch["rows"].shape))
+    batch["rows"] = torch.where(batch["real"], batch["rows"], random)
+    assert_same(ours(policy, [batch], pairs), ours_of(tiny_model(family), "packed", "five unequal pairs"))
+
+
+def test_a_packed_row_holds_every_prompt_and_every_response_once():
+    pairs = batch_of("five unequal pairs")
+    batch, = dpo.collate(pairs, "packed")
+    assert batch["input_ids"].shape == (1, sum(len(p["prompt"] + p["chosen"] + p["rejected"]) for p in pairs))
+    texts = [p["prompt"] + p[side] for side in ("chosen", "rejected") for p in pairs]
+    for row, real, text in zip(batch["rows"], batch["real"], texts, strict=True):
+        assert batch["input_ids"][0, row[real]].tolist() == text
+        assert batch["position_ids"][0, row[real]].tolist() == list(range(len(text)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_targets_are_the_response_tokens_in_order_and_nothing_else(layout):
+    pairs = batch_of("five unequal pairs")
+    for i, batch in enumerate(dpo.collate(pairs, layout)):
+        sides = ["chosen", "rejected"] if layout != "separate" else [["chosen"], ["rejected"]][i]
+        wanted = [pair[side] for side in sides for pair in pairs]
+        assert [part.tolist() for part in batch["targets"].split(batch["sizes"])] == wanted
+        before = [(pair["prompt"] + pair[side])[len(pair["prompt"]) - 1:-1] for side in sides for pair in pairs]
+        assert batch["input_ids"].flatten()[batch["source"]].tolist() == sum(before, [])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_the_chunks_of_the_output_head_change_nothing(tiny_model, chunk):
+    pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model("gemma2"), "packed")
+    logps, _ = policy(dpo.collate(pairs, "packed"), chunk=chunk)
+    (logps * coefficients(pairs).float()).sum().backward()
+    assert_same((logps.detach().double(), gradients(policy)),
+                hugging_face(tiny_model("gemma2"), "five unequal pairs"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mistral", "mixtral", "gpt2", "gpt-oss"])
+def test_activation_checkpointing_changes_no_gradient(tiny_model, family, layout):
+    pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model(family), layout, checkpointing=True)
+    assert policy.model.is_gradient_checkpointing
+    result = ours(policy, dpo.collate(pairs, layout), pairs)
+    assert_same(result, ours_of(tiny_model(family), layout, "five unequal pairs"))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_no_gradient(tiny_model):
+    policy = make_policy(tiny_model("llama"), "packed", compiled=True)
+    for name in BATCHES:  # another shape each
+        result = ours(policy, dpo.collate(batch_of(name), "packed"), batch_of(name))
+        assert_same(result, ours_of(tiny_model("llama"), "packed", name))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_lora_starts_as_the_base_model_and_trains_its_adapters_only(tiny_model, family, layout):
+    pytest.importorskip("peft")
+    policy, pairs = make_policy(tiny_model(family), layout, lora_rank=2), batch_of("five unequal pairs")
+    logps, _ = policy(dpo.collate(pairs, layout))
+    logps.square().sum().backward()
+    truth = hugging_face(tiny_model(family), "five unequal pairs")[0]
+    assert ((logps.detach() - truth) / truth).abs().max() < LOGPS
+    trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    for name, weight in policy.named_parameters():
+        assert (weight.grad is not None) == (name in trained), name
+        if "lora_B" in name:  # A has gradient 0 while B is 0
+            assert weight.grad.full_tensor().norm() > 0, name
+    policy.zero_grad()
+
+
+@functools.cache
+def router_logits(folder, pieces):
+    """Router logits of Hugging Face's own forward, as one tensor per layer over the tokens that `pieces`
+    name: (ids of a sequence, how many of its last tokens count)."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    layers = []
+    for ids, count in pieces:
+        output = model(input_ids=torch.tensor([ids]), output_router_logits=True, use_cache=False)
+        layers.append([logits.reshape(-1, logits.shape[-1])[-count:] for logits in output.router_logits])
+    return model, [torch.cat(parts) for parts in zip(*layers)]
+
+
+def own_router_loss(folder, pieces):
+    model, logits = router_logits(folder, tuple((tuple(ids), count) for ids, count in pieces))
+    balance = sys.modules[type(model).__module__].load_balancing_loss_func
+    return balance(tuple(logits), 4, 2).item()
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_the_router_loss_is_hugging_faces_own_on_the_same_tokens(tiny_model, family):
+    pairs, folder = batch_of("five unequal pairs"), tiny_model(family)
+    whole = {side: [(p["prompt"] + p[side], len(p["prompt"] + p[side])) for p in pairs]
+             for side in ("chosen", "rejected")}
+    each_once = whole["chosen"] + [(p["prompt"] + p["rejected"], len(p["rejected"])) for p in pairs]
+    truth = {"packed": own_router_loss(folder, each_once),
+             "concatenated": own_router_loss(folder, whole["chosen"] + whole["rejected"]),
+             "separate": np.mean([own_router_loss(folder, whole[side]) for side in whole])}
+    for layout in LAYOUTS:
+        _, loss = make_policy(folder, layout)(dpo.collate(pairs, layout), router=True)
+        assert loss.item() == pytest.approx(truth[layout], rel=1e-5), layout
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_the_router_loss_of_padded_rows_is_the_aux_loss_that_hugging_face_returns(tiny_model, family):
+    pairs, folder = batch_of("five unequal pairs"), tiny_model(family)
+    batch, = dpo.collate(pairs, "concatenated")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["real"].long(), output_router_logits=True)
+    _, loss = make_policy(folder, "concatenated")([batch], router=True)
+    assert loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_router_loss_reaches_the_routers_and_leaves_the_log_probs_alone(tiny_model, layout, checkpointing):
+    pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model("mixtral"), layout, checkpointing)
+    logps, loss = policy(dpo.collate(pairs, layout), router=True)
+    loss.backward()
+    routers = {name: grad for name, grad in gradients(policy).items() if "gate.weight" in name}
+    assert routers and all(grad.norm() > 0 for grad in routers.values())
+    truth = hugging_face(tiny_model("mixtral"), "five unequal pairs")[0]
+    assert ((logps.detach() - truth) / truth).abs().max() < LOGPS
+
+
+def test_dropout_is_off_although_the_policy_is_in_training_mode(tiny_model):
+    folder = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    policy, pairs = make_policy(folder, "packed"), batch_of("five unequal pairs")
+    assert policy.model.training
+    logps, _ = policy(dpo.collate(pairs, "packed"))
+    truth = hugging_face(folder, "five unequal pairs")[0]
+    assert ((logps.detach() - truth) / truth).abs().max() < LOGPS
+
+
+def test_the_root_has_no_weight_left_on_the_meta_device(tiny_model):
+    for family in ATTENTION:
+        policy = make_policy(tiny_model(family), "packed")
+        left = [name for name, tensor in [*policy.named_parameters(), *policy.named_buffers()] if tensor.is_meta]
+        assert left == [], family
