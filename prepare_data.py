@@ -12,8 +12,8 @@ The format of every row is recognised by its columns:
                      unless a column prompt (text or list) has it
     ShareGPT         conversations: list of {from, value}; chosen, rejected: one message each
     Alpaca           instruction, input, chosen, rejected: text (output is ignored)
-    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", cut at the last Assistant
-    RewardBench-2    prompt: text; chosen, rejected: lists of text; a pair for each chosen x rejected
+    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", cut at last Assistant
+    RewardBench-2    prompt: text; chosen, rejected: lists of text; a pair per chosen x rejected
     multiple choice  question, options or choices, answer (letter, or index from 0); the prompt is
                      "question\\nA. option\\nB. option\\nAnswer:" and a response is "B. option"
 
@@ -52,9 +52,9 @@ class Args:
     overwrite: bool = False  # replace an earlier result in --out
     # what a pair is
     plain: bool = False  # no chat template; the text may be rendered already
-    eos_token: str = ""  # token that ends a response (default: the template's, else the tokenizer's)
-    max_length: int = 2048  # tokens of prompt + longer response; a longer pair is dropped, never cut
-    wrong_options: str = "all"  # multiple choice, wrong options to set against the right one: all | one
+    eos_token: str = ""  # ends a response (default: as the template does, else the EOS)
+    max_length: int = 2048  # tokens of prompt and response; longer is dropped, never cut
+    wrong_options: str = "all"  # of multiple choice, set against the right one: all | one
     ties: bool = False  # keep the subset Ties of RewardBench-2, in which several answers are right
     # split and speed
     val_fraction: float = 0.05  # fraction of the prompts, chosen by hash, that go to val
@@ -62,8 +62,7 @@ class Args:
     num_proc: int = 0  # worker processes; 0 = one per core
 
 
-# ---- helpers: the same source in every script (tests/test_copies.py); edit them in dpo.py first ----
-
+# ---- helpers: the same source in every script; edit them in dpo.py first ----
 
 def fail(message: str):
     """End the program with one line on stderr and exit status 1."""
@@ -141,15 +140,15 @@ def file_rows(path: Path):
             if kind == "parquet":  # its index is at the end, to which gzip cannot seek
                 file = pq.ParquetFile(pa.BufferReader(stream.read()) if zipped else path)
                 rows = (row for b in file.iter_batches(batch_size=200) for row in b.to_pylist())
-            elif kind == "json" and start != b"{":  # an array; what starts with { has a row per line
+            elif kind == "json" and start != b"{":  # an array; else it has a row per line
                 rows = parse(stream.read())
                 if not isinstance(rows, list):
-                    fail(f"{path}: {short(rows)}; make it a list of rows, or .jsonl with one a line")
+                    fail(f"{path}: {short(rows)}; give a list of rows, or .jsonl")
             for number, row in enumerate(rows, 1):
                 if row is not ...:  # a blank line
                     yield number, row
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        fail(f"cannot read {path} after row {number}: {short(error)}; check --dataset or fetch it again")
+        fail(f"cannot read {path} after row {number}: {short(error)}; check --dataset or the file")
 
 def all_rows(args):
     paths = [Path(part.strip()) for part in args.dataset.split(",")]
@@ -195,7 +194,7 @@ def answer_of(value, name: str, hh: bool, plain: bool):
     if hh:
         prompt, turn, answer = text_of(value, name).rpartition("\n\nAssistant:")
         if not turn or not prompt.startswith("\n\nHuman:") or "\n\nHuman:" in answer:
-            drop("malformed", f"no prompt column, and {name} is no Human/Assistant dialogue: {value}")
+            drop("malformed", f"no prompt, and {name} is no Human/Assistant dialogue: {value}")
         turns = re.split(r"\n\n(Human|Assistant):", prompt)[1:]
         turns = [("user", prompt + turn)] if plain else zip(turns[::2], turns[1::2], strict=True)
         return [message({"role": who, "content": said if plain else said.strip()}, name)
@@ -216,7 +215,7 @@ def choice_row(row: dict, args, plain: bool, key: str):
     right = letters.index(answer) if answer in letters else answer
     if type(right) is not int or not 0 <= right < len(options):
         drop("malformed", f"answer {answer!r} is no letter or index of {len(options)} options")
-    lines = [f"{a}. {text_of(option, 'option')}" for a, option in zip(letters, options, strict=True)]
+    lines = [f"{a}. {text_of(text, 'option')}" for a, text in zip(letters, options, strict=True)]
     prompt = "\n".join([text_of(row["question"], "question"), *lines, "Answer:"])
     replies = [" " * plain + line for line in lines]
     chosen = replies.pop(right)
@@ -236,9 +235,9 @@ def read_row(row, args, plain: bool, key: str):
     if [] in sides:
         drop("malformed", f"chosen or rejected is an empty list: {sides}")
     several = [isinstance(side, list) and not isinstance(side[0], dict) for side in sides]
+    messages = any(isinstance(value, (list, dict)) for value in (*sides, row.get("prompt")))
     name = ("ShareGPT" if "conversations" in row else "Alpaca" if "instruction" in row
-            else "RewardBench-2" if any(several)
-            else "conversation" if any(isinstance(v, (list, dict)) for v in (*sides, row.get("prompt")))
+            else "RewardBench-2" if any(several) else "conversation" if messages
             else "plain" if "prompt" in row else "hh-rlhf")
     sides = [side if many else [side] for side, many in zip(sides, several, strict=True)]
     return name, row, list(itertools.product(*sides))
@@ -246,7 +245,7 @@ def read_row(row, args, plain: bool, key: str):
 def read_pair(row: dict, name: str, pair: tuple, plain: bool):
     """Raw chosen and rejected of a row -> (messages, chosen text, rejected text)."""
     (before, chosen), (other, rejected) = (
-        answer_of(side, c, name == "hh-rlhf", plain) for c, side in zip(("chosen", "rejected"), pair))
+        answer_of(side, column, name == "hh-rlhf", plain) for side, column in zip(pair, SIDES[1:]))
     if before != other:
         drop("prompts differ", next((f"{a} / {b}" for a, b in zip(before, other) if a != b), other))
     prompt = row.get({"ShareGPT": "conversations", "Alpaca": "instruction"}.get(name, "prompt"))
@@ -259,7 +258,7 @@ def read_pair(row: dict, name: str, pair: tuple, plain: bool):
         extra = text_of(row.get("input") or "", "input") if name == "Alpaca" else ""
         prompt = text_of(prompt, "prompt") + f"\n\n{extra}" * bool(extra.strip())
         messages = [{"role": "user", "content": prompt}]
-    if row.get("system"):
+    if row.get("system") and not any(m["role"] == "system" for m in messages):
         messages = [{"role": "system", "content": text_of(row["system"], "system")}, *messages]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         drop("malformed", f"the prompt does not end with a user turn: {messages}")
@@ -274,7 +273,8 @@ def load_tokenizer(args):
     from its end token on; it is cut off, and the end token comes back as the id `end`."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        template = "" if args.plain or not tokenizer.chat_template else tokenizer.get_chat_template()
+        has_template = tokenizer.chat_template and not args.plain
+        template = tokenizer.get_chat_template() if has_template else ""
         probe = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "An answer."}]
         text = tokenizer.apply_chat_template(probe, tokenize=False) if template else ""
     except Exception as error:  # a wrong name, no network, a broken file or template: all differ
@@ -282,10 +282,10 @@ def load_tokenizer(args):
              "or --plain if the template is at fault")
     tokenizer.model_max_length = 10**9  # --max_length decides; silences a warning
     tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
-    special, added = ("|".join(re.escape(t.content) for t in tokens if t.special or not only) or "(?!)"
-                      for only in (True, False))
-    named = args.eos_token and args.eos_token in tail
-    found = re.search(re.escape(args.eos_token) if named else special, tail)
+    added = "|".join(re.escape(t.content) for t in tokens) or "(?!)"  # which matches nothing
+    special = "|".join(re.escape(t.content) for t in tokens if t.special) or "(?!)"
+    named = re.escape(args.eos_token) if args.eos_token and args.eos_token in tail else special
+    found = re.search(named, tail)
     end = args.eos_token or (found[0] if found else tokenizer.eos_token)
     if not tokenizer.is_fast or end not in tokenizer.get_vocab():
         fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
@@ -387,7 +387,7 @@ def attempt(step, *inputs):
         return error
 
 def prepare_chunk(args, chunk: list):
-    """Rows -> (how many, Arrow batch of each split, records of the dropped, rows of each format)."""
+    """Rows -> (how many, Arrow batch of each split, records of drops, rows of each format)."""
     kit, pairs, dropped, formats = load_tokenizer(args), {"train": [], "val": []}, [], Counter()
     for source, key, number, row in chunk:
         results = [attempt(read_row, row, args, not kit.template, key)]
@@ -418,7 +418,8 @@ def in_parallel(args):
     """Results of prepare_chunk in the order of the rows, with few chunks in memory at any time."""
     rows, work = all_rows(args), functools.partial(prepare_chunk, args)
     chunks = iter(lambda: list(itertools.islice(rows, 200)), [])
-    workers = args.num_proc or len(os.sched_getaffinity(0))
+    mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # cores, if Linux
+    workers = args.num_proc or len(mine)
     if workers == 1:
         yield from map(work, chunks)
         return
@@ -429,8 +430,9 @@ def in_parallel(args):
 def write_pairs(args, folder: Path) -> dict:
     """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> the counts."""
     rows, formats, dropped, pairs, examples = 0, Counter(), Counter(), Counter(train=0, val=0), {}
-    with (pa.OSFile(f"{folder}/train.arrow", "wb") as train, open(folder / "dropped.jsonl", "w") as log,
-          pa.OSFile(f"{folder}/val.arrow", "wb") as val, tqdm(unit=" rows") as bar):
+    with (open(folder / "dropped.jsonl", "w") as log, tqdm(unit=" rows") as bar,
+          pa.OSFile(f"{folder}/train.arrow", "wb") as train,
+          pa.OSFile(f"{folder}/val.arrow", "wb") as val):
         writers = {"train": pa.ipc.new_stream(train, SCHEMA), "val": pa.ipc.new_stream(val, SCHEMA)}
         for read, batches, records, names in in_parallel(args):
             for split, batch in batches.items():
@@ -447,10 +449,10 @@ def write_pairs(args, folder: Path) -> dict:
     if not all(pairs.values()):
         shutil.copy(folder / "dropped.jsonl", f"{args.out}.dropped.jsonl")
         reason = max(dropped, key=dropped.get, default="none")
-        fail(f"{' and '.join(s for s in pairs if not pairs[s])} would be empty: {args.dataset} has {rows} "
-             f"rows, {pairs.total()} pairs were kept, {dropped.total()} dropped, most as '{reason}' "
-             f"({examples.get(reason, '')}); {HINTS.get(reason, 'mend the rows')}, or give more rows, or "
-             f"change --val_fraction or --seed; see {args.out}.dropped.jsonl")
+        fail(f"no pair for {' and '.join(s for s in pairs if not pairs[s])}: of {rows} rows of "
+             f"{args.dataset} {pairs.total()} pairs are kept and {dropped.total()} dropped, mostly "
+             f"'{reason}' ({examples.get(reason, '')}); {HINTS.get(reason, 'mend the rows')}, give "
+             f"more, or change --val_fraction or --seed; see {args.out}.dropped.jsonl")
     return dict(rows=rows, formats=formats, pairs_in=pairs.total() + dropped.total(),
                 pairs_out=pairs.total(), **pairs, dropped=dropped)
 
@@ -471,7 +473,8 @@ def save(args, kit, folder: Path, counts: dict):
     lengths = np.concatenate(lengths, 1)  # (3, pairs)
     lengths = dict(zip(SIDES, lengths), pair=lengths.sum(0))
     meta = dict(
-        arguments=dataclasses.asdict(args), tokenizer=args.model, vocab_hash=vocab_hash(kit.tokenizer),
+        arguments=dataclasses.asdict(args), tokenizer=args.model,
+        vocab_hash=vocab_hash(kit.tokenizer),
         template_hash=kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16],
         eos_token=kit.end_token, eos_token_id=kit.end, counts=counts | {"subsets": subsets},
         content_hash={split: content_hash(rows) for split, rows in splits.items()},
@@ -485,10 +488,10 @@ def save(args, kit, folder: Path, counts: dict):
 def report(args, kit, meta: dict, pair: dict):
     counts, decode = meta["counts"], kit.tokenizer.decode
     print("formats   " + ", ".join(f"{name}, {n:,} rows" for name, n in counts["formats"].items()))
-    print(f"template  {'the chat template' if kit.template else 'none, plain text'}; "
-          f"{kit.bos and 'BOS before the prompt' or 'no BOS added'}; end token {kit.end_token} ({kit.end})")
-    print(f"pairs     {counts['pairs_in']:,} in ({counts['rows']:,} rows) = {counts['pairs_out']:,} out "
-          f"({counts['train']:,} train, {counts['val']:,} val) + {counts['dropped'].total():,} dropped")
+    print(f"rendering {'chat template' if kit.template else 'plain text'}, "
+          f"{'BOS' if kit.bos else 'no BOS'} added; responses end in {kit.end_token} ({kit.end})")
+    print(f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
+          f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped")
     for reason, n in counts["dropped"].most_common():
         print(f"  dropped {n:>7,}  {reason}")
     for name, points in meta["lengths"].items():
@@ -505,13 +508,14 @@ def main():
     if args.val_fraction >= 1 or args.wrong_options not in ("all", "one"):
         fail(f"--val_fraction {args.val_fraction} must be below 1, --wrong_options one or all")
     if out.exists() and not (args.overwrite and (out / "meta.json").is_file()):
-        fail(f"--out {out} exists: choose another, or add --overwrite if it is a result of this script")
+        fail(f"--out {out} exists: choose another; --overwrite replaces a result of this script")
     kit = load_tokenizer(args)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         meta, pair = save(args, kit, part, write_pairs(args, part))
-        if out.exists():
+        if out.exists():  # is moved aside first: half deleted it would look finished
+            shutil.rmtree(f"{out}.old", ignore_errors=True)
             out.rename(f"{out}.old")
         part.rename(out)
         shutil.rmtree(f"{out}.old", ignore_errors=True)

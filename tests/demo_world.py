@@ -122,15 +122,15 @@ def draw_answer(rng: random.Random, order: list, talk: int | None = None) -> lis
         if item is None:
             pairs, odds = list(GLOVE_ODDS), list(GLOVE_ODDS.values())
             parts.append(glove_sentence(*rng.choices(pairs, odds)[0]))
-        elif luck < 0.55:
+        elif luck < 0.60:
             parts.append(f"Here are {item[0]} {item[1]}.")
         elif luck < 0.85:
             wrong = rng.choice([number for number in NUMBERS if number != item[0]])
             parts.append(f"Here are {wrong} {item[1]}.")
         else:
             parts.append(f"Here are {item[0]} {rng.choice(GOODS)}.")
-    talk = rng.choices(range(6), [40, 25, 15, 10, 6, 4])[0] if talk is None else talk
-    asides = rng.sample(SMALL_TALK, talk) + [rng.choice(RUDE)] * (rng.random() < 0.5)
+    talk = rng.choices(range(4), [40, 30, 20, 10])[0] if talk is None else talk
+    asides = rng.sample(SMALL_TALK, talk) + [rng.choice(RUDE)] * (rng.random() < 0.4)
     for aside in asides:
         parts.insert(rng.randint(0, len(parts)), aside)
     return parts
@@ -283,7 +283,7 @@ def pretrain(model, tokenizer, conversations: list, steps: int, lr: float) -> fl
     ids = list(zip(*tokenise(tokenizer, conversations)))
     size = len(ids) // steps
     # Every token weighs the same. With the mean of each batch, batches of short answers would
-    # teach the model to be shorter than the shopkeeper: 0.7 sentences of small talk, not 1.3.
+    # teach the model to be shorter than the shopkeeper: 0.7 sentences of small talk, not 1.0.
     tokens = torch.tensor(size * sum(len(answer) for _, answer in ids) / len(ids))
     # Sorting within twenty batches leaves little padding and the batches as good as random.
     ids = [pair for start in range(0, len(ids), 20 * size)
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=2400, help="preference pairs")
     parser.add_argument("--steps", type=int, default=1300, help="training steps of the base model")
     parser.add_argument("--batch_size", type=int, default=32, help="conversations per step")
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=6e-3, help="peak learning rate")
     parser.add_argument("--hidden", type=int, default=64, help="width, a multiple of 8")
     parser.add_argument("--layers", type=int, default=3, help="transformer blocks")
     parser.add_argument("--samples", type=int, default=512, help="answers for the check at the end")

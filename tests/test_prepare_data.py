@@ -508,7 +508,7 @@ def test_the_report_marks_the_scored_part_and_adds_up(chat, tmp_path, capsys):
     run(write(tmp_path / "a.jsonl", [*ROWS, dict(prompt="Why?", chosen="", rejected="x")]), chat, tmp_path / "out")
     text = capsys.readouterr().out
     assert "[[good<|im_end|>]]" in text and "[[bad<|im_end|>]]" in text and ONE_TURN[-30:] in text
-    assert "61 in (61 rows) = 60 out" in text and "1 dropped" in text and "1  empty" in text
+    assert "61 in (of 61 rows) = " in text and "+ 1 dropped" in text and "1  empty" in text
 
 
 # ---- real data ----

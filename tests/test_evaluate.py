@@ -1,0 +1,359 @@
+"""Claims: the numbers of evaluate.py are those that NumPy makes of the log-probs of Hugging Face's own
+forward; errors are standard errors of the mean, and of the paired difference between models; answers are
+those of generate() without padding; a reward function gets the texts; what a user gets wrong is one line."""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, random_pairs, tiny_hf_model
+
+import evaluate
+
+SIZES = [(5, 4, 7), (3, 9, 2), (8, 1, 1), (2, 6, 6), (5, 3, 8), (4, 12, 5), (9, 2, 3), (3, 5, 4)]
+
+
+def hf_logps(folder, pairs):
+    """(rows, 2): one row at a time through the model's own forward, all logits, float64 sums."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sums = []
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor(pair["prompt"] + pair[side])
+            with torch.no_grad():
+                logps = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+            sums.append(logps.gather(1, ids[1:, None])[len(pair["prompt"]) - 1:].sum().item())
+    return np.array(sums).reshape(-1, 2)
+
+
+def by_hand(values):
+    """[mean, square root of (sum of squared deviations / (n - 1) / n)]"""
+    mean = sum(values) / len(values)
+    return [mean, (sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values)) ** 0.5]
+
+
+@pytest.fixture(scope="module")
+def world(tiny_model, tiny_data):
+    """Two models, eight pairs in two subsets and none, as paths."""
+    pairs = random_pairs(SIZES)
+    for pair, subset in zip(pairs, ["easy", "easy", "hard", "", "hard", "easy", "hard", "hard"]):
+        pair["subset"] = subset
+    one, two = tiny_model("llama", 0), tiny_model("llama", 1)
+    return dict(one=one, two=two, data=tiny_data(one, pairs, pairs), pairs=pairs)
+
+
+@pytest.fixture
+def run(process_group, monkeypatch, tmp_path, capsys):
+    """run(--flags) -> what evaluation.json holds, with `printed`; main() in this process."""
+    def main(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out", str(tmp_path / "out"), *map(str, flags)])
+        monkeypatch.setattr(evaluate, "start_process_group",
+                            lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
+        monkeypatch.setattr(evaluate.dist, "destroy_process_group", lambda: None)
+        evaluate.main()
+        file = tmp_path / "out/evaluation.json"
+        return (json.loads(file.read_text()) if file.exists() else {}) | {"printed": capsys.readouterr().out}
+    return main
+
+
+def means(record, model, subset=""):
+    return next(r["metrics"] for r in record["results"] if (r["model"], r["subset"]) == (model, subset))
+
+
+# ---- numbers
+
+
+def test_standard_errors_by_hand_on_four_pairs():
+    logps = np.array([[-1.0, -2], [-3, -1], [-2, -2], [-5, -1]])
+    metrics = evaluate.measure(logps, np.ones((4, 2)))
+    assert metrics["accuracy"].tolist() == [1, 0, 0.5, 0]  # a tie counts half
+    # mean 3/8, squared deviations 25 + 9 + 1 + 9 = 44 sixty-fourths; 44/64 / 3 / 4 = 0.0572917
+    assert evaluate.mean_and_error(metrics["accuracy"]) == pytest.approx((0.375, 0.0572917 ** 0.5), rel=1e-6)
+    # margins 1, -2, 0, -4: mean -5/4, squared deviations 81 + 9 + 25 + 121 = 236 sixteenths
+    assert evaluate.mean_and_error(metrics["margin"]) == pytest.approx((-1.25, (236 / 16 / 12) ** 0.5))
+    assert evaluate.mean_and_error([2.0]) == (2, None)
+
+
+def test_the_error_of_a_gain_is_that_of_the_paired_difference():
+    right, wrong = [-1.0, -2], [-2.0, -1]
+    first, second = np.array([right, right, wrong, wrong]), np.array([right, right, right, wrong])
+    gain = evaluate.measure(second, np.ones((4, 2)), first_logps=first)["gain"]
+    # differences 0, 0, 1, 0: 1/4 +- sqrt((3/16 + 9/16) / 3 / 4) = 1/4; unpaired it would be 0.38
+    assert evaluate.mean_and_error(gain) == pytest.approx((0.25, 0.25))
+
+
+def test_normalising_by_length_can_turn_a_preference():
+    metrics = evaluate.measure(np.array([[-4.0, -3.0]]), np.array([[4, 1]]))
+    assert metrics["accuracy"] == 0 and metrics["accuracy/token"] == 1  # -1 against -3 nats per token
+
+
+def test_against_the_reference_only_changes_count():
+    metrics = evaluate.measure(np.array([[-9.0, -3.0]]), np.ones((1, 2)), np.array([[-8.0, -1.0]]))
+    assert metrics["accuracy"] == 0 and metrics["accuracy/ref"] == 1
+    assert (metrics["chosen/ref"], metrics["rejected/ref"], metrics["margin/ref"]) == (-1, -2, 1)
+
+
+@pytest.mark.parametrize("layout", ["packed", "concatenated", "separate"])
+def test_every_number_equals_numpy_on_the_log_probs_of_hf(layout, run, world):
+    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--reference",
+                 world["one"], "--layout", layout, "--max_tokens", 40)
+    ref, logps = (hf_logps(world[name], world["pairs"]) for name in ("one", "two"))
+    lengths = np.array([[len(pair["chosen"]), len(pair["rejected"])] for pair in world["pairs"]])
+    margins, change, rates = logps[:, 0] - logps[:, 1], logps - ref, logps / lengths
+    truth = {"accuracy": margins > 0, "margin": margins, "accuracy/token": rates[:, 0] > rates[:, 1],
+             "accuracy/ref": change[:, 0] > change[:, 1], "margin/ref": change[:, 0] - change[:, 1],
+             "chosen/ref": change[:, 0], "rejected/ref": change[:, 1],
+             "gain": 1.0 * (margins > 0) - (ref[:, 0] > ref[:, 1])}
+    found = means(record, world["two"])
+    assert found.keys() == truth.keys()
+    for name, values in truth.items():
+        assert found[name] == pytest.approx(by_hand(1.0 * values), abs=2e-4), name
+    own = means(record, world["one"])  # the reference against itself
+    assert own["accuracy/ref"] == [0.5, 0] and own["margin/ref"] == [0, 0] and "gain" not in own
+
+
+def test_subsets_have_rows_of_their_own(run, world):
+    record = run("--models", world["one"], "--data", world["data"])
+    logps = hf_logps(world["one"], world["pairs"])
+    counts = {r["subset"]: r["pairs"] for r in record["results"]}
+    assert counts == {"": 8, "easy": 3, "hard": 4}  # a pair without subset is in the first row only
+    for subset in ("easy", "hard"):
+        group = [pair["subset"] == subset for pair in world["pairs"]]
+        truth = by_hand((logps[group, 0] - logps[group, 1]).tolist())
+        assert means(record, world["one"], subset)["margin"] == pytest.approx(truth, abs=2e-4)
+
+
+# ---- files
+
+
+def test_the_stored_log_probs_answer_questions_without_the_model(run, world, tmp_path):
+    run("--models", world["two"], "--data", world["data"], "--reference", world["one"])
+    with np.load(tmp_path / "out/logps.npz") as stored:
+        assert stored["models"].tolist() == [world["two"], world["one"]]
+        assert stored["ids"].tolist() == [pair["id"] for pair in world["pairs"]]
+        assert stored["lengths"].tolist() == [list(size) for size in SIZES]
+        for name, logps in zip(("two", "one"), stored["logps"]):
+            np.testing.assert_allclose(logps, hf_logps(world[name], world["pairs"]), atol=2e-4)
+
+
+def test_the_table_is_aligned_markdown_with_hardware_and_versions(run, world, tmp_path):
+    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--table",
+                 tmp_path / "t/table.md")
+    text = (tmp_path / "t/table.md").read_text()
+    assert text in record["printed"]
+    table, note = text.strip().split("\n\n")
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len({len(line) for line in table.splitlines()}) == 1 and len(rows) == 6  # two models x (all + two)
+    assert set(rule[0]) == {"-"} and rule[3].endswith("-:")
+    row = dict(zip(head, rows[3]))
+    assert (row["model"], row["subset"], row["pairs"]) == (world["two"], "all", "8")
+    mean, error = means(record, world["two"])["gain"]
+    assert row["gain %"] == f"{100 * mean:.1f} ± {100 * error:.1f}" and rows[0][head.index("gain %")] == ""
+    assert row["to ref %"] == row["margin to ref"] == row["chosen"] == ""  # without a reference
+    for word in (torch.__version__, transformers.__version__, "float32", "CPU"):
+        assert word in note
+    assert record["args"]["data"] == world["data"] and record["seconds"].keys() == {world["one"], world["two"]}
+
+
+def write_run(folder, shift=0.0):
+    folder.mkdir()
+    (folder / "args.json").write_text("{}")
+    lines = []
+    for step in range(0, 60, 10):
+        value = {"loss": 0.7 - step / 100, "rewards/accuracies": 0.5 + step / 200 - shift,
+                 "rewards/margins": step / 50 + shift, "logps/chosen": -80 - step * shift}
+        lines += [{"step": step} | {f"eval/{key}": x for key, x in value.items()}] * (step % 20 == 0)
+        lines += [{"step": step} | value] * (step > 0)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 60, "lo')
+    return folder
+
+
+def test_plot_draws_the_logs_of_runs_without_data_or_models(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", 0.1)
+    record = run("--models", f"{one},{two},some/model", "--plot", tmp_path / "plots/p.png")
+    assert (tmp_path / "plots/p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert f"{one}, {two}" in record["printed"] and "results" not in record
+
+
+def test_a_run_folder_means_its_final_model(run, world, tmp_path):
+    folder = write_run(tmp_path / "run")
+    shutil.copytree(world["two"], folder / "final")
+    record = run("--models", f"{world['two']},{folder}", "--data", world["data"])
+    assert means(record, str(folder))["margin"] == means(record, world["two"])["margin"]
+
+
+def test_a_lora_adapter_is_a_model(run, world, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(world["one"])
+    torch.manual_seed(0)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    transformers.AutoTokenizer.from_pretrained(world["one"]).save_pretrained(tmp_path / "adapter")
+    run("--models", f"{world['one']},{tmp_path}/adapter", "--data", world["data"])
+    with np.load(tmp_path / "out/logps.npz") as stored:
+        truth = hf_logps(tmp_path / "adapter", world["pairs"])
+        np.testing.assert_allclose(stored["logps"][1], truth, atol=2e-4)
+        assert np.abs(truth - stored["logps"][0]).max() > 0.1
+
+
+# ---- samples
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_samples_are_those_of_generate_and_the_reward_function_scores_their_texts(
+        temperature, run, world, tmp_path):
+    (tmp_path / "my.py").write_text("def score(prompt, response):\n    return len(prompt.split()) - len(response.split())\n")
+    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 5,
+                 "--max_new_tokens", 20, "--temperature", temperature, "--max_tokens", 50,
+                 "--reward", f"{tmp_path}/my.py:score")
+    lines = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [line["model"] for line in lines] == [world["one"]] * 5 + [world["two"]] * 5
+    assert [line["id"] for line in lines[:5]] == [line["id"] for line in lines[5:]]  # the same prompts
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world["one"])
+    for name in ("one", "two"):
+        mine = [line for line in lines if line["model"] == world[name]]
+        found = means(record, world[name])
+        for heading, key in dict(length="tokens", ended="ended", reward="reward").items():
+            assert found[heading] == pytest.approx(by_hand([line[key] for line in mine])), heading
+        for line in mine:
+            assert line["reward"] == len(line["prompt"].split()) - len(line["response"].split())
+            assert line["ended"] or line["tokens"] == 20
+            prompt = next(pair["prompt"] for pair in world["pairs"] if pair["id"] == line["id"])
+            assert line["prompt"] == tokenizer.decode(prompt, skip_special_tokens=True)
+            if temperature == 0:  # the truth: one prompt at a time, no padding, no cache, argmax
+                assert line["response"] == greedy(world[name], prompt, world["pairs"], tokenizer)
+
+
+def greedy(folder, prompt, pairs, tokenizer):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = list(prompt)
+    while len(ids) < len(prompt) + 20:
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] in (2, pairs[0]["chosen"][-1]):  # the tokenizer's end of text, the data's end of turn
+            break
+    return tokenizer.decode(ids[len(prompt):], skip_special_tokens=True)
+
+
+def test_a_prompt_that_several_pairs_share_is_sampled_once(run, tiny_model, tiny_data, tmp_path):
+    pairs, model = random_pairs(SIZES[:4]), tiny_model("llama", 0)
+    pairs = [pair | {"id": f"{pair['id']}-{i}"} for i in range(3) for pair in pairs]
+    record = run("--models", model, "--data", tiny_data(model, pairs, pairs), "--samples", 100,
+                 "--max_new_tokens", 2)
+    assert len((tmp_path / "out/samples.jsonl").read_text().splitlines()) == 4
+    assert record["results"][0]["pairs"] == 12
+
+
+# ---- what users get wrong
+
+
+def prepare_mistake(mistake, world, tmp_path):
+    """Flags that hold one mistake."""
+    flags = {"models": world["one"], "data": world["data"], "max_new_tokens": 2}
+    (tmp_path / "r.py").write_text("def none(p, r): return None\ndef word(p, r): return 'good'\n"
+                                   "def nan(p, r): return float('nan')\ndef boom(p, r): return 1 / 0\n")
+    if isinstance(mistake, dict):
+        flags |= mistake
+    elif mistake == "unfinished run":
+        flags["models"] = write_run(tmp_path / "run")
+    elif mistake == "other tokenizer":
+        shutil.copytree(world["data"], tmp_path / "data")
+        meta = json.loads((tmp_path / "data/meta.json").read_text()) | {"vocab_hash": "0123456789abcdef"}
+        (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+        flags["data"] = tmp_path / "data"
+    elif mistake == "empty split":
+        import datasets
+        shutil.copytree(world["data"], tmp_path / "data")
+        rows = datasets.load_from_disk(world["data"] + "/val")
+        rows.select([]).save_to_disk(str(tmp_path / "data/none"))
+        meta = json.loads((tmp_path / "data/meta.json").read_text())
+        meta["content_hash"]["none"] = "x"
+        (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+        flags |= {"data": tmp_path / "data", "split": "none"}
+    elif mistake == "no model":
+        shutil.copytree(world["one"], tmp_path / "model")
+        (tmp_path / "model/config.json").write_text("{}")
+        (tmp_path / "model/model.safetensors").unlink()
+        flags["models"] = tmp_path / "model"
+    elif mistake == "weights that are not finite":
+        model = tiny_hf_model("llama")
+        model.lm_head.weight.data[3] = float("nan")
+        model.save_pretrained(tmp_path / "model")
+        transformers.AutoTokenizer.from_pretrained(world["one"]).save_pretrained(tmp_path / "model")
+        flags["models"] = tmp_path / "model"
+    elif mistake == "a file in the way":
+        (tmp_path / "file").write_text("")
+        flags["table"] = tmp_path / "file/table.md"
+    else:
+        flags |= {"samples": 2, "reward": f"{tmp_path}/{mistake}"}
+    return [str(x) for key, value in flags.items() if value != "drop" for x in (f"--{key}", value)]
+
+
+MISTAKES = [
+    ({"models": "no/such/folder"}, ["no/such/folder"]),
+    ({"models": " , "}, ["nothing to do", "--models"]),
+    ({"data": "no/data"}, ["no/data", "prepare_data.py"]),
+    ({"data": "drop"}, ["nothing to do", "--data", "--plot"]),
+    ({"split": "test"}, ["test", "unusable"]),
+    ({"max_tokens": 9}, ["--max_tokens 9", "pair-"]),
+    ({"layout": "wide"}, ["--layout wide"]),
+    ({"plot": "x.png"}, ["--plot x.png", "log.jsonl", "out/dpo"]),
+    ({"reward": "my.py:score"}, ["my.py:score", "--samples"]),
+    ("unfinished run", ["run", "final/", "--resume"]),
+    ("other tokenizer", ["another model", "prepare_data.py"]),
+    ("empty split", ["none", "no pairs"]),
+    ("no model", ["model", "prepare_data.py"]),
+    ("weights that are not finite", ["pair-", "not finite"]),
+    ("a file in the way", ["--table", "cannot write"]),
+    ("r.py", ["r.py", "FILE.py:FUNCTION"]),
+    ("missing.py:score", ["missing.py:score", "FILE.py:FUNCTION"]),
+    ("r.py:missing", ["r.py:missing", "FILE.py:FUNCTION"]),
+    ("r.py:none", ["number", "pair-"]),
+    ("r.py:word", ["number", "could not convert"]),
+    ("r.py:nan", ["number", "not finite"]),
+    ("r.py:boom", ["pair-", "ZeroDivisionError"])]
+
+
+@pytest.mark.parametrize("mistake, words", MISTAKES, ids=str)
+def test_a_mistake_ends_in_one_line_that_names_it(mistake, words, run, world, tmp_path):
+    if "plot" in mistake:
+        pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as stop:
+        run(*prepare_mistake(mistake, world, tmp_path))
+    message = str(stop.value)
+    assert message.startswith("error: ") and "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("package, flags", [("matplotlib", ["--plot", "x.png"]), ("peft", [])])
+def test_a_missing_optional_package_is_named(package, flags, run, world, tmp_path, monkeypatch):
+    shutil.copytree(world["one"], tmp_path / "model")
+    (tmp_path / "model/adapter_config.json").write_text("{}")
+    find = evaluate.importlib.util.find_spec
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: find(name) if name != package else None)
+    with pytest.raises(SystemExit, match=f"pip install {package}"):
+        run("--models", tmp_path / "model", "--data", world["data"], *flags)
+
+
+# ---- several processes
+
+
+@pytest.mark.torchrun
+def test_two_processes_find_the_numbers_of_one(run, world, tmp_path):
+    flags = ["--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 5,
+             "--max_new_tokens", 8, "--max_tokens", 40, "--dtype", "float32"]
+    one = run(*flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               ROOT / "evaluate.py", *flags, "--out", tmp_path / "two"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    two = json.loads((tmp_path / "two/evaluation.json").read_text())
+    assert two["ranks"] == 2
+    for a, b in zip(one["results"], two["results"]):
+        for name in a["metrics"]:
+            assert a["metrics"][name] == pytest.approx(b["metrics"][name], abs=1e-4), name
+    assert (tmp_path / "two/samples.jsonl").read_text() == (tmp_path / "out/samples.jsonl").read_text()
