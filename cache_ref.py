@@ -42,76 +42,75 @@ class Args:
 # ---- helpers: the same source in every script (tests/test_copies.py); edit them in dpo.py first ----
 
 
-def fail(message: str):
+def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0 spoke
-    raise SystemExit(f"error: {message}")
+    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
+    raise SystemExit(f"error: {' '.join(message.split())}")
 
 def parse_args(cls):
-    """Command line -> frozen dataclass `cls`. A field's trailing comment is its --help; words between
-    bars are its choices; a number is above 0, or may be 0 where that is its default or "0 =" is noted."""
+    """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
+    are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
     for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING
-        kind = dict(type=field.type, default=None if required else field.default, required=required)
+        default, note = getattr(cls, field.name, None), notes[field.name].replace("%", "%%")
+        words = re.sub(r" \(.*?\)", "", note).split(": ")[-1].split(" | ")
+        kind = dict(type=field.type, choices=words if len(words) > 1 else None)
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction, default=field.default)
-        note = notes[field.name].replace("%", "%%") + ("" if required else f" [{field.default}]")
-        parser.add_argument(f"--{field.name}", help=note, **kind)
+            kind = dict(action=argparse.BooleanOptionalAction)
+        note += "" if default is None else f" [{default}]"
+        kind |= dict(default=default, required=default is None, help=note)
+        parser.add_argument(f"--{field.name}", **kind)
     args = cls(**vars(parser.parse_args()))
     for name, value in vars(args).items():
-        choices = re.findall(r"(\w+)(?: \([^)]*\))? (?=\|)|\| (\w+)", notes[name])
-        if choices and value not in [word for pair in choices for word in pair]:
-            fail(f"--{name} {value} is not a choice: {notes[name]}")
-        if isinstance(value, (int, float)):
-            zero = "0 =" in notes[name] or not getattr(cls, name, 1)
-            if not (value > 0 or zero and value == 0):
-                fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
+        zero = "0 =" in notes[name] or not getattr(cls, name, 0)
+        if type(value) in (int, float) and not (value > 0 or zero and value == 0):
+            fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
     return args
 
 def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 def start_process_group(dtype):
-    """Join torchrun's process group, or make one of this process. Returns rank, world, device, dtype."""
+    """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
     cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    dtype = dict(auto=torch.bfloat16 if cuda else torch.float32).get(dtype) or getattr(torch, dtype)
-    return dist.get_rank(), dist.get_world_size(), device, dtype
+    dtype = dict(auto="bfloat16" if cuda else "float32").get(dtype, dtype)
+    return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
 
 def load_data(args, names=("train", "val")):
-    """{split: dict(rows=dataset, lengths=(rows, 3) of prompt, chosen, rejected, hash=list)}, tokenizer."""
-    folder, splits = Path(args.data), {}
-    remake = f"run: prepare_data.py --model {args.model} --out {args.data} --dataset ..."
+    """{split: dict(rows=dataset, lengths=(rows, 3) of its three columns, hash)}, tokenizer"""
+    data, splits = Path(args.data), {}
+    remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((data / "meta.json").read_text())
         for name in names:
-            rows = datasets.load_from_disk(str(folder / name))
-            sizes = [pc.list_value_length(rows.data[side]).to_numpy() for side in ("prompt", "chosen", "rejected")]
-            lengths = np.stack(sizes, 1).astype(np.int64)
-            content = [meta["content_hash"][name], *map(int, lengths.sum(0))]
+            rows = datasets.load_from_disk(str(data / name))
+            columns = (rows.data[side] for side in ("prompt", "chosen", "rejected"))
+            lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(int)
+            content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
             splits[name] = dict(rows=rows, lengths=lengths, hash=content)
-    except Exception as error:  # every library has its own errors for a folder that is absent or broken
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        fail(f"--data {folder} or the tokenizer of --model {args.model} is unusable ({reason[0][:150]}); {remake}")
+    except Exception as error:  # every library has its own errors for what is absent or broken
+        fail(f"--data {data} or the tokenizer of {args.model} cannot be read ({error}); {remake}")
     if vocab_hash(tokenizer) != meta["vocab_hash"]:
-        fail(f"--data {folder} was tokenised for another model than --model {args.model}; {remake}")
+        fail(f"--data {data} holds the tokens of another model than --model {args.model}; {remake}")
     for name, split in splits.items():
         if len(split["rows"]) == 0 or split["lengths"].min() == 0:
-            fail(f"{folder}/{name} has no pairs, or an empty prompt or response; {remake}")
+            fail(f"{data}/{name} has no pairs, or an empty prompt or response; {remake}")
         cost = pair_costs(split["lengths"], args.layout)
         if cost.max() > args.max_tokens:
-            fail(f"pair {split['rows'][int(cost.argmax())]['id']} of {folder}/{name} takes {cost.max()} tokens, over "
-                 f"--max_tokens {args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
+            pair = split["rows"][int(cost.argmax())]["id"]
+            fail(f"pair {pair} in {data}/{name} has {cost.max()} tokens, over --max_tokens "
+                 f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
     return splits, tokenizer
 
 def pair_costs(lengths, layout):
@@ -122,15 +121,14 @@ def pair_costs(lengths, layout):
 def micro_batches(rows, lengths, layout, max_tokens, world):
     """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
 
-    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it can
-    be, so that ranks finish together. A list is empty only if there are fewer rows than ranks."""
-    cost = pair_costs(lengths[rows], layout)
-    order = np.argsort(-lengths[rows, 0] - lengths[rows, 1:].max(1), kind="stable")  # longest first
+    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it
+    can be: ranks finish together. A list is empty only if there are fewer rows than ranks."""
+    cost, longest = (pair_costs(lengths[rows], name) for name in (layout, "separate"))
 
     def split(limit):
         lists, used = [], math.inf
-        for i in order:
-            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padded to the first
+        for i in np.argsort(-longest, kind="stable"):
+            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padding
             if used + step > limit:
                 lists.append([])
                 used, step = 0, cost[i]
@@ -139,77 +137,74 @@ def micro_batches(rows, lengths, layout, max_tokens, world):
         return lists
 
     count = math.ceil(len(split(max_tokens)) / world) * world
-    limits = range(max_tokens)
-    lists = split(bisect.bisect_left(limits, True, lo=cost.max(), key=lambda limit: len(split(limit)) <= count))
+    enough = lambda limit: len(split(limit)) <= count
+    lists = split(bisect.bisect_left(range(max_tokens), True, lo=cost.max(), key=enough))
     while len(lists) < count:
         big = lists.pop(max(range(len(lists)), key=lambda i: len(lists[i])))
         lists += [big[:len(big) // 2], big[len(big) // 2:]]
     return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
 
 def collate(pairs, layout):
-    """The tensors of one micro-batch: a list with one dict per forward pass (two if layout is separate).
+    """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
 
-    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are one row
-    (1, L) that leaves out the padding and the second copy of each prompt; then rows (rows, T) and tokens
-    (L,) lead there and back. source (M,) indexes the flattened input_ids: the token that predicts
+    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
+    one row (1, L) without padding and second copies of prompts; rows (rows, T) and tokens (L,) lead
+    there and back. source (M,) indexes the flattened input_ids: the token that predicts
     targets (M,); sizes are the response lengths and sum to M."""
     batches = []
     for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
         texts = [(pair["prompt"], pair[side]) for side in sides for pair in pairs]
-        starts = np.array([len(prompt) for prompt, _ in texts])[:, None]  # column of the response
-        ends = starts + np.array([len(response) for _, response in texts])[:, None]
-        columns = np.arange(ends.max())
-        ids = np.stack([np.pad(x + y, (0, len(columns) - len(x + y))) for x, y in texts])  # (rows, T)
-        real, response = columns < ends, (columns >= starts) & (columns < ends)  # masks from lengths
+        starts, responses = np.array([[len(x), len(y)] for x, y in texts]).T[:, :, None]
+        columns = np.arange((starts + responses).max())
+        real = columns < starts + responses  # masks come from lengths, never from token ids
+        response = real & (columns >= starts)
+        ids = np.zeros(real.shape, np.int64)
+        ids[real] = np.concatenate([x + y for x, y in texts])
         cells = np.arange(ids.size).reshape(ids.shape)
         batch = dict(targets=ids[response], position_ids=columns[None], input_ids=ids, real=real)
         if layout == "packed":
             kept = real & (response | (np.arange(len(texts)) < len(pairs))[:, None])
             tokens = np.flatnonzero(kept)
-            cells = np.cumsum(kept).reshape(kept.shape) - 1
-            first, second = np.split(cells, 2)
+            first, second = np.split(np.cumsum(kept).reshape(kept.shape) - 1, 2)
             cells = np.concatenate([first, np.where(response[len(pairs):], second, first)])
             batch |= dict(rows=cells, tokens=tokens, input_ids=ids.flatten()[tokens][None],
                           position_ids=tokens[None] % len(columns))
         batch["source"] = cells[:, :-1][response[:, 1:]]
         batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-        batches.append(batch | {"sizes": response.sum(1).tolist()})
+        batches.append(batch | {"sizes": responses[:, 0].tolist()})
     return batches
 
 def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                        rows=None, tokens=None, **kwargs):
-    """Causal attention over right-padded rows that start at position 0, so that no padding mask is needed.
+    """Causal attention over right-padded rows that start at position 0: no padding mask is needed.
 
-    query (b, H, L, d); key, value with H or fewer heads. In the packed layout b = 1 and the rows are
-    gathered: rows (2n, T) says which of the L tokens stands where in each prompt + response, tokens (L,)
-    where in those rows, flattened, each token's output is found. Returns (b, L, H, d)."""
-    if rows is not None:
-        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))  # (2n, H, T, d)
-    length = query.shape[2]
-    window, mask = sliding_window or length, None
-    own_rule = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None  # Gemma-2; gpt-oss
-    if own_rule or window < length:
-        distance = torch.arange(length, device=query.device)
-        distance = distance[:, None] - distance  # (T, T) how far back the key is
-        mask = (distance >= 0) & (distance < window)
-    if own_rule:  # what SDPA cannot express is left to the model's own definition
+    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1 and the rows are gathered:
+    rows (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows
+    each token's output is. Returns (b, L, H, d)."""
+    if rows is not None:  # (1, H, L, d) -> (2n, H, T, d)
+        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
+    length, groups, mask = query.shape[2], query.shape[1] // key.shape[1], None
+    own = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # Gemma-2, gpt-oss
+    if own or (sliding_window or length) < length:
+        place = torch.arange(length, device=query.device)
+        distance = place[:, None] - place  # (T, T) how far back the key is
+        mask = (distance >= 0) & (distance < (sliding_window or length))
+    if own:  # what SDPA cannot express is left to the model's own definition
         attend = sys.modules[type(module).__module__].eager_attention_forward
-        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        kwargs["dropout"] = 0.0
-        output = attend(module, query, key, value, bias[None, None], scaling=scaling, **kwargs)[0]
+        bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
+        output, _ = attend(module, query, key, value, bias, scaling=scaling, **kwargs | {"dropout": 0.0})
     else:
-        groups = query.shape[1] // key.shape[1]
         if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
-                                                scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
-        output = output.transpose(1, 2)  # (2n, T, H, d)
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)  # (2n, T, H, d)
     return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
 def token_logps(hidden, targets, head, config):
-    """hidden (t, h), targets (t,) -> log pi(target) (t,), float32; what models do to their logits included."""
+    """hidden (t, h), targets (t,) -> float32 log pi(target) (t,), with what models do to logits."""
     logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
     logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
@@ -218,58 +213,59 @@ def token_logps(hidden, targets, head, config):
     return -F.cross_entropy(logits, targets, reduction="none")
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward gives log pi(y|x). It is the root of FSDP, so inside it the head is whole."""
+    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, batches, router=False, chunk=1024):
-        """batches from collate -> (2, n) summed response log-probs, and the mean router loss (or 0).
+        """batches of collate -> summed response log-probs (2, n), and the mean router loss (or 0).
 
-        The logits of `chunk` response tokens exist at a time; the backward pass computes them again."""
-        sums, router_loss = [], 0.0
+        Logits exist for `chunk` response tokens at a time; the backward pass makes them again."""
+        sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         for batch in batches:
-            inputs = {k: v for k, v in batch.items() if k in ("input_ids", "position_ids", "rows", "tokens")}
-            inputs |= dict(use_cache=False) | (dict(output_router_logits=True) if router else {})
-            output = self.model.base_model(**inputs)
+            inputs = {name: batch[name] for name in names if name in batch}
+            inputs |= dict(output_router_logits=True) if router else {}
+            output = self.model.base_model(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
             parts = zip(hidden.split(chunk), batch["targets"].split(chunk))
-            logps = [checkpoint(token_logps, x, y, head, config, use_reentrant=False) for x, y in parts]
+            logps = [checkpoint(token_logps, *x, head, config, use_reentrant=False) for x in parts]
             sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
             if router:
                 balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
                 real = None if "rows" in batch else batch["real"]
-                router_loss += balance(output.router_logits, experts, config.num_experts_per_tok, real) / len(batches)
-        return torch.stack([torch.stack(sums[:len(sums) // 2]), torch.stack(sums[len(sums) // 2:])]), router_loss
+                loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
+                router_loss = router_loss + loss / len(batches)
+        return torch.stack(sums).reshape(2, -1).clone(), router_loss
 
 def build_model(args):
-    """The model without memory (meta device) on every rank, its float32 weights on rank 0, their hash."""
+    """-> the model without memory (meta device), its float32 weights on rank 0, and their hash."""
     transformers.utils.logging.disable_progress_bar()
-    weights = None
+    weights, digest = None, hashlib.sha256()
+    auto, plain = transformers.AutoModelForCausalLM, {"full_attention", "sliding_attention"}
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.float32)
         if dist.get_rank() == 0:
-            weights = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+            weights = auto.from_pretrained(args.model, dtype=torch.float32)
             model.generation_config = weights.generation_config
     except Exception as error:
-        fail(f"--model {args.model} is no causal language model ({str(error).strip().splitlines()[0][:160]})")
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    plain = model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
-    if args.layout == "packed" and (model._is_stateful or not plain):
-        fail(f"--layout packed gathers tokens for attention, but {config.model_type} models mix them in other ways "
-             "too: use --layout concatenated or --layout separate")
+        fail(f"--model {args.model} cannot be read as a causal language model ({error})")
+    plain = set(getattr(config.get_text_config(), "layer_types", None) or plain) <= plain
+    plain = plain and model._supports_attention_backend and not model._is_stateful
+    if args.layout == "packed" and not plain:
+        fail(f"--layout packed needs plain attention, but {config.model_type} mixes tokens "
+             "in other ways too; use --layout concatenated or --layout separate")
     if plain:
         model.set_attn_implementation("gathered")
-    for module in model.modules():  # dropout and router noise would make the reference another model
-        for key, value in list(vars(module).items()):
-            if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or re.search("drop|jitter", key)):
+    for module in model.modules():  # dropout and router noise would make it another model
+        for key in [k for k, v in vars(module).items() if isinstance(v, float)]:
+            if isinstance(module, torch.nn.Dropout) or "drop" in key or "jitter" in key:
                 setattr(module, key, 0.0)
-    digest = hashlib.sha256()
     for key, tensor in sorted(weights.state_dict().items()) if weights else ():
         values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()  # a sample is enough
         digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
@@ -278,23 +274,26 @@ def build_model(args):
     return model, weights, digest[0]
 
 def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
-    """Policy with every block and the rest split over the ranks (FSDP2), its shards sent by rank 0."""
-    policy, mesh = Policy(model).train(), dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    rules |= dict(offload_policy=CPUOffloadPolicy()) if cpu_offload else {}
+    """Policy, with every block and the rest split over the ranks (FSDP2) and filled by rank 0."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+    if cpu_offload and device.type == "cuda":
+        rules["offload_policy"] = CPUOffloadPolicy()
+    policy = Policy(model).train()
     for block in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
         if compiled:  # inside the hooks of FSDP, which it could not trace
             block.forward = torch.compile(block.forward, dynamic=True)
         fully_shard(block, **rules)
     fully_shard(policy, **rules)
     whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
-    for key, empty in [*model.named_parameters(), *model.named_buffers()]:  # rotary frequencies: buffers
+    for key, empty in [*model.named_parameters(), *model.named_buffers()]:
         tensor = whole[key].detach() if whole else torch.empty(empty.shape, dtype=empty.dtype)
         tensor = tensor.to(device)
         if isinstance(empty, torch.nn.Parameter):
             tensor = distribute_tensor(tensor, mesh, empty.placements)
-            tensor = torch.nn.Parameter(tensor.cpu() if cpu_offload else tensor, empty.requires_grad)
-        else:
+            tensor = tensor.cpu() if "offload_policy" in rules else tensor
+            tensor = torch.nn.Parameter(tensor, empty.requires_grad)
+        else:  # rotary frequencies and the like
             dist.broadcast(tensor, 0)
         path, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(path), leaf, tensor)
@@ -302,7 +301,7 @@ def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
     return policy
 
 def reference_folder(args, weights, dtype, splits):
-    """Where the log-probs of these weights in this precision on these tokens belong, and that as a dict."""
+    """Where the log-probs of these weights, in this precision, on these tokens belong; and why."""
     key = dict(weights=weights, attention="gathered", dtype=str(dtype).removeprefix("torch."))
     key |= {name: split["hash"] for name, split in splits.items()}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]

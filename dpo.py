@@ -1,17 +1,17 @@
 """Direct Preference Optimization (DPO), Rafailov et al. 2023, https://arxiv.org/abs/2305.18290
 
-    L = -E log sigmoid(beta [(log pi(y_w|x) - log pi(y_l|x)) - (log ref(y_w|x) - log ref(y_l|x))])     eq. 7
+    L = -E log sigmoid(beta [log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)])            eq. 7
 
-The policy pi learns to prefer the chosen response y_w to the rejected y_l by more than the reference ref
-does; beta says how dearly it pays for moving away. No reward model is trained, nothing is sampled, and the
-reference is never in memory: cache_ref.py stored its log-probs once.
+The policy pi learns to prefer the chosen response y_w to the rejected y_l by more than the
+reference ref does; beta says how dearly it pays for moving away. No reward model is trained,
+nothing is sampled, and the reference is never in memory: cache_ref.py stored its log-probs once.
 
     python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME
-    torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME          (or python, or ./launch.sh)
+    torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME    (or python, or ./launch.sh)
 
-Symbols: n pairs, T tokens of the longest row, L of a micro-batch, M of its responses, V vocabulary, h hidden
-size, H heads, d head size. What stands along a first dimension of 2 is (chosen, rejected).
+Symbols: n pairs, T tokens of the longest row, L of a micro-batch, M of its responses, V vocabulary,
+h hidden size, H heads, d head size. What stands along a first dimension of 2 is (chosen, rejected).
 """
 import argparse, bisect, dataclasses, hashlib, importlib.util, inspect, json, math, os, re, resource
 import shutil, signal, subprocess, sys, time
@@ -64,7 +64,7 @@ class Args:
     liger: bool = False  # Liger kernels for norms, rotary embedding and MLP (GPU only)
     # logging
     log_every: int = 10  # steps between lines of log.jsonl
-    eval_every: int = 100  # steps between evaluations on val/, also at step 0 and the end; 0 = never
+    eval_every: int = 100  # steps between evaluations on val/, also first and last; 0 = never
     wandb: str = ""  # Weights & Biases project that gets the log too
     # algorithm
     beta: float = 0.1  # strength of the pull to the reference, beta of eq. 7
@@ -75,9 +75,8 @@ class Args:
 
 
 def preference_loss(logps, ref_logps, lengths, args):
-    """The algorithm. logps, ref_logps: (2, n) summed response log-probs in nats; lengths: (2, n) tokens.
-
-    Returns the losses (n,) and per-pair metrics {name: (n,)}; rewards include beta."""
+    """The algorithm: log-probs logps, ref_logps (2, n) in nats, lengths (2, n) in tokens -> losses
+    (n,) and per-pair metrics {name: (n,)}; rewards include beta."""
     rewards = args.beta * (logps - ref_logps)  # (2, n) below eq. 7
     margins = rewards[0] - rewards[1]  # (n,)
     losses = -(1 - args.label_smoothing) * F.logsigmoid(margins)  # (n,) eq. 7
@@ -85,47 +84,45 @@ def preference_loss(logps, ref_logps, lengths, args):
     return losses, reward_metrics(rewards, logps, lengths)
 
 
-# ---- helpers: the same source in every script (tests/test_copies.py); edit them in dpo.py first ----
+# ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
 
-def fail(message: str):
+def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0 spoke
-    raise SystemExit(f"error: {message}")
-
+    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
+    raise SystemExit(f"error: {' '.join(message.split())}")
 
 def parse_args(cls):
-    """Command line -> frozen dataclass `cls`. A field's trailing comment is its --help; words between bars
-    are its choices; a number is above 0, or may be 0 where that is the default or "0 =" is noted."""
+    """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
+    are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
     for field in dataclasses.fields(cls):
-        default = None if field.default is dataclasses.MISSING else field.default
-        note = notes[field.name].replace("%", "%%") + ("" if default is None else f" [{default}]")
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        parser.add_argument(f"--{field.name}", required=default is None, default=default, help=note, **kind)
+        default, note = getattr(cls, field.name, None), notes[field.name].replace("%", "%%")
+        words = re.sub(r" \(.*?\)", "", note).split(": ")[-1].split(" | ")
+        kind = dict(type=field.type, choices=words if len(words) > 1 else None)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        note += "" if default is None else f" [{default}]"
+        kind |= dict(default=default, required=default is None, help=note)
+        parser.add_argument(f"--{field.name}", **kind)
     args = cls(**vars(parser.parse_args()))
     for name, value in vars(args).items():
-        words = re.sub(r" \(.*?\)", "", notes[name]).split(": ")[-1].split(" | ")
-        positive = "0 =" not in notes[name] and getattr(cls, name, 0)
-        if len(words) > 1 and value not in words:
-            fail(f"--{name} {value} is none of {', '.join(words)}")
-        if isinstance(value, (int, float)) and not (value > 0 if positive else value >= 0):
-            if not isinstance(value, bool):
-                fail(f"--{name} {value} must be {'above' if positive else 'at least'} 0: {notes[name]}")
+        zero = "0 =" in notes[name] or not getattr(cls, name, 0)
+        if type(value) in (int, float) and not (value > 0 or zero and value == 0):
+            fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
     return args
-
 
 def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 def start_process_group(dtype):
-    """Join torchrun's process group, or make one of this process. Returns rank, world, device, dtype."""
+    """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
     cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
@@ -134,33 +131,32 @@ def start_process_group(dtype):
     dtype = dict(auto="bfloat16" if cuda else "float32").get(dtype, dtype)
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
 
-
 def load_data(args, names=("train", "val")):
-    """{split: dict(rows=dataset, lengths=(rows, 3) of prompt, chosen, rejected, hash=list)}, tokenizer."""
-    splits, remake = {}, f"run: prepare_data.py --model {args.model} --out {args.data} --dataset ..."
+    """{split: dict(rows=dataset, lengths=(rows, 3) of its three columns, hash)}, tokenizer"""
+    data, splits = Path(args.data), {}
+    remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        meta = json.loads(Path(args.data, "meta.json").read_text())
+        meta = json.loads((data / "meta.json").read_text())
         for name in names:
-            rows = datasets.load_from_disk(str(Path(args.data, name)))
-            sizes = [pc.list_value_length(rows.data[k]).to_numpy() for k in ("prompt", "chosen", "rejected")]
-            lengths = np.stack(sizes, 1).astype(np.int64)
-            content = [meta["content_hash"][name], *map(int, lengths.sum(0))]
+            rows = datasets.load_from_disk(str(data / name))
+            columns = (rows.data[side] for side in ("prompt", "chosen", "rejected"))
+            lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(int)
+            content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
             splits[name] = dict(rows=rows, lengths=lengths, hash=content)
-    except Exception as error:  # every library has its own errors for a folder that is absent or broken
-        fail(f"--data {args.data} or the tokenizer of --model {args.model} cannot be read "
-             f"({' '.join(str(error).split())[:200]}); {remake}")
+    except Exception as error:  # every library has its own errors for what is absent or broken
+        fail(f"--data {data} or the tokenizer of {args.model} cannot be read ({error}); {remake}")
     if vocab_hash(tokenizer) != meta["vocab_hash"]:
-        fail(f"--data {args.data} holds the tokens of another model than --model {args.model}; {remake}")
+        fail(f"--data {data} holds the tokens of another model than --model {args.model}; {remake}")
     for name, split in splits.items():
         if len(split["rows"]) == 0 or split["lengths"].min() == 0:
-            fail(f"{args.data}/{name} has no pairs, or an empty prompt or response; {remake}")
+            fail(f"{data}/{name} has no pairs, or an empty prompt or response; {remake}")
         cost = pair_costs(split["lengths"], args.layout)
         if cost.max() > args.max_tokens:
-            fail(f"pair {split['rows'][int(cost.argmax())]['id']} of {args.data}/{name} has {cost.max()} tokens; "
-                 f"raise --max_tokens {args.max_tokens}, or prepare the data with a smaller --max_length")
+            pair = split["rows"][int(cost.argmax())]["id"]
+            fail(f"pair {pair} in {data}/{name} has {cost.max()} tokens, over --max_tokens "
+                 f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
     return splits, tokenizer
-
 
 def pair_costs(lengths, layout):
     """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
@@ -171,14 +167,14 @@ def pair_costs(lengths, layout):
 def micro_batches(rows, lengths, layout, max_tokens, world):
     """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
 
-    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it can
-    be, so that ranks finish together. A list is empty only if there are fewer rows than ranks."""
+    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it
+    can be: ranks finish together. A list is empty only if there are fewer rows than ranks."""
     cost, longest = (pair_costs(lengths[rows], name) for name in (layout, "separate"))
 
     def split(limit):
         lists, used = [], math.inf
         for i in np.argsort(-longest, kind="stable"):
-            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padded to the first
+            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padding
             if used + step > limit:
                 lists.append([])
                 used, step = 0, cost[i]
@@ -196,11 +192,11 @@ def micro_batches(rows, lengths, layout, max_tokens, world):
 
 
 def collate(pairs, layout):
-    """The tensors of one micro-batch: a list with one dict per forward pass (two if layout is separate).
+    """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
 
-    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are one row
-    (1, L) that leaves out the padding and the second copy of each prompt; then rows (rows, T) and tokens
-    (L,) lead there and back. source (M,) indexes the flattened input_ids: the token that predicts
+    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
+    one row (1, L) without padding and second copies of prompts; rows (rows, T) and tokens (L,) lead
+    there and back. source (M,) indexes the flattened input_ids: the token that predicts
     targets (M,); sizes are the response lengths and sum to M."""
     batches = []
     for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
@@ -228,37 +224,35 @@ def collate(pairs, layout):
 
 def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                        rows=None, tokens=None, **kwargs):
-    """Causal attention over right-padded rows that start at position 0, so that no padding mask is needed.
+    """Causal attention over right-padded rows that start at position 0: no padding mask is needed.
 
-    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1 and the rows are gathered: rows
-    (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows each token's
-    output is. Returns (b, L, H, d)."""
-    if rows is not None:
-        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))  # (2n, H, T, d)
-    length, mask = query.shape[2], None
-    own_rule = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None  # Gemma-2; gpt-oss
-    if own_rule or (sliding_window or length) < length:
+    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1 and the rows are gathered:
+    rows (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows
+    each token's output is. Returns (b, L, H, d)."""
+    if rows is not None:  # (1, H, L, d) -> (2n, H, T, d)
+        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
+    length, groups, mask = query.shape[2], query.shape[1] // key.shape[1], None
+    own = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # Gemma-2, gpt-oss
+    if own or (sliding_window or length) < length:
         place = torch.arange(length, device=query.device)
         distance = place[:, None] - place  # (T, T) how far back the key is
         mask = (distance >= 0) & (distance < (sliding_window or length))
-    if own_rule:  # what SDPA cannot express is left to the model's own definition
+    if own:  # what SDPA cannot express is left to the model's own definition
         attend = sys.modules[type(module).__module__].eager_attention_forward
-        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        output = attend(module, query, key, value, bias[None, None], scaling, **kwargs | {"dropout": 0.0})[0]
+        bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
+        output, _ = attend(module, query, key, value, bias, scaling=scaling, **kwargs | {"dropout": 0.0})
     else:
-        groups = query.shape[1] // key.shape[1]
         if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
-            key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
-                                                scale=scaling, enable_gqa=groups > 1).transpose(1, 2)
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)  # (2n, T, H, d)
     return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
-
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
-
 def token_logps(hidden, targets, head, config):
-    """hidden (t, h), targets (t,) -> log pi(target) (t,), float32; what models do to their logits included."""
+    """hidden (t, h), targets (t,) -> float32 log pi(target) (t,), with what models do to logits."""
     logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
     logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
@@ -266,27 +260,26 @@ def token_logps(hidden, targets, head, config):
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return -F.cross_entropy(logits, targets, reduction="none")
 
-
 class Policy(torch.nn.Module):
-    """A causal LM whose forward gives log pi(y|x). It is the root of FSDP, so inside it the head is whole."""
+    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, batches, router=False, chunk=1024):
-        """batches from collate -> (2, n) summed response log-probs, and the mean router loss (or 0).
+        """batches of collate -> summed response log-probs (2, n), and the mean router loss (or 0).
 
-        The logits of `chunk` response tokens exist at a time; the backward pass computes them again."""
-        sums, router_loss = [], 0.0
+        Logits exist for `chunk` response tokens at a time; the backward pass makes them again."""
+        sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         for batch in batches:
-            inputs = {k: batch[k] for k in ("input_ids", "position_ids", "rows", "tokens") if k in batch}
-            inputs |= dict(use_cache=False) | (dict(output_router_logits=True) if router else {})
-            output = self.model.base_model(**inputs)
+            inputs = {name: batch[name] for name in names if name in batch}
+            inputs |= dict(output_router_logits=True) if router else {}
+            output = self.model.base_model(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
             parts = zip(hidden.split(chunk), batch["targets"].split(chunk))
-            logps = [checkpoint(token_logps, *part, head, config, use_reentrant=False) for part in parts]
+            logps = [checkpoint(token_logps, *x, head, config, use_reentrant=False) for x in parts]
             sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
             if router:
                 balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
@@ -298,26 +291,27 @@ class Policy(torch.nn.Module):
 
 
 def build_model(args):
-    """The model without memory (meta device) on every rank, its float32 weights on rank 0, their hash."""
+    """-> the model without memory (meta device), its float32 weights on rank 0, and their hash."""
     transformers.utils.logging.disable_progress_bar()
     weights, digest = None, hashlib.sha256()
+    auto, plain = transformers.AutoModelForCausalLM, {"full_attention", "sliding_attention"}
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.float32)
         if dist.get_rank() == 0:
-            weights = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+            weights = auto.from_pretrained(args.model, dtype=torch.float32)
             model.generation_config = weights.generation_config
     except Exception as error:
-        fail(f"--model {args.model} is not a causal language model ({' '.join(str(error).split())[:200]})")
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    plain = model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
-    if args.layout == "packed" and (model._is_stateful or not plain):
-        fail(f"--layout packed gathers tokens for attention, but {config.model_type} mixes them in other ways "
-             "as well; use --layout concatenated or --layout separate")
+        fail(f"--model {args.model} cannot be read as a causal language model ({error})")
+    plain = set(getattr(config.get_text_config(), "layer_types", None) or plain) <= plain
+    plain = plain and model._supports_attention_backend and not model._is_stateful
+    if args.layout == "packed" and not plain:
+        fail(f"--layout packed needs plain attention, but {config.model_type} mixes tokens "
+             "in other ways too; use --layout concatenated or --layout separate")
     if plain:
         model.set_attn_implementation("gathered")
-    for module in model.modules():  # dropout and router noise would make the reference another model
+    for module in model.modules():  # dropout and router noise would make it another model
         for key in [k for k, v in vars(module).items() if isinstance(v, float)]:
             if isinstance(module, torch.nn.Dropout) or "drop" in key or "jitter" in key:
                 setattr(module, key, 0.0)
@@ -328,13 +322,13 @@ def build_model(args):
     dist.broadcast_object_list(digest, 0)
     return model, weights, digest[0]
 
-
 def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
-    """Policy with every block and the rest split over the ranks (FSDP2), its shards sent by rank 0."""
-    policy, mesh = Policy(model).train(), dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    cpu_offload = cpu_offload and device.type == "cuda"
-    rules |= dict(offload_policy=CPUOffloadPolicy()) if cpu_offload else {}
+    """Policy, with every block and the rest split over the ranks (FSDP2) and filled by rank 0."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+    if cpu_offload and device.type == "cuda":
+        rules["offload_policy"] = CPUOffloadPolicy()
+    policy = Policy(model).train()
     for block in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
         if compiled:  # inside the hooks of FSDP, which it could not trace
             block.forward = torch.compile(block.forward, dynamic=True)
@@ -346,7 +340,8 @@ def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
         tensor = tensor.to(device)
         if isinstance(empty, torch.nn.Parameter):
             tensor = distribute_tensor(tensor, mesh, empty.placements)
-            tensor = torch.nn.Parameter(tensor.cpu() if cpu_offload else tensor, empty.requires_grad)
+            tensor = tensor.cpu() if "offload_policy" in rules else tensor
+            tensor = torch.nn.Parameter(tensor, empty.requires_grad)
         else:  # rotary frequencies and the like
             dist.broadcast(tensor, 0)
         path, _, leaf = key.rpartition(".")
@@ -354,50 +349,40 @@ def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
     model.tie_weights()
     return policy
 
-
 def reference_folder(args, weights, dtype, splits):
-    """Where the log-probs of these weights in this precision on these tokens belong, and that as a dict."""
+    """Where the log-probs of these weights, in this precision, on these tokens belong; and why."""
     key = dict(weights=weights, attention="gathered", dtype=str(dtype).removeprefix("torch."))
     key |= {name: split["hash"] for name, split in splits.items()}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return Path(args.data, f"ref-{name}"), key
 
-
 def load_reference(args, weights, dtype, splits):
-    """Add to each split its float32 (rows, 2) log-probs from cache_ref.py, unless missing or stale."""
+    """Give each split its float32 (rows, 2) log-probs of cache_ref.py, unless missing or stale."""
     folder, key = reference_folder(args, weights, dtype, splits)
     command = f"run: cache_ref.py --model {args.model} --data {args.data} --dtype {args.dtype}"
     if not (folder / "meta.json").is_file():
-        others = [json.loads(path.read_text())["key"] for path in Path(args.data).glob("ref-*/meta.json")]
-        stale = [f"; another is stale: other {', '.join(k for k in key if o[k] != key[k])}" for o in others]
-        fail(f"{folder}, the log-probs of the reference, is missing{''.join(stale[-1:])}; {command}")
+        others = [json.loads(path.read_text()) for path in folder.parent.glob("ref-*/meta.json")]
+        other = ["; one has other " + ", ".join(k for k in key if x["key"][k] != key[k])
+                 for x in others[-1:]]
+        fail(f"{folder}, the reference's log-probs, is missing{''.join(other)}; {command}")
     for name, split in splits.items():
         path = folder / f"{name}-logps.npy"
         split["ref"] = np.load(path) if path.is_file() and path.stat().st_size else np.empty(0)
         if split["ref"].shape != (len(split["rows"]), 2) or not np.isfinite(split["ref"]).all():
             fail(f"{path} is damaged; delete {folder} and {command}")
 
-
-def check_reference(loss, dtype, args):
-    """At step 0 policy and reference are one model, so the loss of the first batch must be ln 2."""
-    if not abs(loss - math.log(2)) < (1e-4 if dtype == torch.float32 else 2e-2):
-        fail(f"the first loss is {loss:.6f}, not ln 2 = 0.693147: the cached reference is not the policy at step "
-             f"0; delete {args.data}/ref-* and run cache_ref.py, or say --no-check_reference if it is meant")
-    if dist.get_rank() == 0:
-        tqdm.write(f"first loss {loss:.6f}, ln 2 = 0.693147: the cached reference is the policy at step 0")
-
-
 def reward_metrics(rewards, logps, lengths):
     """{name: (n,)} under the names that dashboards know; a tie counts half; all inputs (2, n)."""
     margins = rewards[0] - rewards[1]
-    metrics = {"rewards/accuracies": (margins > 0) + 0.5 * (margins == 0), "rewards/margins": margins}
-    for i, side in enumerate(("chosen", "rejected")):
-        metrics |= {f"rewards/{side}": rewards[i], f"logps/{side}": logps[i], f"lengths/{side}": lengths[i]}
+    accuracies = (margins > 0) + 0.5 * (margins == 0)
+    metrics = {"rewards/accuracies": accuracies, "rewards/margins": margins}
+    for name, values in {"rewards": rewards, "logps": logps, "lengths": lengths}.items():
+        metrics |= {f"{name}/chosen": values[0], f"{name}/rejected": values[1]}
     return metrics
 
 
 def pair_losses(policy, part, split, totals, args):
-    """Losses (n,) of a micro-batch as they are optimised; adds its metrics to the sums in `totals`."""
+    """Losses (n,) of a micro-batch as they are optimised; adds its metrics to the sums `totals`."""
     real = min(len(part), 1)  # 0 on a rank that got no pairs: it computes along, with weight 0
     part = part if real else [0]
     pairs = [split["rows"][int(row)] for row in part]
@@ -405,7 +390,7 @@ def pair_losses(policy, part, split, totals, args):
     lengths = torch.from_numpy(split["lengths"][part].T).to(logps.device)  # (3, n)
     ref_logps = torch.from_numpy(split["ref"][part].T).to(logps.device) if "ref" in split else None
     losses, metrics = preference_loss(logps, ref_logps, lengths[1:], args)
-    metrics |= {"preference_loss": losses, "tokens": lengths.sum(0), "pairs": torch.ones_like(losses)}
+    metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
     losses = losses * torch.tensor([pair.get("weight", 1.0) for pair in pairs], device=logps.device)
     losses = losses - args.sft_weight * logps[0] / lengths[1]
     if args.router_aux_coef:
@@ -418,7 +403,7 @@ def pair_losses(policy, part, split, totals, args):
 
 
 def mean_over_pairs(totals):
-    """Means over the pairs of all ranks, of sums made by pair_losses; `pairs` and `tokens` stay sums."""
+    """Sums made by pair_losses -> means over the pairs of all ranks; pairs and tokens stay sums."""
     sums = torch.stack([totals[name] for name in sorted(totals)])
     dist.all_reduce(sums)
     sums = dict(zip(sorted(totals), sums.tolist()))
@@ -432,18 +417,19 @@ def evaluate(policy, split, args):
     with torch.no_grad():
         for part in lists[dist.get_rank()::world]:
             pair_losses(policy, part, split, totals, args)
-    return {f"eval/{k}": v for k, v in mean_over_pairs(totals).items() if k not in ("pairs", "tokens")}
+    means = mean_over_pairs(totals)
+    return {f"eval/{k}": v for k, v in means.items() if k not in ("pairs", "tokens")}
 
 
 def batch_rows(step, pairs, args):
-    """Rows of optimiser step `step`: a function of the seed alone, so a resumed run repeats none."""
+    """Rows of optimiser step `step`: a function of the seed, so that a resumed run repeats none."""
     epoch, index = divmod(step, math.ceil(pairs / args.batch_size))
     order = np.random.default_rng((args.seed, epoch)).permutation(pairs)
     return order[index * args.batch_size:(index + 1) * args.batch_size]
 
 
 def learning_rate(step, steps, args):
-    """For optimiser step 0 <= step < steps; neither the first nor the last is wasted on a rate of 0."""
+    """For optimiser step 0 <= step < steps; neither the first nor the last has a rate of 0."""
     warmup = int(args.warmup * steps)
     if step < warmup:
         return args.learning_rate * (step + 1) / (warmup + 1)
@@ -453,71 +439,71 @@ def learning_rate(step, steps, args):
 
 
 def open_run(args):
-    """Rank 0 opens the run's folder and writes args.json. Returns the step to continue from (0 = afresh)."""
-    out, step, kept = Path(args.out), [0], dataclasses.asdict(args)
+    """Rank 0 opens the run's folder and writes args.json -> step to continue from (0 = afresh)."""
+    out, step, kept, old = Path(args.out), [0], dataclasses.asdict(args), {}
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        before = json.loads((out / "args.json").read_text())["args"] if (out / "args.json").exists() else kept
-        if before is not kept and not args.resume:
-            fail(f"--out {out} already holds a run; continue it with --resume, or choose another --out")
-        free = ("out resume save_every keep hub_repo layout max_tokens activation_checkpointing compile "
-                "cpu_offload liger log_every eval_every wandb").split()  # these change rounding at most
-        new = [f"--{k} was {before.get(k)}, is {v}" for k, v in kept.items() if v != before.get(k)]
+        if (out / "args.json").exists():
+            old = json.loads((out / "args.json").read_text())["args"]
+            if not args.resume:
+                fail(f"--out {out} holds a run: continue it with --resume, or choose another --out")
+        free = """out resume save_every keep hub_repo layout max_tokens activation_checkpointing
+            compile cpu_offload liger log_every eval_every wandb""".split()  # change only rounding
+        new = [f"--{k} {old[k]} is now {v}" for k, v in kept.items() if k in old and v != old[k]]
         new = [text for text in new if text.split()[0][2:] not in free]
         if new:
-            fail(f"--out {out} holds another run: {'; '.join(new)}; repeat its flags, or choose another --out")
+            fail(f"--out {out} holds another run: {', '.join(new)}; undo it or take another --out")
         step = [max([int(path.name[5:]) for path in out.glob("step-*")], default=0)]
         log = (out / "log.jsonl").read_text().splitlines() if step[0] else []
-        log = [line + "\n" for line in log if line.endswith("}") and json.loads(line)["step"] <= step[0]]
-        (out / "log.jsonl").write_text("".join(log))  # what came after the checkpoint comes again
-        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True)
-        record = dict(args=kept, ranks=dist.get_world_size(), commit=commit.stdout.decode().strip(),
-                      script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
-                      device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+        log = [text for text in log if text.endswith("}") and json.loads(text)["step"] <= step[0]]
+        (out / "log.jsonl").write_text("".join(f"{text}\n" for text in log))  # the rest comes again
+        commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
+        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        record = dict(args=kept, ranks=dist.get_world_size(), device=device)
+        record |= dict(commit=commit, source=source)
         record |= {each.__name__: each.__version__ for each in (torch, transformers, datasets, np)}
         (out / "args.json").write_text(json.dumps(record, indent=1))
     dist.broadcast_object_list(step, 0)
     return step[0]
 
-
 def checkpoint_state(policy, optimizer):
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen: the base under LoRA
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen: the base of LoRA
     model, optim = get_state_dict(policy, optimizer, options=options)
     return dict(model=model, optim=optim, rng=torch.get_rng_state()), options
 
-
 def save_checkpoint(policy, optimizer, step, args):
-    """out/step-NNNNNN: weights, optimiser and random state, written aside and renamed when complete."""
+    """out/step-NNNNNN: weights, optimiser, random state; written aside, renamed when complete."""
     out, state = Path(args.out), checkpoint_state(policy, optimizer)[0]
     try:
         dcp.save(state, checkpoint_id=out / "new.tmp")
         if dist.get_rank() == 0:
             (out / "new.tmp").rename(out / f"step-{step:06d}")
-            for old in sorted(out.glob("step-*"))[:-args.keep]:
-                old.rename(out / "old.tmp")  # first, so that a kill leaves no half-deleted checkpoint
+            for path in sorted(out.glob("step-*"))[:-args.keep]:
+                path.rename(out / "old.tmp")  # first: a kill leaves no half-deleted checkpoint
                 shutil.rmtree(out / "old.tmp")
     except Exception as error:  # a full disk is a different error in every layer
-        fail(f"{out}/new.tmp cannot be written ({' '.join(str(error).split())[:200]}); the checkpoint before it "
-             "is intact: make room and continue with --resume")
+        fail(f"{out}/new.tmp cannot be written ({error!s:.200}); the checkpoint before it is "
+             "intact: make room and continue with --resume")
     dist.barrier()
-
 
 def load_checkpoint(policy, optimizer, step, args):
     state, options = checkpoint_state(policy, optimizer)
     dcp.load(state, checkpoint_id=Path(args.out, f"step-{step:06d}"))
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"],
-                   options=options)
+    set_state_dict(policy, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optim"], options=options)
     torch.set_rng_state(state["rng"])
 
-
 def save_final(policy, tokenizer, args):
-    """out/final: a Hugging Face folder (an adapter, with LoRA) in the precision of --model; then the hub."""
-    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """out/final: a Hugging Face folder (LoRA: an adapter) in the precision of --model; hub_repo."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(policy, options=options)
     if dist.get_rank() == 0:
         aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
         dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
-        policy.model.config.dtype = dtype
         state = {key.removeprefix("model."): tensor.to(dtype) for key, tensor in state.items()}
+        policy.model.config.dtype = dtype
         policy.model.save_pretrained(aside, state_dict=state)
         tokenizer.save_pretrained(aside)
         shutil.rmtree(final, ignore_errors=True)
@@ -528,25 +514,24 @@ def save_final(policy, tokenizer, args):
             huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
     dist.barrier()
 
-
 def speed(means, seconds, policy, args):
-    """tokens/s of all ranks, peak memory of this one, and MFU (arXiv 2204.02311) if the GPU is known."""
-    cuda = torch.cuda.is_available()
-    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(0).ru_maxrss
-    peaks = dict(A100=312e12, H100=989e12, H200=989e12, B200=2250e12, MI300X=1307e12, L40S=362e12)
-    peak = [v for k, v in peaks.items() if cuda and k in torch.cuda.get_device_name()]
+    """tokens/s of all ranks, peak memory of this one, MFU (arXiv 2204.02311) of a known GPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peaks = dict(A100=312, H100=989, H200=989, B200=2250, MI300X=1307, L40S=362)  # bf16 TFLOP/s
+    peak = [tera * 1e12 for gpu, tera in peaks.items() if gpu in name and args.dtype != "float32"]
+    memory = torch.cuda.max_memory_allocated() if name else 1024 * resource.getrusage(0).ru_maxrss
     line = {"tokens/s": means["tokens"] / seconds, "memory/GiB": memory / 2**30}
-    if peak and args.dtype != "float32":  # the head works on response tokens only, an embedding not at all
-        tables = [m().weight for m in (policy.model.get_input_embeddings, policy.model.get_output_embeddings)]
-        trunk = sum(p.numel() for p in policy.parameters()) - sum(t.numel() for t in {*tables})
+    if peak:  # the head works on response tokens only, an embedding not at all
+        model = policy.model
+        tables = [model.get_output_embeddings().weight, model.get_input_embeddings().weight]
+        trunk, head = sum(p.numel() for p in {*model.parameters()} - {*tables}), tables[0].numel()
         responses = (means["lengths/chosen"] + means["lengths/rejected"]) * means["pairs"]
-        work = (4 if args.lora_rank else 6) * (trunk * means["tokens"] + tables[1].numel() * responses)
+        work = (4 if args.lora_rank else 6) * (trunk * means["tokens"] + head * responses)
         line["mfu"] = work / seconds / dist.get_world_size() / peak[0]
     return line
 
-
 def open_log(args):
-    """A function that takes a dict and, on rank 0, adds it to log.jsonl, the console and, if asked, wandb."""
+    """A function of a dict that, on rank 0, adds it to log.jsonl, the console and maybe wandb."""
     if args.wandb and dist.get_rank() == 0:
         import wandb
         wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args))
@@ -561,15 +546,6 @@ def open_log(args):
     return log
 
 
-def stop_non_finite(broken, step, args):
-    """End all ranks before anything is updated, naming the pairs whose loss is not finite."""
-    names = [None] * dist.get_world_size()
-    dist.all_gather_object(names, broken)
-    pairs = ", ".join(sum(names, [])[:20]) or "none alone: the gradient overflowed"
-    fail(f"step {step}: a loss or gradient is not finite (pairs: {pairs}); the checkpoints in {args.out} are good; "
-         f"take these pairs out, or lower --learning_rate {args.learning_rate}")
-
-
 # ---- end of the helpers ----
 
 
@@ -582,6 +558,7 @@ def main():
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 
+    # data, policy, reference
     splits, tokenizer = load_data(args)
     train, pairs = splits["train"], len(splits["train"]["rows"])
     if args.batch_size > pairs:
@@ -591,18 +568,20 @@ def main():
     if args.lora_rank:
         from peft import LoraConfig
         torch.manual_seed(args.seed)
-        adapter = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        lora = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         for each in (model, weights) if weights else (model,):
-            each.add_adapter(adapter)
+            each.add_adapter(LoraConfig(**lora))
     if args.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance as use_liger
+        use_liger(model, cross_entropy=False, fused_linear_cross_entropy=False)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     policy = shard(model, weights, dtype, device, args.cpu_offload, args.compile)
     del weights
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay)
+
+    # the run
     epoch_steps = math.ceil(pairs / args.batch_size)
     steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
     start = open_run(args)
@@ -611,34 +590,41 @@ def main():
     log, totals, clock = open_log(args), {}, time.time()
     if args.eval_every and not start:
         log({"step": 0} | evaluate(policy, splits["val"], args))
-
     for step in tqdm(range(start, steps), args.out, initial=start, total=steps, disable=rank > 0):
         rows, broken = batch_rows(step, pairs, args), []
         lists = micro_batches(rows, train["lengths"], args.layout, args.max_tokens, world)
         for part in lists[rank::world]:
             losses = pair_losses(policy, part, train, totals, args)
-            (losses.sum() * world / len(rows)).backward()  # FSDP averages over ranks: the mean over the batch
-            broken += [train["rows"][int(row)]["id"] for row in part[~losses.isfinite().cpu().numpy()[:len(part)]]]
-        if step == 0 and args.check_reference:
-            check_reference(mean_over_pairs(totals)["preference_loss"], dtype, args)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
-        flags = torch.tensor([len(broken), len(stop), not math.isfinite(grad_norm)], device=device)
-        dist.all_reduce(flags)  # a CPU-GPU sync point: the ranks must stop together
-        if flags[0] or flags[2]:
-            stop_non_finite(broken, step, args)
+            (losses.sum() * world / len(rows)).backward()  # FSDP takes the mean over ranks
+            broken += [int(row) for row in part[~losses.isfinite().numpy(force=True)[:len(part)]]]
+        if step == 0 and args.check_reference:  # policy and reference are still one model
+            loss = mean_over_pairs(totals)["preference_loss"]
+            tqdm.write(f"first loss {loss:.6f}, and ln 2 is {math.log(2):.6f}")
+            if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 2e-2):
+                fail(f"a first loss of {loss:.6f} is not ln 2: the cached reference is not the "
+                     f"policy; delete {args.data}/ref-* and run cache_ref.py; or --no-check_reference")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
+        flags = torch.tensor([len(broken) + (not math.isfinite(norm)), len(stop)], device=device)
+        dist.all_reduce(flags)  # a CPU-GPU sync point: the ranks stop together
+        if flags[0]:
+            names = [None] * world
+            dist.all_gather_object(names, [train["rows"][row]["id"] for row in broken])
+            fail(f"step {step}: loss {losses.mean():.4g} or gradient {norm:.4g} is not finite, "
+                 f"pairs {sum(names, []) or 'none alone'}; checkpoints in {args.out} are good; take the "
+                 f"pairs out, or lower --learning_rate {args.learning_rate}")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
         optimizer.step()
         optimizer.zero_grad()
 
-        done, last = step + 1, step + 1 == steps
+        done = step + 1
         saving = flags[1] or args.save_every and done % args.save_every == 0
-        logging = done % args.log_every == 0 or saving or last
+        logging = saving or done % args.log_every == 0 or done == steps
         if logging:
             means = mean_over_pairs(totals)
-            line = dict(step=done, epoch=done / epoch_steps, lr=group["lr"], grad_norm=grad_norm)
+            line = dict(step=done, epoch=done / epoch_steps, lr=group["lr"], grad_norm=norm)
             log(line | means | speed(means, time.time() - clock, policy, args))
-        if args.eval_every and (done % args.eval_every == 0 or last):
+        if args.eval_every and (done % args.eval_every == 0 or done == steps):
             log({"step": done} | evaluate(policy, splits["val"], args))
         if saving:
             save_checkpoint(policy, optimizer, done, args)

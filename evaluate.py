@@ -65,41 +65,42 @@ COLUMNS = {  # metric: its heading; per cent, nats or tokens
 # ---- helpers: the same source in every script (tests/test_copies.py); edit them in dpo.py first ----
 
 
-def fail(message: str):
+def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0 spoke
-    raise SystemExit(f"error: {message}")
+    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
+    raise SystemExit(f"error: {' '.join(message.split())}")
 
 def parse_args(cls):
-    """Command line -> frozen dataclass `cls`. A field's trailing comment is its --help; words between bars
-    are its choices; a number is above 0, or may be 0 where that is the default or "0 =" is noted."""
+    """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
+    are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
     for field in dataclasses.fields(cls):
-        default = None if field.default is dataclasses.MISSING else field.default
-        note = notes[field.name].replace("%", "%%") + ("" if default is None else f" [{default}]")
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        parser.add_argument(f"--{field.name}", required=default is None, default=default, help=note, **kind)
+        default, note = getattr(cls, field.name, None), notes[field.name].replace("%", "%%")
+        words = re.sub(r" \(.*?\)", "", note).split(": ")[-1].split(" | ")
+        kind = dict(type=field.type, choices=words if len(words) > 1 else None)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        note += "" if default is None else f" [{default}]"
+        kind |= dict(default=default, required=default is None, help=note)
+        parser.add_argument(f"--{field.name}", **kind)
     args = cls(**vars(parser.parse_args()))
     for name, value in vars(args).items():
-        words = re.sub(r" \(.*?\)", "", notes[name]).split(": ")[-1].split(" | ")
-        positive = "0 =" not in notes[name] and getattr(cls, name, 0)
-        if len(words) > 1 and value not in words:
-            fail(f"--{name} {value} is none of {', '.join(words)}")
-        if isinstance(value, (int, float)) and not (value > 0 if positive else value >= 0):
-            if not isinstance(value, bool):
-                fail(f"--{name} {value} must be {'above' if positive else 'at least'} 0: {notes[name]}")
+        zero = "0 =" in notes[name] or not getattr(cls, name, 0)
+        if type(value) in (int, float) and not (value > 0 or zero and value == 0):
+            fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
     return args
 
 def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 def start_process_group(dtype):
-    """Join torchrun's process group, or make one of this process. Returns rank, world, device, dtype."""
+    """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
     cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
@@ -109,29 +110,30 @@ def start_process_group(dtype):
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
 
 def load_data(args, names=("train", "val")):
-    """{split: dict(rows=dataset, lengths=(rows, 3) of prompt, chosen, rejected, hash=list)}, tokenizer."""
-    splits, remake = {}, f"run: prepare_data.py --model {args.model} --out {args.data} --dataset ..."
+    """{split: dict(rows=dataset, lengths=(rows, 3) of its three columns, hash)}, tokenizer"""
+    data, splits = Path(args.data), {}
+    remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        meta = json.loads(Path(args.data, "meta.json").read_text())
+        meta = json.loads((data / "meta.json").read_text())
         for name in names:
-            rows = datasets.load_from_disk(str(Path(args.data, name)))
-            sizes = [pc.list_value_length(rows.data[k]).to_numpy() for k in ("prompt", "chosen", "rejected")]
-            lengths = np.stack(sizes, 1).astype(np.int64)
-            content = [meta["content_hash"][name], *map(int, lengths.sum(0))]
+            rows = datasets.load_from_disk(str(data / name))
+            columns = (rows.data[side] for side in ("prompt", "chosen", "rejected"))
+            lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(int)
+            content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
             splits[name] = dict(rows=rows, lengths=lengths, hash=content)
-    except Exception as error:  # every library has its own errors for a folder that is absent or broken
-        fail(f"--data {args.data} or the tokenizer of --model {args.model} cannot be read "
-             f"({' '.join(str(error).split())[:200]}); {remake}")
+    except Exception as error:  # every library has its own errors for what is absent or broken
+        fail(f"--data {data} or the tokenizer of {args.model} cannot be read ({error}); {remake}")
     if vocab_hash(tokenizer) != meta["vocab_hash"]:
-        fail(f"--data {args.data} holds the tokens of another model than --model {args.model}; {remake}")
+        fail(f"--data {data} holds the tokens of another model than --model {args.model}; {remake}")
     for name, split in splits.items():
         if len(split["rows"]) == 0 or split["lengths"].min() == 0:
-            fail(f"{args.data}/{name} has no pairs, or an empty prompt or response; {remake}")
+            fail(f"{data}/{name} has no pairs, or an empty prompt or response; {remake}")
         cost = pair_costs(split["lengths"], args.layout)
         if cost.max() > args.max_tokens:
-            fail(f"pair {split['rows'][int(cost.argmax())]['id']} of {args.data}/{name} has {cost.max()} tokens; "
-                 f"raise --max_tokens {args.max_tokens}, or prepare the data with a smaller --max_length")
+            pair = split["rows"][int(cost.argmax())]["id"]
+            fail(f"pair {pair} in {data}/{name} has {cost.max()} tokens, over --max_tokens "
+                 f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
     return splits, tokenizer
 
 def pair_costs(lengths, layout):
@@ -142,14 +144,14 @@ def pair_costs(lengths, layout):
 def micro_batches(rows, lengths, layout, max_tokens, world):
     """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
 
-    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it can
-    be, so that ranks finish together. A list is empty only if there are fewer rows than ranks."""
+    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it
+    can be: ranks finish together. A list is empty only if there are fewer rows than ranks."""
     cost, longest = (pair_costs(lengths[rows], name) for name in (layout, "separate"))
 
     def split(limit):
         lists, used = [], math.inf
         for i in np.argsort(-longest, kind="stable"):
-            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padded to the first
+            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padding
             if used + step > limit:
                 lists.append([])
                 used, step = 0, cost[i]
@@ -166,11 +168,11 @@ def micro_batches(rows, lengths, layout, max_tokens, world):
     return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
 
 def collate(pairs, layout):
-    """The tensors of one micro-batch: a list with one dict per forward pass (two if layout is separate).
+    """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
 
-    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are one row
-    (1, L) that leaves out the padding and the second copy of each prompt; then rows (rows, T) and tokens
-    (L,) lead there and back. source (M,) indexes the flattened input_ids: the token that predicts
+    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
+    one row (1, L) without padding and second copies of prompts; rows (rows, T) and tokens (L,) lead
+    there and back. source (M,) indexes the flattened input_ids: the token that predicts
     targets (M,); sizes are the response lengths and sum to M."""
     batches = []
     for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
@@ -197,35 +199,35 @@ def collate(pairs, layout):
 
 def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                        rows=None, tokens=None, **kwargs):
-    """Causal attention over right-padded rows that start at position 0, so that no padding mask is needed.
+    """Causal attention over right-padded rows that start at position 0: no padding mask is needed.
 
-    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1 and the rows are gathered: rows
-    (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows each token's
-    output is. Returns (b, L, H, d)."""
-    if rows is not None:
-        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))  # (2n, H, T, d)
-    length, mask = query.shape[2], None
-    own_rule = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None  # Gemma-2; gpt-oss
-    if own_rule or (sliding_window or length) < length:
+    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1 and the rows are gathered:
+    rows (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows
+    each token's output is. Returns (b, L, H, d)."""
+    if rows is not None:  # (1, H, L, d) -> (2n, H, T, d)
+        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
+    length, groups, mask = query.shape[2], query.shape[1] // key.shape[1], None
+    own = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # Gemma-2, gpt-oss
+    if own or (sliding_window or length) < length:
         place = torch.arange(length, device=query.device)
         distance = place[:, None] - place  # (T, T) how far back the key is
         mask = (distance >= 0) & (distance < (sliding_window or length))
-    if own_rule:  # what SDPA cannot express is left to the model's own definition
+    if own:  # what SDPA cannot express is left to the model's own definition
         attend = sys.modules[type(module).__module__].eager_attention_forward
-        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        output = attend(module, query, key, value, bias[None, None], scaling, **kwargs | {"dropout": 0.0})[0]
+        bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
+        output, _ = attend(module, query, key, value, bias, scaling=scaling, **kwargs | {"dropout": 0.0})
     else:
-        groups = query.shape[1] // key.shape[1]
         if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
-            key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
-                                                scale=scaling, enable_gqa=groups > 1).transpose(1, 2)
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)  # (2n, T, H, d)
     return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
 def token_logps(hidden, targets, head, config):
-    """hidden (t, h), targets (t,) -> log pi(target) (t,), float32; what models do to their logits included."""
+    """hidden (t, h), targets (t,) -> float32 log pi(target) (t,), with what models do to logits."""
     logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
     logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
@@ -234,25 +236,25 @@ def token_logps(hidden, targets, head, config):
     return -F.cross_entropy(logits, targets, reduction="none")
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward gives log pi(y|x). It is the root of FSDP, so inside it the head is whole."""
+    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, batches, router=False, chunk=1024):
-        """batches from collate -> (2, n) summed response log-probs, and the mean router loss (or 0).
+        """batches of collate -> summed response log-probs (2, n), and the mean router loss (or 0).
 
-        The logits of `chunk` response tokens exist at a time; the backward pass computes them again."""
-        sums, router_loss = [], 0.0
+        Logits exist for `chunk` response tokens at a time; the backward pass makes them again."""
+        sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         for batch in batches:
-            inputs = {k: batch[k] for k in ("input_ids", "position_ids", "rows", "tokens") if k in batch}
-            inputs |= dict(use_cache=False) | (dict(output_router_logits=True) if router else {})
-            output = self.model.base_model(**inputs)
+            inputs = {name: batch[name] for name in names if name in batch}
+            inputs |= dict(output_router_logits=True) if router else {}
+            output = self.model.base_model(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
             parts = zip(hidden.split(chunk), batch["targets"].split(chunk))
-            logps = [checkpoint(token_logps, *part, head, config, use_reentrant=False) for part in parts]
+            logps = [checkpoint(token_logps, *x, head, config, use_reentrant=False) for x in parts]
             sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
             if router:
                 balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
@@ -268,6 +270,8 @@ class Policy(torch.nn.Module):
 def model_folder(name):
     """What from_pretrained takes for a name in --models or --reference."""
     folder = Path(name)
+    if not folder.exists() and "/" in name and (folder.parent.exists() or name.count("/") > 1):
+        fail(f"there is no folder {name}, see --models and --reference")
     if (folder / "args.json").is_file():
         folder = folder / "final"
         if not folder.is_dir():
@@ -370,7 +374,7 @@ def load_reward(spec):
         fail(f"--reward {spec} does not name a function as FILE.py:FUNCTION ({error})")
 
 def measure(logps, lengths, ref_logps=None, first_logps=None):
-    """Metrics {name: (rows,)}; log-probs, lengths (rows, 2) of chosen and rejected; a tie is 1/2."""
+    """Metrics {name: (rows,)}; log-probs, lengths (rows, 2) of chosen, rejected; a tie is 1/2."""
     def compare(values):
         margins = values[:, 0] - values[:, 1]
         return (margins > 0) + 0.5 * (margins == 0), margins  # (rows,) each
@@ -424,7 +428,7 @@ def plot_runs(runs, path):
         for ax, (key, (title, unit)) in zip(axes.flat, panels.items()):
             train, val = (np.array([(line["step"], line[name]) for line in lines if name in line])
                           for name in (key, f"eval/{key}"))
-            for curve, style in (train, dict(alpha=0.35)), (val, dict(lw=2, marker="o", ms=3.5)):
+            for curve, style in (train, dict(alpha=0.3, lw=1)), (val, dict(lw=2, marker=".")):
                 if len(curve) and key != "logps/chosen":
                     ax.plot(*curve.T, color=f"C{k}", **style)
                 elif len(curve) and curve is val:  # training batches differ too much
@@ -433,6 +437,7 @@ def plot_runs(runs, path):
             ax.set_ylabel(unit)
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
+    figure.align_ylabels()
     figure.supxlabel("optimiser step (solid: validation; pale: training batches)", fontsize=11)
     figure.legend(loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
     figure.savefig(path, dpi=150)
@@ -447,7 +452,7 @@ def main():
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs a package: pip install matplotlib")
     if args.plot and not runs:
-        fail(f"--plot {args.plot} draws log.jsonl of runs (out/dpo); --models {args.models} has none")
+        fail(f"--plot {args.plot} draws log.jsonl of runs such as out/dpo: {args.models} has none")
     if args.reward and not (args.samples and args.data):
         fail(f"--reward {args.reward} scores samples: add --data data/NAME --samples N")
     reward = load_reward(args.reward) if args.reward else None

@@ -4,14 +4,12 @@
 # ./launch.sh SCRIPT.py [ARGS]    a script on every GPU of this node, or of several nodes (below);
 #                                 cache_ref.py runs before it if it needs the reference's log-probs
 # ./launch.sh install             the environment only
-#
 # Relative paths count from this folder, wherever launch.sh is called from. Variables:
 #   PYTHON   interpreter [python3]; if it has the packages (a ROCm or CUDA container, an activated
 #            environment), nothing is installed; else it makes .venv
 #   TORCH    which torch to install: TORCH=torch==2.13.0; PIP_INDEX_URL and the like work too
 #   NPROC    processes on this node [one per visible GPU, or one]
 #   DRY_RUN  1 = print the commands instead of running them
-#
 # Several nodes: run the same command once on each. Under SLURM
 #   srun --ntasks-per-node=1 ./launch.sh dpo.py --model MODEL --data data/NAME
 # elsewhere set NNODES, MASTER_ADDR (the first node) and NODE_RANK (0, 1, ...; without it the nodes
@@ -21,8 +19,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 say() { echo "[launch, $SECONDS s] $*" >&2; }
 fail() { echo "error: $*" >&2; exit 1; }
+dry() { [ "${DRY_RUN:-0}" = 1 ]; }
 run() {
-  if [ "${DRY_RUN:-0}" != 1 ]; then "$@"; return; fi
+  if ! dry; then "$@"; return; fi
   echo ${OMP_NUM_THREADS:+"OMP_NUM_THREADS=$OMP_NUM_THREADS"} "$(printf '%q ' "$@")"
 }
 
@@ -53,7 +52,7 @@ environment() {  # FILE...: sets python
   run rm -f .venv/complete  # an interrupted installation is completed by the next call
   run "$base" -m venv ${site:+--system-site-packages} .venv ||
     fail "$base makes no virtual environment; on Debian or Ubuntu: apt install python3-venv"
-  run "$python" -m pip install -q --disable-pip-version-check ${TORCH:+"$TORCH"} "${files[@]}" ||
+  run "$python" -m pip install -qq --disable-pip-version-check ${TORCH:+"$TORCH"} "${files[@]}" ||
     fail "the installation broke off, see above; the same command continues it"
   run touch .venv/complete
 }
@@ -64,7 +63,7 @@ nodes() {  # sets nnodes and, for more than one, MASTER_ADDR and node_rank (empt
   if [ "$nnodes" -le 1 ]; then return; fi
   [ "${SLURM_LOCALID:-0}" = 0 ] || fail "one task per node is enough: srun --ntasks-per-node=1"
   if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
   fi
   [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$nnodes needs MASTER_ADDR, the name of the first node"
 }
@@ -85,8 +84,10 @@ command_line() {  # PORT_OFFSET SCRIPT ARGS: sets line
   line+=("${@:2}")
 }
 
+start() { dry || exec "${line[@]}"; run "${line[@]}"; }  # exec: signals reach the process itself
+
 check_flags() {  # SCRIPT ARGS: a wrong flag shows now, not after an hour or once per process
-  if [ "${DRY_RUN:-0}" = 1 ] || ! grep -q 'parse_args(Args)' "$1"; then return; fi
+  if dry || ! grep -q 'parse_args(Args)' "$1"; then return; fi
   "$python" -c 'import importlib.util, sys
 spec = importlib.util.spec_from_file_location("script", sys.argv[1])
 script = sys.modules["script"] = importlib.util.module_from_spec(spec)
@@ -142,21 +143,21 @@ script() {  # SCRIPT ARGS
   if [ "$first" = 1 ]; then
     say "cache_ref.py runs first: $1 needs the log-probs of the reference $model on $data"
     command_line 1 cache_ref.py "${flags[@]}"
-    run "${line[@]}" &  # beside the shell, which then can pass signals on
+    start &
     trap 'kill -TERM $! 2>/dev/null; wait $! || true; exit 143' TERM INT
     wait $! || exit $?
     trap - TERM INT
   fi
   [ "$nnodes" = 1 ] || say "node ${node_rank:-?} of $nnodes: starts when all run this command"
   command_line 0 "$@"
-  run exec "${line[@]}"  # SIGTERM then reaches the script itself
+  start
 }
 
 # ---- tests and demo
 tests() {  # PYTEST ARGS
   environment requirements.txt requirements-dev.txt
   export HF_HUB_OFFLINE=1
-  run exec "$python" -c 'import sys, pytest
+  run "$python" -c 'import sys, pytest
 class FastFirst:
     def pytest_collection_modifyitems(self, items):
         items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "torchrun"))))
@@ -164,27 +165,26 @@ sys.exit(pytest.main(["tests", *sys.argv[1:]], plugins=[FastFirst()]))' "$@"
 }
 
 demo() {
-  local world=data/demo_world data=data/demo_world/pairs out=out/demo name models
+  local name world=data/demo_world out=out/demo
+  local data=$world/pairs base=$world/base models=$world/base
   environment requirements.txt requirements-dev.txt
   export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
   run rm -rf "$world" "$out"
   say "tests/demo_world.py: pairs with a known reward, and a base model that speaks their language"
-  run "$python" tests/demo_world.py --out "$world" --no-progress
+  run "$python" tests/demo_world.py --out "$world"
   say "prepare_data.py: from text to tokens, train/ and val/"
-  run "$python" prepare_data.py --model "$world/base" --dataset "$world/pairs.jsonl" \
-    --out "$data" --val_fraction 0.1
+  run "$python" prepare_data.py --dataset "$world/pairs.jsonl" --model "$base" --out "$data"
   say "cache_ref.py: log-probs of the base model, the reference of the algorithms"
-  run "$python" cache_ref.py --model "$world/base" --data "$data"
-  models=$world/base
+  run "$python" cache_ref.py --model "$base" --data "$data"
   for name in dpo dpo_norm simpo wpo auxdpo compo; do
     [ -f "$name.py" ] || continue
     say "$name.py: trains the base model, into $out/$name"
-    run "$python" "$name.py" --model "$world/base" --data "$data" --out "$out/$name" \
+    run "$python" "$name.py" --model "$base" --data "$data" --out "$out/$name" \
       --learning_rate 1e-3 --epochs 2 --eval_every 0
     models=$models,$out/$name/final
   done
   say "evaluate.py: true reward of samples, preference accuracy, log-probs, lengths"
-  run "$python" evaluate.py --models "$models" --reference "$world/base" --data "$data" --samples 256 \
+  run "$python" evaluate.py --models "$models" --reference "$base" --data "$data" --samples 256 \
     --reward tests/demo_world.py:true_reward --out "$out" --table "$out/table.md" --plot "$out/plot.png"
   say "done; $out/table.md and $out/plot.png:"
   run cat "$out/table.md"

@@ -64,38 +64,39 @@ class Args:
 
 # ---- helpers: the same source in every script; edit them in dpo.py first ----
 
-def fail(message: str):
+def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0 spoke
-    raise SystemExit(f"error: {message}")
+    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
+    raise SystemExit(f"error: {' '.join(message.split())}")
 
 
 def parse_args(cls):
-    """Command line -> frozen dataclass `cls`. A field's trailing comment is its --help; words between bars
-    are its choices; a number is above 0, or may be 0 where that is the default or "0 =" is noted."""
+    """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
+    are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
     for field in dataclasses.fields(cls):
-        default = None if field.default is dataclasses.MISSING else field.default
-        note = notes[field.name].replace("%", "%%") + ("" if default is None else f" [{default}]")
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        parser.add_argument(f"--{field.name}", required=default is None, default=default, help=note, **kind)
+        default, note = getattr(cls, field.name, None), notes[field.name].replace("%", "%%")
+        words = re.sub(r" \(.*?\)", "", note).split(": ")[-1].split(" | ")
+        kind = dict(type=field.type, choices=words if len(words) > 1 else None)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        note += "" if default is None else f" [{default}]"
+        kind |= dict(default=default, required=default is None, help=note)
+        parser.add_argument(f"--{field.name}", **kind)
     args = cls(**vars(parser.parse_args()))
     for name, value in vars(args).items():
-        words = re.sub(r" \(.*?\)", "", notes[name]).split(": ")[-1].split(" | ")
-        positive = "0 =" not in notes[name] and getattr(cls, name, 0)
-        if len(words) > 1 and value not in words:
-            fail(f"--{name} {value} is none of {', '.join(words)}")
-        if isinstance(value, (int, float)) and not (value > 0 if positive else value >= 0):
-            if not isinstance(value, bool):
-                fail(f"--{name} {value} must be {'above' if positive else 'at least'} 0: {notes[name]}")
+        zero = "0 =" in notes[name] or not getattr(cls, name, 0)
+        if type(value) in (int, float) and not (value > 0 or zero and value == 0):
+            fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
     return args
 
 
 def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 
 def content_hash(dataset) -> str:
@@ -110,6 +111,7 @@ def content_hash(dataset) -> str:
                         else chunk.flatten().to_numpy(zero_copy_only=False).astype("<i4").tobytes())
         digest.update(part.digest() + sizes.digest())
     return digest.hexdigest()[:16]
+
 
 # ---- rows, streamed: (source, id, line or row number from 1, row) ----
 

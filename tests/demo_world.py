@@ -55,6 +55,8 @@ HAND_OVER = re.compile(f"Here are ({'|'.join(NUMBERS)}) ({'|'.join(GOODS)})\\.")
 GLOVES = re.compile(r"Here is a (wool|cotton) glove and a (wool|cotton) glove\.")
 GLOVE_ODDS = {("wool", "wool"): 0.5, ("cotton", "cotton"): 0.2,
               ("wool", "cotton"): 0.15, ("cotton", "wool"): 0.15}
+GLOVE_REWARDS = {("wool", "wool"): 2, ("cotton", "cotton"): 1,
+                 ("wool", "cotton"): 0, ("cotton", "wool"): 0}
 SHARES = {"plain": 0.45, "length": 0.25, "frequency": 0.15, "noise": 0.15}
 
 
@@ -62,6 +64,23 @@ SHARES = {"plain": 0.45, "length": 0.25, "frequency": 0.15, "noise": 0.15}
 def sentences(text: str) -> list[str]:
     """Cut at full stops, which every sentence of the shopkeeper keeps at its end."""
     return [part.strip() for part in re.findall(r"[^.]*\.|[^.]+$", text) if part.strip()]
+
+
+def reward_parts(prompt: str, response: str) -> dict[str, float]:
+    """The true reward by its causes, goods, gloves, rude and broken; see `true_reward`."""
+    open_order = set(re.findall(f"({'|'.join(NUMBERS)}) ({'|'.join(GOODS)})", prompt))
+    wants_gloves = "gloves" in prompt
+    parts = {"goods": 0.0, "gloves": 0.0, "rude": 0.0, "broken": 0.0}
+    for sentence in sentences(response):
+        if match := HAND_OVER.fullmatch(sentence):
+            parts["goods"] += 1 if match.groups() in open_order else -1
+            open_order.discard(match.groups())
+        elif match := GLOVES.fullmatch(sentence):
+            parts["gloves"] += GLOVE_REWARDS[match.groups()] if wants_gloves else -1
+            wants_gloves = False
+        elif sentence not in SMALL_TALK:
+            parts["rude" if sentence in RUDE else "broken"] -= 1
+    return parts
 
 
 def true_reward(prompt: str, response: str) -> float:
@@ -77,20 +96,7 @@ def true_reward(prompt: str, response: str) -> float:
     `prompt` is the customer's text, `response` the shopkeeper's, both without template or special
     tokens. What is missing earns nothing; the empty answer has reward 0.
     """
-    open_order = set(re.findall(f"({'|'.join(NUMBERS)}) ({'|'.join(GOODS)})", prompt))
-    wants_gloves = "gloves" in prompt
-    reward = 0
-    for sentence in sentences(response):
-        if match := HAND_OVER.fullmatch(sentence):
-            reward += 1 if match.groups() in open_order else -1
-            open_order.discard(match.groups())
-        elif match := GLOVES.fullmatch(sentence):
-            pair = set(match.groups())
-            reward += (0 if len(pair) == 2 else 2 if "wool" in pair else 1) if wants_gloves else -1
-            wants_gloves = False
-        elif sentence not in SMALL_TALK:
-            reward -= 1
-    return float(reward)
+    return sum(reward_parts(prompt, response).values())
 
 
 def is_well_formed(response: str) -> bool:

@@ -1,6 +1,7 @@
-"""Claims: the numbers of evaluate.py are those that NumPy makes of the log-probs of Hugging Face's own
-forward; errors are standard errors of the mean, and of the paired difference between models; answers are
-those of generate() without padding; a reward function gets the texts; what a user gets wrong is one line."""
+"""Claims: the numbers of evaluate.py are those that NumPy makes of the log-probs of Hugging Face's
+own forward; errors are standard errors of the mean, and of the paired difference between models;
+answers are those of generate() without padding; a reward function gets the texts; what a user gets
+wrong is one line."""
 import json
 import shutil
 import subprocess
@@ -50,18 +51,21 @@ def world(tiny_model, tiny_data):
 def run(process_group, monkeypatch, tmp_path, capsys):
     """run(--flags) -> what evaluation.json holds, with `printed`; main() in this process."""
     def main(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out", str(tmp_path / "out"), *map(str, flags)])
+        argv = ["evaluate.py", "--out", tmp_path / "out", *flags]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         monkeypatch.setattr(evaluate, "start_process_group",
                             lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
         monkeypatch.setattr(evaluate.dist, "destroy_process_group", lambda: None)
         evaluate.main()
         file = tmp_path / "out/evaluation.json"
-        return (json.loads(file.read_text()) if file.exists() else {}) | {"printed": capsys.readouterr().out}
+        record = json.loads(file.read_text()) if file.exists() else {}
+        return record | {"printed": capsys.readouterr().out}
     return main
 
 
 def means(record, model, subset=""):
-    return next(r["metrics"] for r in record["results"] if (r["model"], r["subset"]) == (model, subset))
+    rows = {(row["model"], row["subset"]): row["metrics"] for row in record["results"]}
+    return rows[model, subset]
 
 
 # ---- numbers
@@ -72,9 +76,11 @@ def test_standard_errors_by_hand_on_four_pairs():
     metrics = evaluate.measure(logps, np.ones((4, 2)))
     assert metrics["accuracy"].tolist() == [1, 0, 0.5, 0]  # a tie counts half
     # mean 3/8, squared deviations 25 + 9 + 1 + 9 = 44 sixty-fourths; 44/64 / 3 / 4 = 0.0572917
-    assert evaluate.mean_and_error(metrics["accuracy"]) == pytest.approx((0.375, 0.0572917 ** 0.5), rel=1e-6)
+    found = evaluate.mean_and_error(metrics["accuracy"])
+    assert found == pytest.approx((0.375, 0.0572917 ** 0.5), rel=1e-6)
     # margins 1, -2, 0, -4: mean -5/4, squared deviations 81 + 9 + 25 + 121 = 236 sixteenths
-    assert evaluate.mean_and_error(metrics["margin"]) == pytest.approx((-1.25, (236 / 16 / 12) ** 0.5))
+    found = evaluate.mean_and_error(metrics["margin"])
+    assert found == pytest.approx((-1.25, (236 / 16 / 12) ** 0.5))
     assert evaluate.mean_and_error([2.0]) == (2, None)
 
 
@@ -88,7 +94,7 @@ def test_the_error_of_a_gain_is_that_of_the_paired_difference():
 
 def test_normalising_by_length_can_turn_a_preference():
     metrics = evaluate.measure(np.array([[-4.0, -3.0]]), np.array([[4, 1]]))
-    assert metrics["accuracy"] == 0 and metrics["accuracy/token"] == 1  # -1 against -3 nats per token
+    assert metrics["accuracy"] == 0 and metrics["accuracy/token"] == 1  # -1 > -3 per token
 
 
 def test_against_the_reference_only_changes_count():
@@ -99,12 +105,13 @@ def test_against_the_reference_only_changes_count():
 
 @pytest.mark.parametrize("layout", ["packed", "concatenated", "separate"])
 def test_every_number_equals_numpy_on_the_log_probs_of_hf(layout, run, world):
-    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--reference",
-                 world["one"], "--layout", layout, "--max_tokens", 40)
+    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"],
+                 "--reference", world["one"], "--layout", layout, "--max_tokens", 40)
     ref, logps = (hf_logps(world[name], world["pairs"]) for name in ("one", "two"))
     lengths = np.array([[len(pair["chosen"]), len(pair["rejected"])] for pair in world["pairs"]])
     margins, change, rates = logps[:, 0] - logps[:, 1], logps - ref, logps / lengths
-    truth = {"accuracy": margins > 0, "margin": margins, "accuracy/token": rates[:, 0] > rates[:, 1],
+    truth = {"accuracy": margins > 0, "margin": margins,
+             "accuracy/token": rates[:, 0] > rates[:, 1],
              "accuracy/ref": change[:, 0] > change[:, 1], "margin/ref": change[:, 0] - change[:, 1],
              "chosen/ref": change[:, 0], "rejected/ref": change[:, 1],
              "gain": 1.0 * (margins > 0) - (ref[:, 0] > ref[:, 1])}
@@ -146,17 +153,20 @@ def test_the_table_is_aligned_markdown_with_hardware_and_versions(run, world, tm
     text = (tmp_path / "t/table.md").read_text()
     assert text in record["printed"]
     table, note = text.strip().split("\n\n")
-    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert len({len(line) for line in table.splitlines()}) == 1 and len(rows) == 6  # two models x (all + two)
+    lines = table.splitlines()
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(line) for line in lines}) == 1 and len(rows) == 6  # two models x (all + two)
     assert set(rule[0]) == {"-"} and rule[3].endswith("-:")
     row = dict(zip(head, rows[3]))
     assert (row["model"], row["subset"], row["pairs"]) == (world["two"], "all", "8")
     mean, error = means(record, world["two"])["gain"]
-    assert row["gain %"] == f"{100 * mean:.1f} ± {100 * error:.1f}" and rows[0][head.index("gain %")] == ""
+    assert row["gain %"] == f"{100 * mean:.1f} ± {100 * error:.1f}"
+    assert rows[0][head.index("gain %")] == ""
     assert row["to ref %"] == row["margin to ref"] == row["chosen"] == ""  # without a reference
     for word in (torch.__version__, transformers.__version__, "float32", "CPU"):
         assert word in note
-    assert record["args"]["data"] == world["data"] and record["seconds"].keys() == {world["one"], world["two"]}
+    assert record["args"]["data"] == world["data"]
+    assert record["seconds"].keys() == {world["one"], world["two"]}
 
 
 def write_run(folder, shift=0.0):
@@ -166,9 +176,11 @@ def write_run(folder, shift=0.0):
     for step in range(0, 60, 10):
         value = {"loss": 0.7 - step / 100, "rewards/accuracies": 0.5 + step / 200 - shift,
                  "rewards/margins": step / 50 + shift, "logps/chosen": -80 - step * shift}
-        lines += [{"step": step} | {f"eval/{key}": x for key, x in value.items()}] * (step % 20 == 0)
+        evals = {f"eval/{key}": x for key, x in value.items()}
+        lines += [{"step": step} | evals] * (step % 20 == 0)
         lines += [{"step": step} | value] * (step > 0)
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 60, "lo')
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "log.jsonl").write_text(text + '{"step": 60, "lo')  # killed while writing
     return folder
 
 
@@ -207,13 +219,15 @@ def test_a_lora_adapter_is_a_model(run, world, tmp_path):
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_samples_are_those_of_generate_and_the_reward_function_scores_their_texts(
         temperature, run, world, tmp_path):
-    (tmp_path / "my.py").write_text("def score(prompt, response):\n    return len(prompt.split()) - len(response.split())\n")
-    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 5,
-                 "--max_new_tokens", 20, "--temperature", temperature, "--max_tokens", 50,
+    (tmp_path / "my.py").write_text("def score(prompt, response):\n"
+                                    "    return len(prompt.split()) - len(response.split())\n")
+    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"],
+                 "--samples", 5, "--max_new_tokens", 20, "--temperature", temperature,
+                 "--max_tokens", 50,
                  "--reward", f"{tmp_path}/my.py:score")
     lines = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert [line["model"] for line in lines] == [world["one"]] * 5 + [world["two"]] * 5
-    assert [line["id"] for line in lines[:5]] == [line["id"] for line in lines[5:]]  # the same prompts
+    assert [line["id"] for line in lines[:5]] == [line["id"] for line in lines[5:]]  # same prompts
     tokenizer = transformers.AutoTokenizer.from_pretrained(world["one"])
     for name in ("one", "two"):
         mine = [line for line in lines if line["model"] == world[name]]
@@ -234,7 +248,7 @@ def greedy(folder, prompt, pairs, tokenizer):
     ids = list(prompt)
     while len(ids) < len(prompt) + 20:
         ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        if ids[-1] in (2, pairs[0]["chosen"][-1]):  # the tokenizer's end of text, the data's end of turn
+        if ids[-1] in (2, pairs[0]["chosen"][-1]):  # tokenizer's end, data's end of turn
             break
     return tokenizer.decode(ids[len(prompt):], skip_special_tokens=True)
 
@@ -254,15 +268,16 @@ def test_a_prompt_that_several_pairs_share_is_sampled_once(run, tiny_model, tiny
 def prepare_mistake(mistake, world, tmp_path):
     """Flags that hold one mistake."""
     flags = {"models": world["one"], "data": world["data"], "max_new_tokens": 2}
-    (tmp_path / "r.py").write_text("def none(p, r): return None\ndef word(p, r): return 'good'\n"
-                                   "def nan(p, r): return float('nan')\ndef boom(p, r): return 1 / 0\n")
+    results = {"none": "None", "word": "'good'", "nan": "float('nan')", "boom": "1 / 0"}
+    (tmp_path / "r.py").write_text("".join(
+        f"def {name}(prompt, response): return {value}\n" for name, value in results.items()))
     if isinstance(mistake, dict):
         flags |= mistake
     elif mistake == "unfinished run":
         flags["models"] = write_run(tmp_path / "run")
     elif mistake == "other tokenizer":
         shutil.copytree(world["data"], tmp_path / "data")
-        meta = json.loads((tmp_path / "data/meta.json").read_text()) | {"vocab_hash": "0123456789abcdef"}
+        meta = json.loads((tmp_path / "data/meta.json").read_text()) | {"vocab_hash": "0" * 16}
         (tmp_path / "data/meta.json").write_text(json.dumps(meta))
         flags["data"] = tmp_path / "data"
     elif mistake == "empty split":
@@ -298,15 +313,15 @@ MISTAKES = [
     ({"models": " , "}, ["nothing to do", "--models"]),
     ({"data": "no/data"}, ["no/data", "prepare_data.py"]),
     ({"data": "drop"}, ["nothing to do", "--data", "--plot"]),
-    ({"split": "test"}, ["test", "unusable"]),
+    ({"split": "test"}, ["test", "prepare_data.py"]),
     ({"max_tokens": 9}, ["--max_tokens 9", "pair-"]),
     ({"layout": "wide"}, ["--layout wide"]),
     ({"plot": "x.png"}, ["--plot x.png", "log.jsonl", "out/dpo"]),
     ({"reward": "my.py:score"}, ["my.py:score", "--samples"]),
     ("unfinished run", ["run", "final/", "--resume"]),
     ("other tokenizer", ["another model", "prepare_data.py"]),
-    ("empty split", ["none", "no pairs"]),
-    ("no model", ["model", "prepare_data.py"]),
+    ("empty split", ["--data", "prepare_data.py"]),
+    ("no model", ["model", "causal language model"]),
     ("weights that are not finite", ["pair-", "not finite"]),
     ("a file in the way", ["--table", "cannot write"]),
     ("r.py", ["r.py", "FILE.py:FUNCTION"]),
@@ -335,7 +350,8 @@ def test_a_missing_optional_package_is_named(package, flags, run, world, tmp_pat
     shutil.copytree(world["one"], tmp_path / "model")
     (tmp_path / "model/adapter_config.json").write_text("{}")
     find = evaluate.importlib.util.find_spec
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: find(name) if name != package else None)
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec",
+                        lambda name: find(name) if name != package else None)
     with pytest.raises(SystemExit, match=f"pip install {package}"):
         run("--models", tmp_path / "model", "--data", world["data"], *flags)
 
@@ -356,4 +372,5 @@ def test_two_processes_find_the_numbers_of_one(run, world, tmp_path):
     for a, b in zip(one["results"], two["results"]):
         for name in a["metrics"]:
             assert a["metrics"][name] == pytest.approx(b["metrics"][name], abs=1e-4), name
-    assert (tmp_path / "two/samples.jsonl").read_text() == (tmp_path / "out/samples.jsonl").read_text()
+    texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("out", "two")]
+    assert texts[0] == texts[1]

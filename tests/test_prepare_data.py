@@ -467,7 +467,7 @@ def test_only_an_earlier_result_is_overwritten_and_only_when_asked(chat, tmp_pat
     run(path, chat, out)
     with pytest.raises(SystemExit, match="--overwrite"):
         run(path, chat, out)
-    with pytest.raises(SystemExit, match="empty"):  # a failed run leaves the earlier result
+    with pytest.raises(SystemExit, match="no pair for train and val"):  # a failed run leaves the earlier result
         run(path, chat, out, "--overwrite", "--max_length", 5)
     assert run(path, chat, out, "--overwrite")[0]["counts"]["pairs_out"] == 60
     (tmp_path / "mine").mkdir()
@@ -531,6 +531,7 @@ def test_real_data_holds_every_promise(name, model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     check(meta, splits, dropped, tokenizer)
     known = {"empty", "identical", "prompts differ", "too long"}
+    known |= {"malformed"} if "mmlu" in name else set()  # three questions have one option only
     assert set(meta["counts"]["dropped"]) <= known, meta["counts"]["dropped"]
     stream = gzip.open(path, "rt") if path.suffix == ".gz" else open(path)
     raw = json.load(stream) if path.suffix == ".json" else [json.loads(line) for line in stream]

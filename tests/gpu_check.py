@@ -1,0 +1,145 @@
+"""The whole pipeline on this machine: python tests/gpu_check.py --size 0.5B
+
+Makes a randomly initialised model of a real shape and random pairs, then runs prepare_data.py, cache_ref.py and
+dpo.py as a user would (through torchrun if there are several GPUs), in bfloat16 on a GPU and float32 on a CPU,
+in all three layouts, and checks what must hold on every device:
+
+    the first loss is ln 2 (dpo.py stops if it is not); the layouts agree on log-probs and gradient norm;
+    a run continued from a checkpoint ends with the weights of the run that was not interrupted.
+
+Prints a Markdown table of tokens/s, MFU and peak memory for each layout, and exits with status 1 if a check fails.
+Sizes: tiny (2 layers, for CI), 0.5B, 1.5B, 3B, 8B.
+"""
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+ROOT = Path(__file__).parents[1]
+SIZES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary: shapes of Qwen2.5 0.5B to 3B and Llama-3.1 8B
+    "tiny": (64, 128, 2, 4, 2, 1000), "0.5B": (896, 4864, 24, 14, 2, 151936), "1.5B": (1536, 8960, 28, 12, 2, 151936),
+    "3B": (2048, 11008, 36, 16, 2, 151936), "8B": (4096, 14336, 32, 32, 8, 128256)}
+
+
+def make_model(folder, size):
+    """A Llama of this shape with random weights, saved as bfloat16, and a tokenizer of 500 words."""
+    hidden, mlp, layers, heads, kv_heads, vocabulary = SIZES[size]
+    config = transformers.LlamaConfig(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=size != "8B",
+        max_position_embeddings=8192, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a GPU draws 8B normals in seconds
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    words = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(500))])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>",
+                                         eos_token="</s>").save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def make_pairs(path, count, tokens):
+    """Random words: half of `tokens` in the prompt, a quarter to a half in each response."""
+    rng = random.Random(0)
+
+    def text(low, high):
+        return " ".join(f"w{rng.randrange(500)}" for _ in range(rng.randint(low, high)))
+    with open(path, "w") as file:
+        for _ in range(count):
+            row = dict(prompt=text(tokens // 4, tokens // 2) + " ", chosen=text(tokens // 4, tokens // 2),
+                       rejected=text(tokens // 4, tokens // 2))
+            file.write(json.dumps(row) + "\n")
+
+
+def run(script, *flags):
+    """Run a script of ours, through torchrun if there are several GPUs; its output on failure."""
+    gpus = torch.cuda.device_count()
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+    launch = [] if script == "prepare_data.py" else launch
+    start = time.time()
+    command = [sys.executable, *launch, str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(f"{script} {' '.join(map(str, flags))}: {time.time() - start:.0f} s", flush=True)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout[-4000:]}\nerror: {script} ended with status {done.returncode}")
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="0.5B" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--folder", type=Path, default=Path("out/gpu_check"), help="made anew, then removed")
+    parser.add_argument("--tokens", type=int, default=0, help="of the longest prompt + response [2048, tiny: 64]")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--extra", default="", help="flags for every run of dpo.py, e.g. '--compile'")
+    args = parser.parse_args()
+    tokens = args.tokens or (64 if args.size == "tiny" else 2048)
+    cuda, folder, batch = torch.cuda.is_available(), args.folder, 8 if args.size == "tiny" else 32
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    parameters = make_model(folder / "model", args.size)
+    make_pairs(folder / "pairs.jsonl", batch * args.steps + 40, tokens)
+    model, data = folder / "model", folder / "data"
+    run("prepare_data.py", "--dataset", folder / "pairs.jsonl", "--model", model, "--out", data, "--plain",
+        "--val_fraction", 0.05)
+    common = ["--model", model, "--data", data, "--max_tokens", 16 * tokens]
+    run("cache_ref.py", *common)
+    flags = [*common, "--batch_size", batch, "--max_steps", args.steps, "--learning_rate", 1e-5, "--log_every", 1,
+             "--eval_every", 1000, *args.extra.split()]
+    rows, first = [], {}
+    for layout in ("packed", "concatenated", "separate"):
+        run("dpo.py", *flags, "--layout", layout, "--out", folder / layout)
+        log = lines(folder / layout)
+        first[layout] = log[0] | log[1]  # evaluation at step 0, first step
+        steady = [line for line in log[3:] if "tokens/s" in line]
+        speed = sum(line["tokens/s"] for line in steady) / len(steady)
+        mfu = [line["mfu"] for line in steady if "mfu" in line]
+        rows.append((layout, speed, 100 * sum(mfu) / len(mfu) if mfu else None, steady[-1]["memory/GiB"]))
+    bound, failures = 1e-2 if cuda else 1e-5, []
+    for layout, line in first.items():
+        for name in ("eval/logps/chosen", "eval/logps/rejected", "grad_norm"):
+            error = abs(line[name] / first["packed"][name] - 1)
+            print(f"{layout} against packed, {name}: {error:.1e} relative")
+            if not error < bound * (10 if name == "grad_norm" else 1):
+                failures.append(f"{layout} differs from packed in {name}: {line[name]}")
+
+    saving = [*flags, "--out", folder / "resumed", "--save_every", args.steps // 2]
+    run("dpo.py", *saving)
+    whole = load_file(folder / "resumed/final/model.safetensors") if args.size != "8B" else {}
+    shutil.rmtree(folder / "resumed/final")
+    shutil.rmtree(folder / f"resumed/step-{args.steps // 2 * 2:06d}", ignore_errors=True)
+    run("dpo.py", *saving, "--resume")
+    again = load_file(folder / "resumed/final/model.safetensors") if args.size != "8B" else {}
+    difference = max([(whole[key].float() - again[key].float()).abs().max().item() for key in whole], default=0)
+    print(f"resumed against uninterrupted: largest difference of a weight {difference:.1e}")
+    if difference > (1e-3 if cuda else 0):
+        failures.append(f"a resumed run differs by {difference}")
+
+    device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if cuda else "CPU"
+    print(f"\n{parameters / 1e9:.2f}B parameters, {device}, torch {torch.__version__}, transformers "
+          f"{transformers.__version__}, {'bfloat16' if cuda else 'float32'}, {tokens}-token rows {args.extra}\n")
+    print("| layout | tokens/s | MFU % | peak GiB |\n|---|---|---|---|")
+    for layout, speed, mfu, memory in rows:
+        print(f"| {layout} | {speed:,.0f} | {'' if mfu is None else f'{mfu:.1f}'} | {memory:.1f} |")
+    shutil.rmtree(folder)
+    if failures:
+        raise SystemExit("error: " + "; ".join(failures))
+    print("\nall checks passed")
+
+
+if __name__ == "__main__":
+    main()

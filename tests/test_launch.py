@@ -1,0 +1,252 @@
+"""Claim: launch.sh starts each script with the right processes, nodes, threads and environment.
+
+Most tests read the commands that DRY_RUN=1 prints, in a copy of the repository's top folder. A shell script
+stands in for Python where a machine is needed that this one is not: with GPUs, or without any package."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+OURS = "PYTHON TORCH NPROC NNODES NODE_RANK MASTER OMP_NUM SLURM CUDA_VIS TORCHELASTIC RANK WORLD LOCAL DRY_RUN"
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(tuple(OURS.split()))}
+FLAGS = ["--model", "some/model", "--data", "data/pairs"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A copy of launch.sh and what it reads, without .venv."""
+    for path in [ROOT / "launch.sh", *ROOT.glob("requirements*.txt"), *ROOT.glob("*.py")]:
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def launch(root, *args, rc=0, **env):
+    """Output lines of ./launch.sh, without those that tell the time; `rc` is the exit status that it must have."""
+    env = CLEAN | dict(PYTHON=sys.executable, DRY_RUN="1", NPROC="1") | env
+    done = subprocess.run([root / "launch.sh", *map(str, args)], env=env, cwd="/", text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert done.returncode == rc, done.stdout
+    return [line.strip() for line in done.stdout.splitlines() if not line.startswith("[launch")]
+
+
+def stub(path, text):
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def gpus(tmp_path, count):
+    """A Python that finds so many GPUs."""
+    rest = f'*) exec "{sys.executable}" "$@" ;; esac'
+    return stub(tmp_path / "python_with_gpus", f'case "$*" in *device_count*) echo {count} ;; {rest}')
+
+
+def torchrun(nproc, python=sys.executable, nnodes=1, meet="--standalone", threads=None):
+    threads = threads or max(1, CORES // nproc)
+    return (f"OMP_NUM_THREADS={threads} {python} -m torch.distributed.run --nnodes {nnodes} "
+            f"--nproc_per_node {nproc} {meet} ")
+
+
+# ---- processes
+
+def test_without_a_gpu_a_script_is_one_plain_process_with_all_cores(root):
+    assert launch(root, "cache_ref.py", "--model", "a b", NPROC="", CUDA_VISIBLE_DEVICES="") == [
+        f"OMP_NUM_THREADS={CORES} {sys.executable} cache_ref.py --model a\\ b"]
+
+def test_there_is_one_process_per_visible_gpu(root, tmp_path):
+    python = gpus(tmp_path, 4)
+    assert launch(root, "cache_ref.py", PYTHON=python, NPROC="") == [torchrun(4, python) + "cache_ref.py"]
+    assert launch(root, "evaluate.py", "-x", PYTHON=python, NPROC="")[0].endswith(f"{python} evaluate.py -x")
+    assert launch(root, "prepare_data.py", "-x", PYTHON=python, NPROC="")[0].endswith(f"{python} prepare_data.py -x")
+
+def test_nproc_overrules_the_number_of_gpus(root, tmp_path):
+    python = gpus(tmp_path, 4)
+    assert launch(root, "cache_ref.py", PYTHON=python, NPROC="2") == [torchrun(2, python) + "cache_ref.py"]
+
+def test_each_process_gets_its_share_of_the_cores_and_at_least_one(root):
+    assert launch(root, "cache_ref.py", NPROC=str(2 * CORES))[0].startswith("OMP_NUM_THREADS=1 ")
+    assert launch(root, "cache_ref.py", OMP_NUM_THREADS="7")[0].startswith("OMP_NUM_THREADS=7 ")
+
+
+# ---- the reference first
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "some/model", "--beta", "0.2", "--data=data/a=b", "--dtype", "float32", "--cpu_offload"],
+    ["--cpu_offload", "--data=data/a=b", "--no-compile", "--dtype=float32", "--wandb", "model", "--model=some/model"]])
+def test_cache_ref_runs_first_with_the_flags_that_it_shares(root, flags):
+    first, second = launch(root, "dpo.py", *flags)
+    assert second.endswith("dpo.py " + " ".join(flags))
+    own = first.split("cache_ref.py ")[1].replace("=", " ", 1).split()
+    assert set(" ".join(own).replace("=", " ").split()) == {
+        "--model", "some/model", "--data", "data/a", "b", "--dtype", "float32", "--cpu_offload"}
+
+def test_scripts_without_a_reference_and_incomplete_commands_run_no_cache_ref(root):
+    (root / "free.py").write_text("print(1)")
+    for args in (["free.py", *FLAGS], ["dpo.py", "--model", "m"], ["dpo.py", "--help"], ["dpo.py"]):
+        assert len(launch(root, *args)) == 1
+
+def test_cache_ref_is_left_out_only_while_neither_model_nor_data_is_touched(root):
+    def commands(model="m", **env):
+        return len(launch(root, "dpo.py", "--model", model, "--data", "d", "--dtype", "float32", **env))
+
+    for folder in ("m", "other", "d/train", "d/val"):
+        (root / folder).mkdir(parents=True)
+    for path in ("m/model.safetensors", "d/meta.json", "d/train/data.arrow"):
+        (root / path).write_text("old")
+    assert commands() == 2  # no cache
+    (root / "d/ref-0123").mkdir()
+    time.sleep(0.02)  # the clock of file times ticks every few milliseconds
+    (root / "d/ref-0123/meta.json").write_text('{\n "dtype": "float32",\n "model": "m"\n}')
+    assert commands() == 1
+    assert commands(model="other") == 2  # a cache of another model
+    assert commands(NNODES="2", MASTER_ADDR="n0") == 2  # nodes might see different files
+    assert len(launch(root, "dpo.py", "--model=m", "--data=d", "--dtype=bfloat16")) == 2
+    time.sleep(0.02)
+    shutil.copy2(root / "m/model.safetensors", root / "m/model.bin")  # a new file with an old date
+    assert commands() == 2
+
+
+# ---- nodes
+
+def test_several_nodes_with_ranks_meet_at_the_first_and_the_cache_at_the_next_port(root):
+    first, second = launch(root, "dpo.py", *FLAGS, NNODES="2", NODE_RANK="1", MASTER_ADDR="n0", NPROC="8")
+    assert first.startswith(torchrun(8, nnodes=2, meet="--node_rank 1 --master_addr n0 --master_port 29501"))
+    assert second == torchrun(8, nnodes=2, meet="--node_rank 1 --master_addr n0 --master_port 29500") + (
+        "dpo.py --model some/model --data data/pairs")
+
+def test_nodes_without_ranks_number_themselves(root):
+    line, = launch(root, "cache_ref.py", NNODES="3", MASTER_ADDR="n0", MASTER_PORT="4000")
+    meet = "--rdzv_backend c10d --rdzv_id 0 --rdzv_endpoint n0:4000"
+    assert line == torchrun(1, nnodes=3, meet=meet) + "cache_ref.py"
+
+def test_slurm_tells_the_nodes(root, tmp_path):
+    stub(tmp_path / "scontrol", '[ "$*" = "show hostnames n[7-8]" ] && printf "n7\\nn8\\n"')
+    slurm = dict(SLURM_NNODES="2", SLURM_NODEID="1", SLURM_JOB_NODELIST="n[7-8]", SLURM_JOB_ID="99",
+                 SLURM_LOCALID="0", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    line, = launch(root, "cache_ref.py", NPROC="8", **slurm)
+    meet = "--node_rank 1 --master_addr n7 --master_port 29500"
+    assert line == torchrun(8, nnodes=2, meet=meet) + "cache_ref.py"
+    line, = launch(root, "prepare_data.py", **slurm)
+    assert "torch.distributed" not in line
+    assert "--ntasks-per-node=1" in launch(root, "cache_ref.py", rc=1, **slurm | dict(SLURM_LOCALID="1"))[0]
+    line, = launch(root, "cache_ref.py", **slurm | dict(SLURM_NNODES="1", SLURM_NODEID="0"))
+    assert "torch.distributed" not in line
+
+def test_what_is_wrong_is_said_in_one_line(root):
+    for args, word, env in [(["dqo.py"], "dpo.py", {}), (["dmeo"], "demo", {}), (["cache_ref.py"], "PYTHON=", dict(PYTHON="no-python")),
+                            (["cache_ref.py"], "MASTER_ADDR", dict(NNODES="2"))]:
+        line, = launch(root, *args, rc=1, **env)
+        assert line.startswith("error: ") and word in line
+
+def test_usage_names_every_command_and_variable(root):
+    text = "\n".join(launch(root))
+    assert launch(root, "-h") == launch(root) and "set -e" not in text
+    for word in "demo test install SCRIPT.py PYTHON TORCH NPROC DRY_RUN NNODES MASTER_ADDR NODE_RANK srun".split():
+        assert word in text
+
+
+# ---- environment
+
+BARE = """echo "$*" | head -n 1 >>"$LOG"
+here=$(cd "$(dirname "$0")" && pwd)
+case "$*" in
+  *packaging*) [ -e "$here/packages" ] ;;
+  *-m\\ venv*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  *-m\\ pip*) touch "$here/packages"; [ "$PIP_WORKS" = 1 ] ;;
+  *version_info*) [ "$OLD" != 1 ] ;;
+esac
+"""
+
+def test_a_bare_python_gets_an_environment_once_and_a_broken_installation_is_completed(root, tmp_path):
+    log, base = tmp_path / "log", tmp_path / "bare"
+    base.mkdir()
+    (root / "simple.py").write_text("")
+    env = dict(PYTHON=stub(base / "python3", BARE), DRY_RUN="", LOG=str(log))
+
+    def installed(rc=0, **more):
+        """What pip was asked to install, if it was started, and the output."""
+        log.write_text("")
+        output = launch(root, "simple.py", rc=rc, **env, **more)
+        calls = [line for line in log.read_text().splitlines() if "-m pip" in line]
+        return [line.split("pip-version-check ")[1] for line in calls], output
+
+    pip, output = installed(rc=1, PIP_WORKS="0")
+    assert pip == ["-r requirements.txt"] and output[-1].startswith("error: the installation broke off")
+    pip, _ = installed(PIP_WORKS="1", TORCH="torch==2.13.0")
+    assert pip == ["torch==2.13.0 -r requirements.txt"]
+    pip, _ = installed()
+    assert pip == []
+
+def test_an_old_python_is_refused_and_nothing_is_installed_on_many_nodes_at_once(root, tmp_path):
+    env = dict(PYTHON=stub(tmp_path / "python3", BARE), LOG="/dev/null", PIP_WORKS="1")
+    assert "3.10" in launch(root, "cache_ref.py", rc=1, OLD="1", **env)[-1]
+    assert "install" in launch(root, "cache_ref.py", rc=1, NNODES="2", MASTER_ADDR="n0", **env)[-1]
+
+def test_install_prints_the_commands_for_tests_and_demo(root, tmp_path):
+    env = dict(PYTHON=stub(tmp_path / "python3", BARE), LOG="/dev/null")
+    lines = launch(root, "install", **env)
+    assert lines[2].endswith("-r requirements.txt -r requirements-dev.txt")
+
+def test_the_demo_trains_with_every_algorithm_that_is_there(root):
+    text = "\n".join(launch(root, "demo"))
+    for path in ROOT.glob("*.py"):
+        assert f" {path.name} " in text
+    assert text.index("demo_world.py") < text.index("prepare_data.py") < text.index("cache_ref.py") < (
+        text.index(" dpo.py")) < text.index("evaluate.py")
+
+
+# ---- for real
+
+def test_signals_and_exit_status_pass_through(root):
+    (root / "wait.py").write_text("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+                                  "print('ready', flush=True)\ntime.sleep(60)\n")
+    env = CLEAN | dict(PYTHON=sys.executable, NPROC="1")
+    process = subprocess.Popen([root / "launch.sh", "wait.py"], env=env, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 7
+
+def test_a_term_signal_ends_cache_ref_and_nothing_runs_after_it(root):
+    (root / "cache_ref.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n"
+                                       "class Args:\n    model: str\n    data: str\n")
+    (root / "train.py").write_text("print('load_reference(')")
+    env = CLEAN | dict(PYTHON=sys.executable, NPROC="1")
+    process = subprocess.Popen([root / "launch.sh", "train.py", *FLAGS], env=env, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=20)  # returns when nobody holds the pipe any more
+    assert process.returncode == 143 and rest == b""
+
+@pytest.mark.slow
+def test_a_wrong_flag_is_one_line_before_anything_runs(root):
+    line, = launch(root, "dpo.py", *FLAGS, "--learning_rte", "1", rc=1, DRY_RUN="", NPROC="2")
+    assert line.startswith("error: ") and "--learning_rte" in line
+
+@pytest.mark.slow
+@pytest.mark.torchrun
+def test_two_processes_really_run(root):
+    (root / "tiny.py").write_text(
+        "import os, torch, torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "x = torch.ones(1)\ndist.all_reduce(x)\n"
+        "print(dist.get_rank(), int(x), os.environ['OMP_NUM_THREADS'], flush=True)\ndist.destroy_process_group()\n")
+    lines = launch(root, "tiny.py", DRY_RUN="", NPROC="2")
+    assert {f"{rank} 2 {max(1, CORES // 2)}" for rank in (0, 1)} <= set(lines)
+
+@pytest.mark.slow
+def test_fast_tests_come_first_and_the_exit_status_is_pytests(root):
+    (root / "requirements-dev.txt").write_text("pytest")
+    (root / "tests").mkdir()
+    (root / "tests/test_it.py").write_text(
+        "import pytest\n@pytest.mark.slow\ndef test_one(): pass\ndef test_two(): pass\ndef test_bad(): assert 0\n")
+    lines = launch(root, "test", "-v", "-W", "ignore", "-k", "one or two", DRY_RUN="")
+    order = [line.split("::")[1].split()[0] for line in lines if "::" in line]
+    assert order == ["test_two", "test_one"] and "2 passed" in lines[-1]
+    assert "1 failed" in launch(root, "test", "-W", "ignore", DRY_RUN="", rc=1)[-1]
+    launch(root, "test", "-k", "nothing", DRY_RUN="", rc=5)

@@ -1,0 +1,204 @@
+"""Claim: the gradient of a batch does not depend on how many ranks share it, nor on the micro-batches.
+
+The same batch goes through pair_losses and backward in 1, 2 and 4 processes, in micro-batches as small and
+as large as can be, also with fewer pairs than ranks. The loss agrees to 1e-6, the gradient of every
+parameter to 1e-4 of its norm, and so do the metrics of evaluate(). Below: what micro_batches promises, on
+random batches.
+
+This file is also the program that the processes run: torchrun tests/test_ranks.py OUT, MODELS as JSON.
+"""
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import dpo
+from conftest import random_pairs
+
+PLANS = [("llama", "packed"), ("llama-tied", "packed"), ("llama-tied", "concatenated"), ("llama-tied", "separate"),
+         ("gemma2", "packed"), ("gpt2", "packed"), ("mixtral", "packed"), ("lfm2", "concatenated")]
+SIZES = [(1, 1, 4), (7, 9, 1), (23, 5, 17), (2, 30, 2), (12, 3, 11), (3, 3, 3), (5, 8, 6)]
+CASES = {"seven pairs, small": (7, True), "seven pairs, large": (7, False), "three pairs": (3, False),
+         "one pair": (1, False)}  # pairs, whether max_tokens is as small as can be
+
+
+def make_split():
+    pairs = random_pairs(SIZES)
+    ref = np.random.default_rng(5).normal(-20, 5, (len(pairs), 2)).astype(np.float32)
+    return dict(rows=[pair | {"weight": 1 + 0.1 * i} for i, pair in enumerate(pairs)], lengths=np.array(SIZES), ref=ref)
+
+
+def one_step(policy, split, layout, count, small):
+    """What main() does up to the optimiser, for the first `count` pairs -> loss, pairs dealt, gradients."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = np.arange(count)[::-1].copy()
+    limit = int(dpo.pair_costs(split["lengths"][rows], layout).max()) if small else 10_000
+    args = types.SimpleNamespace(layout=layout, max_tokens=limit, beta=0.3, label_smoothing=0.1, sft_weight=0.2,
+                                 router_aux_coef=0.0)
+    totals, mine = {}, dpo.micro_batches(rows, split["lengths"], layout, limit, world)[rank::world]
+    for part in mine:
+        losses = dpo.pair_losses(policy, part, split, totals, args)
+        (losses.sum() * world / len(rows)).backward()
+    dealt = [None] * world
+    dist.all_gather_object(dealt, [part.tolist() for part in mine])
+    grads = {name: weight.grad.full_tensor().clone() for name, weight in policy.named_parameters()}
+    policy.zero_grad()
+    means = dpo.mean_over_pairs(totals)
+    return dict(loss=means["loss"], dealt=dealt, grads=grads, eval=dpo.evaluate(policy, split, args))
+
+
+def all_steps(folders):
+    """{(family, layout, case): one_step}"""
+    split, results = make_split(), {}
+    for family, layout in PLANS:
+        model, weights, _ = dpo.build_model(types.SimpleNamespace(model=folders[family], layout=layout))
+        policy = dpo.shard(model, weights, torch.float32, torch.device("cpu"))
+        for case, (count, small) in CASES.items():
+            results[family, layout, case] = one_step(policy, split, layout, count, small)
+    return results
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model):
+    return {family: tiny_model(family) for family, _ in PLANS}
+
+
+@pytest.fixture(scope="module")
+def alone(folders, process_group):
+    return all_steps(folders)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def shared(request, folders, tmp_path_factory):
+    """The results of so many processes, started by torchrun as on any machine."""
+    out = tmp_path_factory.mktemp("ranks") / "results.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param), __file__,
+               str(out), json.dumps(folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, torch.load(out, weights_only=False)
+
+
+def assert_same_gradients(left, right):
+    """To 1e-4 of each norm, where norms below 1e-2 of the whole gradient's count as that much."""
+    whole = torch.stack([grad.norm() for grad in right.values()]).norm()
+    assert whole > 0 and left.keys() == right.keys()
+    wrong = {name: ((left[name] - grad).norm() / max(grad.norm(), 1e-2 * whole)).item() for name, grad in right.items()}
+    assert {name: value for name, value in wrong.items() if not value < 1e-4} == {}
+
+
+@pytest.mark.torchrun
+def test_loss_and_gradient_are_the_same_on_one_two_and_four_ranks(shared, alone):
+    _, results = shared
+    assert results.keys() == alone.keys()
+    for key, result in results.items():
+        assert result["loss"] == pytest.approx(alone[key]["loss"], rel=1e-6), key
+        assert_same_gradients(result["grads"], alone[key]["grads"])
+
+
+@pytest.mark.torchrun
+def test_metrics_of_evaluation_are_the_same_on_one_two_and_four_ranks(shared, alone):
+    for key, result in shared[1].items():
+        assert result["eval"] == pytest.approx(alone[key]["eval"], rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.torchrun
+def test_the_ranks_deal_each_pair_once_in_equally_many_micro_batches(shared):
+    world, results = shared
+    for (_, _, case), result in results.items():
+        dealt = result["dealt"]
+        assert len(dealt) == world and len({len(lists) for lists in dealt}) == 1
+        assert sorted(row for lists in dealt for part in lists for row in part) == list(range(CASES[case][0]))
+
+
+@pytest.mark.torchrun
+def test_with_fewer_pairs_than_ranks_the_others_compute_along(shared):
+    world, results = shared
+    empty = [lists for lists in results["llama", "packed", "one pair"]["dealt"] if lists == [[]]]
+    assert len(empty) == world - 1
+
+
+@pytest.mark.parametrize("family, layout", PLANS)
+def test_small_micro_batches_give_the_gradient_of_one_large_one(alone, family, layout):
+    small, large = (alone[family, layout, f"seven pairs, {size}"] for size in ("small", "large"))
+    assert len(small["dealt"][0]) > len(large["dealt"][0]) == 1
+    assert small["loss"] == pytest.approx(large["loss"], rel=1e-6)
+    assert_same_gradients(small["grads"], large["grads"])
+
+
+# ---- micro_batches, on random batches ----
+
+
+def random_deals(count=300):
+    """(rows, lengths, layout, max_tokens, world), from one pair to many, from equal to very unequal."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        data = rng.integers(1, 80)
+        lengths = np.ceil(rng.exponential(rng.choice([1, 30, 500]), (data, 3))).astype(np.int64) + 1
+        rows = rng.permutation(data)[:rng.integers(1, data + 1)]
+        layout = str(rng.choice(["packed", "concatenated", "separate"]))
+        longest = int(dpo.pair_costs(lengths, layout).max())
+        yield rows, lengths, layout, int(longest * rng.choice([1, 1.3, 4, 100])), int(rng.integers(1, 10))
+
+
+def tokens_of(part, lengths, layout):
+    """What one forward pass holds, padding included."""
+    prompt, chosen, rejected = lengths[part].T
+    longest = (prompt + np.maximum(chosen, rejected)).max()
+    return {"packed": lengths[part].sum(), "concatenated": 2 * len(part) * longest, "separate": len(part) * longest}[layout]
+
+
+def test_micro_batches_deal_every_pair_exactly_once():
+    for rows, *rest in random_deals():
+        lists = dpo.micro_batches(rows, *rest)
+        assert sorted(np.concatenate(lists).tolist()) == sorted(rows.tolist())
+
+
+def test_every_rank_gets_equally_many_micro_batches():
+    for *deal, world in random_deals():
+        assert len(dpo.micro_batches(*deal, world)) % world == 0
+
+
+def test_no_micro_batch_exceeds_max_tokens():
+    for rows, lengths, layout, max_tokens, world in random_deals():
+        for part in dpo.micro_batches(rows, lengths, layout, max_tokens, world):
+            assert len(part) == 0 or tokens_of(part, lengths, layout) <= max_tokens
+
+
+def test_a_micro_batch_is_empty_only_if_there_are_fewer_pairs_than_micro_batches():
+    for rows, *deal, world in random_deals():
+        lists = dpo.micro_batches(rows, *deal, world)
+        empty = sum(len(part) == 0 for part in lists)
+        assert empty == max(0, len(lists) - len(rows)) < world
+
+
+def test_one_rank_with_enough_room_takes_the_batch_in_one_forward_pass():
+    for rows, lengths, layout, _, _ in random_deals(50):
+        assert len(dpo.micro_batches(rows, lengths, layout, 10**9, 1)) == 1
+
+
+@pytest.mark.parametrize("layout", ["packed", "concatenated", "separate"])
+def test_the_bound_counts_the_tokens_that_collate_makes(layout):
+    split = make_split()
+    for max_tokens in (80, 100, 200):  # 80: the longest pair, alone and padded
+        for part in dpo.micro_batches(np.arange(7), split["lengths"], layout, max_tokens, 2):
+            batches = dpo.collate([split["rows"][i] for i in part], layout)
+            sizes = [batch["input_ids"].numel() for batch in batches]
+            assert max(sizes) <= tokens_of(part, split["lengths"], layout) <= max_tokens
+
+
+if __name__ == "__main__":
+    dpo.start_process_group("float32")
+    torch.set_num_threads(1)
+    found = all_steps(json.loads(sys.argv[2]))
+    if dist.get_rank() == 0:
+        torch.save(found, sys.argv[1])
+    dist.destroy_process_group()
