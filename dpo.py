@@ -240,7 +240,8 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
     if own:  # what SDPA cannot express is left to the model's own definition
         attend = sys.modules[type(module).__module__].eager_attention_forward
         bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
-        output, _ = attend(module, query, key, value, bias, scaling=scaling, **kwargs | {"dropout": 0.0})
+        kwargs |= dict(scaling=scaling, dropout=0.0)
+        output, _ = attend(module, query, key, value, bias, **kwargs)
     else:
         if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
@@ -575,7 +576,8 @@ def main():
         from liger_kernel.transformers import _apply_liger_kernel_to_instance as use_liger
         use_liger(model, cross_entropy=False, fused_linear_cross_entropy=False)
     if args.activation_checkpointing:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        old_name = model.gradient_checkpointing_enable  # until transformers 5.22
+        getattr(model, "activation_checkpointing_enable", old_name)(dict(use_reentrant=False))
     policy = shard(model, weights, dtype, device, args.cpu_offload, args.compile)
     del weights
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -599,10 +601,11 @@ def main():
             broken += [int(row) for row in part[~losses.isfinite().numpy(force=True)[:len(part)]]]
         if step == 0 and args.check_reference:  # policy and reference are still one model
             loss = mean_over_pairs(totals)["preference_loss"]
-            tqdm.write(f"first loss {loss:.6f}, and ln 2 is {math.log(2):.6f}")
             if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 2e-2):
-                fail(f"a first loss of {loss:.6f} is not ln 2: the cached reference is not the "
-                     f"policy; delete {args.data}/ref-* and run cache_ref.py; or --no-check_reference")
+                fail(f"a first loss of {loss:.6f} is not ln 2: the cached reference is not the policy; "
+                     f"delete {args.data}/ref-*, run cache_ref.py; or say --no-check_reference")
+            if rank == 0:
+                tqdm.write(f"first loss {loss:.6f} = ln 2: the cached reference is the policy")
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
         flags = torch.tensor([len(broken) + (not math.isfinite(norm)), len(stop)], device=device)
         dist.all_reduce(flags)  # a CPU-GPU sync point: the ranks stop together
@@ -610,8 +613,8 @@ def main():
             names = [None] * world
             dist.all_gather_object(names, [train["rows"][row]["id"] for row in broken])
             fail(f"step {step}: loss {losses.mean():.4g} or gradient {norm:.4g} is not finite, "
-                 f"pairs {sum(names, []) or 'none alone'}; checkpoints in {args.out} are good; take the "
-                 f"pairs out, or lower --learning_rate {args.learning_rate}")
+                 f"pairs {sum(names, []) or 'none alone'}; the checkpoints in {args.out} are good: "
+                 f"take the pairs out, or lower --learning_rate {args.learning_rate}")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
         optimizer.step()

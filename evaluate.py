@@ -215,7 +215,8 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
     if own:  # what SDPA cannot express is left to the model's own definition
         attend = sys.modules[type(module).__module__].eager_attention_forward
         bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
-        output, _ = attend(module, query, key, value, bias, scaling=scaling, **kwargs | {"dropout": 0.0})
+        kwargs |= dict(scaling=scaling, dropout=0.0)
+        output, _ = attend(module, query, key, value, bias, **kwargs)
     else:
         if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
