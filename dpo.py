@@ -602,7 +602,7 @@ def main():
         if step == 0 and args.check_reference:  # policy and reference are still one model
             loss = mean_over_pairs(totals)["preference_loss"]
             if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 2e-2):
-                fail(f"a first loss of {loss:.6f} is not ln 2: the cached reference is not the policy; "
+                fail(f"the first loss {loss:.6f} is not ln 2, so the cache is not this policy's; "
                      f"delete {args.data}/ref-*, run cache_ref.py; or say --no-check_reference")
             if rank == 0:
                 tqdm.write(f"first loss {loss:.6f} = ln 2: the cached reference is the policy")
