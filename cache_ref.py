@@ -344,7 +344,7 @@ def write_part(folder, done):
 
 def write_final(folder, logps, key, args):
     """All files aside, then one rename: a folder with this name is complete."""
-    aside = folder.with_name(f"{folder.name}.{dist.get_rank()}.tmp")
+    aside = folder.with_name(f"tmp-{folder.name}.{dist.get_rank()}")  # not ref-*: not yet a cache
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     for name, values in logps.items():
