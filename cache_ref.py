@@ -325,7 +325,7 @@ def read_parts(folder, splits):
     for path in folder.glob("part-*.npz"):
         try:
             with np.load(path) as part:
-                for name in logps:
+                for name in {key.removesuffix("-rows") for key in part if key.endswith("-rows")}:
                     logps[name][part[f"{name}-rows"]] = part[f"{name}-logps"]
         except Exception as error:
             tqdm.write(f"{path} is damaged ({error}) and will be computed again")

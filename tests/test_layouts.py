@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import dpo
-from conftest import ATTENTION, RECURRENT, VOCAB, random_pairs
+from conftest import ATTENTION, FAMILIES, MOE, RECURRENT, VOCAB, WINDOW, random_pairs
 
 LAYOUTS = ["packed", "concatenated", "separate"]
 EXPERTS = ["mixtral", "olmoe", "gpt-oss"]
@@ -176,6 +176,30 @@ def test_a_model_that_is_not_attention_alone_is_refused_when_packed_and_told_the
 def test_a_recurrent_or_hybrid_model_is_right_in_the_padded_layouts(tiny_model, family, layout):
     for name in BATCHES:
         assert_same(ours_of(tiny_model(family), layout, name), hugging_face(tiny_model(family), name))
+
+
+# Models that do something of their own, which their base model, head and attention function do not show.
+ODD = {"nemotron": ("NemotronConfig", {}), "phimoe": ("PhimoeConfig", MOE),
+       "modernbert-decoder": ("ModernBertDecoderConfig", dict(local_attention=2 * WINDOW)),
+       "hyperclovax": ("HyperCLOVAXConfig", dict(logits_scaling=3.0)),
+       "recurrent-gemma": ("RecurrentGemmaConfig", dict(logits_soft_cap=3.0, lru_width=32, attention_window_size=WINDOW)),
+       "falcon-h1": ("FalconH1Config", dict(lm_head_multiplier=0.5, mamba_n_heads=4, mamba_d_head=16, mamba_d_ssm=64,
+                                            mamba_d_state=8, mamba_n_groups=1))}
+
+
+@pytest.mark.parametrize("layout", ["packed", "concatenated"])
+@pytest.mark.parametrize("family", ODD)
+def test_a_model_is_either_right_or_refused_but_never_silently_wrong(tiny_model, monkeypatch, family, layout):
+    if not hasattr(transformers, ODD[family][0]):
+        pytest.skip(f"{family} is not in transformers {transformers.__version__}")
+    monkeypatch.setitem(FAMILIES, family, ODD[family])
+    folder = tiny_model(family)
+    try:
+        result = ours_of(folder, layout, "five unequal pairs")
+    except SystemExit as refusal:
+        assert "--layout" in str(refusal)
+    else:
+        assert_same(result, hugging_face(folder, "five unequal pairs"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "mixtral", "mamba"])
