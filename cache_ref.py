@@ -39,7 +39,7 @@ class Args:
     save_seconds: float = 20.0  # at most so much work is lost when the run is killed
 
 
-# ---- helpers: the same source in every script (tests/test_copies.py); edit them in dpo.py first ----
+# ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
 
 def fail(message):
@@ -307,6 +307,7 @@ def reference_folder(args, weights, dtype, splits):
     key |= {name: split["hash"] for name, split in splits.items()}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return Path(args.data, f"ref-{name}"), key
+
 
 # ---- end of the helpers ----
 

@@ -163,7 +163,6 @@ def pair_costs(lengths, layout):
     longest = lengths[:, 0] + lengths[:, 1:].max(1)
     return {"packed": lengths.sum(1), "concatenated": 2 * longest, "separate": longest}[layout]
 
-
 def micro_batches(rows, lengths, layout, max_tokens, world):
     """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
 
@@ -189,7 +188,6 @@ def micro_batches(rows, lengths, layout, max_tokens, world):
         big = lists.pop(max(range(len(lists)), key=lambda i: len(lists[i])))
         lists += [big[:len(big) // 2], big[len(big) // 2:]]
     return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
-
 
 def collate(pairs, layout):
     """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
@@ -220,7 +218,6 @@ def collate(pairs, layout):
         batch = {name: torch.from_numpy(array) for name, array in batch.items()}
         batches.append(batch | {"sizes": responses[:, 0].tolist()})
     return batches
-
 
 def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                        rows=None, tokens=None, **kwargs):
@@ -289,7 +286,6 @@ class Policy(torch.nn.Module):
                 loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
                 router_loss = router_loss + loss / len(batches)
         return torch.stack(sums).reshape(2, -1).clone(), router_loss
-
 
 def build_model(args):
     """-> the model without memory (meta device), its float32 weights on rank 0, and their hash."""
@@ -381,7 +377,6 @@ def reward_metrics(rewards, logps, lengths):
         metrics |= {f"{name}/chosen": values[0], f"{name}/rejected": values[1]}
     return metrics
 
-
 def pair_losses(policy, part, split, totals, args):
     """Losses (n,) of a micro-batch as they are optimised; adds its metrics to the sums `totals`."""
     real = min(len(part), 1)  # 0 on a rank that got no pairs: it computes along, with weight 0
@@ -402,14 +397,12 @@ def pair_losses(policy, part, split, totals, args):
         totals[name] = totals.get(name, 0.0) + real * value.detach().double().sum()
     return real * losses
 
-
 def mean_over_pairs(totals):
     """Sums made by pair_losses -> means over the pairs of all ranks; pairs and tokens stay sums."""
     sums = torch.stack([totals[name] for name in sorted(totals)])
     dist.all_reduce(sums)
     sums = dict(zip(sorted(totals), sums.tolist()))
     return {n: v if n in ("pairs", "tokens") else v / sums["pairs"] for n, v in sums.items()}
-
 
 def evaluate(policy, split, args):
     """Metrics of a whole split as {eval/...: mean}, dealt over the ranks."""
@@ -421,13 +414,11 @@ def evaluate(policy, split, args):
     means = mean_over_pairs(totals)
     return {f"eval/{k}": v for k, v in means.items() if k not in ("pairs", "tokens")}
 
-
 def batch_rows(step, pairs, args):
     """Rows of optimiser step `step`: a function of the seed, so that a resumed run repeats none."""
     epoch, index = divmod(step, math.ceil(pairs / args.batch_size))
     order = np.random.default_rng((args.seed, epoch)).permutation(pairs)
     return order[index * args.batch_size:(index + 1) * args.batch_size]
-
 
 def learning_rate(step, steps, args):
     """For optimiser step 0 <= step < steps; neither the first nor the last has a rate of 0."""
@@ -437,7 +428,6 @@ def learning_rate(step, steps, args):
     left = (steps - step) / (steps - warmup)  # 1 -> 0
     cosine = 0.5 - 0.5 * math.cos(math.pi * left)
     return args.learning_rate * dict(linear=left, cosine=cosine, constant=1.0)[args.schedule]
-
 
 def open_run(args):
     """Rank 0 opens the run's folder and writes args.json -> step to continue from (0 = afresh)."""
