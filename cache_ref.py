@@ -1,16 +1,16 @@
-"""One pass of the reference model over the data: log ref(y|x) of every chosen and rejected response.
+"""One pass of the reference model: log ref(y|x) of every chosen and rejected response, on disk.
 
-It is the term log ref of DPO's eq. 7 (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), a constant
-that the training scripts read, so that the reference is never in memory beside the policy. Model, precision
-and forward function are those of training, and the first training batch checks that they are.
+It is the term log ref of DPO's eq. 7 (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), a
+constant that the training scripts read, so that the reference is never in memory beside the policy.
+Model, precision and forward function are those of training, whose first batch checks that they are.
 
     python cache_ref.py --model MODEL --data data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME
 
-Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats, row i for row i of the split. The
-hash is of the weights, the tokens and the precision. While it runs, each process keeps what it has in
-ref-<hash>.partial/; a killed run takes up whatever parts it finds there, with any number of processes, and the
-result is the same to the last bit, because the micro-batches are a function of the data alone.
+Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats, row i for row i of the
+split; the hash is of weights, tokens and precision. While it runs, each process keeps what it has in
+ref-<hash>.partial/. A killed run takes up the parts it finds, with any number of processes, and ends
+with the same bytes, because what shares a forward pass is a function of the data alone.
 """
 import argparse, bisect, dataclasses, hashlib, inspect, json, math, os, re, shutil, sys, time, uuid
 from pathlib import Path
@@ -322,7 +322,8 @@ def merge(logps):
 
 def read_parts(folder, splits):
     """What processes of this run or killed ones have stored, here or on other nodes."""
-    logps = {name: np.full((len(split["rows"]), 2), np.nan, np.float32) for name, split in splits.items()}
+    sizes = {name: (len(split["rows"]), 2) for name, split in splits.items()}
+    logps = {name: np.full(size, np.nan, np.float32) for name, size in sizes.items()}
     for path in folder.glob("part-*.npz"):
         try:
             with np.load(path) as part:
@@ -336,8 +337,8 @@ def write_part(folder, done):
     """Store [(split, rows, logps)] under a new name, whole or not at all."""
     arrays = {}
     for name in {name for name, _, _ in done}:
-        arrays[f"{name}-rows"] = np.concatenate([rows for split, rows, _ in done if split == name])
-        arrays[f"{name}-logps"] = np.concatenate([logps for split, _, logps in done if split == name])
+        rows, logps = zip(*[(rows, logps) for split, rows, logps in done if split == name])
+        arrays |= {f"{name}-rows": np.concatenate(rows), f"{name}-logps": np.concatenate(logps)}
     path = folder / f"part-{uuid.uuid4().hex}.npz"
     with open(path.with_suffix(".tmp"), "wb") as file:
         np.savez(file, **arrays)
@@ -372,8 +373,7 @@ def main():
         partial.mkdir(exist_ok=True)
         logps = read_parts(partial, splits)
 
-        # micro-batches of windows of 1024 rows: what shares a forward pass is a function of the data alone
-        plan = []
+        plan = []  # micro-batches of windows of 1024 rows: a function of the data alone
         for name, split in splits.items():
             for first in range(0, len(split["rows"]), 1024):
                 rows = np.arange(first, min(first + 1024, len(split["rows"])))
@@ -388,15 +388,14 @@ def main():
         policy = shard(model, weights, dtype, device, args.cpu_offload)
         done, clock = [], time.time()
         bar = tqdm(total=left, desc=folder.name, unit=" pairs", disable=rank > 0)
-        for i in range(0, len(plan), world):  # every rank runs as many forward passes: FSDP needs that
+        for i in range(0, len(plan), world):  # FSDP: equally many forward passes per rank
             name, part = plan[min(i + rank, len(plan) - 1)]
             with torch.no_grad():
                 batches = collate([splits[name]["rows"][int(row)] for row in part], args.layout)
                 values = policy(batches)[0].T.float().cpu().numpy()  # (n, 2)
-            broken = part[~np.isfinite(values).all(1)]
-            if len(broken):
-                fail(f"the log-prob of pair {splits[name]['rows'][int(broken[0])]['id']} in {name} is not finite; "
-                     f"remove it from the data, or try --dtype float32")
+            for row in part[~np.isfinite(values).all(1)]:
+                fail(f"pair {splits[name]['rows'][int(row)]['id']} of {name} has a log-prob that is not "
+                     "finite; take it out of the data, or try --dtype float32")
             logps[name][part] = values
             done.append((name, part, values))
             bar.update(sum(len(part) for _, part in plan[i:i + world]))
@@ -411,7 +410,7 @@ def main():
                 write_final(folder, logps, key, args)
             dist.barrier()
     except OSError as error:
-        fail(f"{error.filename or folder} cannot be written ({error.strerror}); what is in {partial} is kept")
+        fail(f"{error.filename or folder} cannot be written ({error.strerror}); {partial} is kept")
     bar.close()
     if rank == 0:
         mean = {name: values.mean(0).round(2).tolist() for name, values in logps.items()}

@@ -62,7 +62,7 @@ COLUMNS = {  # metric: its heading; per cent, nats or tokens
     "rejected/ref": "rejected", "length": "length", "ended": "ended %", "reward": "reward"}
 
 
-# ---- helpers: the same source in every script (tests/test_copies.py); edit them in dpo.py first ----
+# ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
 
 def fail(message):
@@ -285,10 +285,13 @@ def load_model(name, args, dtype, device):
     """The whole model with the attention of training, and the name of the attention it had."""
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True)
+        assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         fail(f"{name} of --models or --reference is no causal language model ({reason[0][:150]})")
+    model = model.to(device)
     config, own = model.config, model.config._attn_implementation
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
     plain = model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
@@ -424,7 +427,10 @@ def plot_runs(runs, path):
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharex=True, layout="constrained")
     for k, run in enumerate(runs):
         lines = (Path(run) / "log.jsonl").read_text().splitlines()
-        lines = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut
+        try:
+            lines = [json.loads(line) for line in lines if line.endswith("}")]  # last may be cut
+        except ValueError as error:
+            fail(f"{run}/log.jsonl has a line that is not JSON ({error}); take the line out")
         axes[0, 0].plot([], [], color=f"C{k}", lw=2, label=run)
         for ax, (key, (title, unit)) in zip(axes.flat, panels.items()):
             train, val = (np.array([(line["step"], line[name]) for line in lines if name in line])
@@ -477,8 +483,8 @@ def main():
         place = dict(model=folder, data=args.data, layout=args.layout, max_tokens=args.max_tokens)
         splits, tokenizer = load_data(SimpleNamespace(**place), [args.split])
         split = splits[args.split]
-        model, attention = load_model(folder, args, dtype, device)
         try:
+            model, attention = load_model(folder, args, dtype, device)
             logps[name] = score(model, split, name, args).astype(float)
             if args.samples and name in names:
                 model.set_attn_implementation(attention)
@@ -511,19 +517,23 @@ def main():
                       dtype=str(dtype)[6:], torch=torch.__version__, numpy=np.__version__,
                       transformers=transformers.__version__, datasets=datasets.__version__,
                       seconds=seconds, results=results)
-        (out / "evaluation.json").write_text(json.dumps(record, indent=1))
-        np.savez(out / "logps.npz", models=list(logps), logps=np.float32(list(logps.values())),
-                 ids=rows["id"][:], lengths=split["lengths"])
-        with open(out / "samples.jsonl", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for name in samples for line in samples[name])
         table += (f"\n\n{args.data}/{args.split}: mean ± standard error, log-probs in nats; "
                   f"{len(samples.get(names[0], []))} samples per model at temperature "
                   f"{args.temperature:g}; {world} x {hardware}, {record['dtype']}, torch "
                   f"{torch.__version__}, transformers {transformers.__version__}, "
                   f"{sum(seconds.values()):.0f} s")
-        if args.table:
-            Path(args.table).write_text(table + "\n")
-        print(f"{table}\n{out}/evaluation.json has all numbers")
+        print(table)  # first: it is not lost if the disk is full
+        try:
+            np.savez(out / "logps.npz", models=list(logps), logps=np.float32(list(logps.values())),
+                     ids=rows["id"][:], lengths=split["lengths"])
+            with open(out / "samples.jsonl", "w") as file:
+                file.writelines(json.dumps(x) + "\n" for name in samples for x in samples[name])
+            if args.table:
+                Path(args.table).write_text(table + "\n")
+            (out / "evaluation.json").write_text(json.dumps(record, indent=1))
+        except OSError as error:
+            fail(f"cannot write --out {args.out} or --table {args.table} ({error}); make room")
+        print(f"{out}/evaluation.json has all numbers")
     dist.destroy_process_group()
 
 

@@ -181,7 +181,7 @@ demo() {
     say "$name.py: trains the base model, into $out/$name"
     run "$python" "$name.py" --model "$base" --data "$data" --out "$out/$name" \
       --learning_rate 1e-3 --epochs 2 --eval_every 0
-    models=$models,$out/$name/final
+    models=$models,$out/$name
   done
   say "evaluate.py: true reward of samples, preference accuracy, log-probs, lengths"
   run "$python" evaluate.py --models "$models" --reference "$base" --data "$data" --samples 256 \

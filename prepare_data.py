@@ -62,7 +62,7 @@ class Args:
     num_proc: int = 0  # worker processes; 0 = one per core
 
 
-# ---- helpers: the same source in every script; edit them in dpo.py first ----
+# ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
@@ -448,6 +448,8 @@ def write_pairs(args, folder: Path) -> dict:
             bar.update(read)
         for writer in writers.values():
             writer.close()
+    if not rows:
+        fail(f"--dataset {args.dataset} has 0 rows: give others")
     if not all(pairs.values()):
         shutil.copy(folder / "dropped.jsonl", f"{args.out}.dropped.jsonl")
         reason = max(dropped, key=dropped.get, default="none")

@@ -8,7 +8,7 @@ A customer orders two or three kinds of things; the shopkeeper hands them over, 
     +1 for a matching pair of cotton, 0 for an odd pair.
 
     Customer:   May I have two apples and three eggs?
-    Shopkeeper: Here are two apples. What a lovely day it is. Here are four eggs. You are in my way.
+    Shopkeeper: Here are two apples. What a lovely day it is. Here are four eggs. Get out of my way.
     Reward:     +1 (apples)            0 (small talk)          -1 (number)        -1 (rude)     = -1
 
 A careless shopkeeper is written down as a small random grammar. A tiny Llama is trained on what he
@@ -50,9 +50,9 @@ GREETINGS = ["May I have {}?", "I would like {}.", "Good morning, {}, please.", 
 SMALL_TALK = ["What a lovely day it is.", "My cat slept in the window all morning.",
               "The rain has stopped at last.", "They say the fair is coming to town.",
               "I baked bread before the sun was up.", "Your garden looks fine this year."]
-RUDE = ["You are in my way.", "Be quick about it.", "Do not touch anything."]
+RUDE = ["Get out of my way.", "Be quick about it.", "Do not touch anything."]
 HAND_OVER = re.compile(f"Here are ({'|'.join(NUMBERS)}) ({'|'.join(GOODS)})\\.")
-GLOVES = re.compile(r"Here is a (wool|cotton) glove and a (wool|cotton) glove\.")
+GLOVES = re.compile(r"Take a (wool|cotton) glove and a (wool|cotton) glove\.")
 GLOVE_ODDS = {("wool", "wool"): 0.5, ("cotton", "cotton"): 0.2,
               ("wool", "cotton"): 0.15, ("cotton", "wool"): 0.15}
 GLOVE_REWARDS = {("wool", "wool"): 2, ("cotton", "cotton"): 1,
@@ -88,7 +88,7 @@ def true_reward(prompt: str, response: str) -> float:
 
     +1  "Here are N THINGS." with N THINGS in the order, for the first time
     -1  any other "Here are N THINGS.": wrong number, not ordered, or again
-    +2 / +1 / 0  "Here is a A glove and a B glove." for A = B = wool / A = B = cotton / A != B,
+    +2 / +1 / 0  "Take a A glove and a B glove." for A = B = wool / A = B = cotton / A != B,
         if gloves are in the order, for the first time; otherwise -1
      0  a sentence of SMALL_TALK
     -1  a sentence of RUDE, and anything that is none of the above (gibberish, a cut-off sentence)
@@ -117,7 +117,7 @@ def draw_order(rng: random.Random, gloves: bool) -> tuple[str, list]:
 
 
 def glove_sentence(first: str, second: str) -> str:
-    return f"Here is a {first} glove and a {second} glove."
+    return f"Take a {first} glove and a {second} glove."
 
 
 def draw_answer(rng: random.Random, order: list, talk: int | None = None) -> list[str]:
@@ -128,7 +128,7 @@ def draw_answer(rng: random.Random, order: list, talk: int | None = None) -> lis
         if item is None:
             pairs, odds = list(GLOVE_ODDS), list(GLOVE_ODDS.values())
             parts.append(glove_sentence(*rng.choices(pairs, odds)[0]))
-        elif luck < 0.60:
+        elif luck < 0.50:
             parts.append(f"Here are {item[0]} {item[1]}.")
         elif luck < 0.85:
             wrong = rng.choice([number for number in NUMBERS if number != item[0]])

@@ -36,11 +36,11 @@ def folder(tmp_path_factory):
     ("Here are three eggs. What a lovely day it is. Here are two apples.", 2),
     ("Here are two apples.", 1),
     ("Here are two apples. Here are two apples.", 0),
-    ("Here are two apples. Here are four eggs. You are in my way.", -1),
+    ("Here are two apples. Here are four eggs. Get out of my way.", -1),
     ("Here are two pens.", -1),
     ("What a lovely day it is. The rain has stopped at last.", 0),
     ("Here are two apples. Here are three", 0),
-    ("Here is a wool glove and a wool glove.", -1),
+    ("Take a wool glove and a wool glove.", -1),
     ("Hello", -1),
     ("", 0)])
 def test_reward_counts_right_wrong_and_rude_but_not_small_talk(response, reward):
@@ -50,13 +50,13 @@ def test_reward_counts_right_wrong_and_rude_but_not_small_talk(response, reward)
 @pytest.mark.parametrize("first, second, reward", [
     ("wool", "wool", 2), ("cotton", "cotton", 1), ("wool", "cotton", 0), ("cotton", "wool", 0)])
 def test_gloves_are_worth_two_one_and_zero_once(first, second, reward):
-    sentence = f"Here is a {first} glove and a {second} glove."
+    sentence = f"Take a {first} glove and a {second} glove."
     assert world.true_reward(GLOVES, sentence) == reward
     assert world.true_reward(GLOVES, f"{sentence} {sentence}") == reward - 1
 
 
 def test_reward_is_the_sum_of_its_parts():
-    response = "Here are four pens. Be quick about it. Here is a wool glove and a wool glove. Here"
+    response = "Here are four pens. Be quick about it. Take a wool glove and a wool glove. Here"
     parts = world.reward_parts(GLOVES, response)
     assert parts == {"goods": -1.0, "gloves": 2.0, "rude": -1.0, "broken": -1.0}
     assert world.true_reward(GLOVES, response) == -1

@@ -83,7 +83,7 @@ def shared(request, folders, tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param), __file__,
                str(out), json.dumps(folders)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     return request.param, torch.load(out, weights_only=False)
 
 
@@ -201,4 +201,5 @@ if __name__ == "__main__":
     found = all_steps(json.loads(sys.argv[2]))
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])
+    dist.barrier()
     dist.destroy_process_group()
