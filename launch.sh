@@ -51,7 +51,7 @@ environment() {  # FILE...: sets python
   for file; do files+=(-r "$file"); done
   run rm -f .venv/complete  # an interrupted installation is completed by the next call
   run "$base" -m venv ${site:+--system-site-packages} .venv ||
-    fail "$base makes no virtual environment; on Debian or Ubuntu: apt install python3-venv"
+    fail "$base makes no virtual environment; on Debian: apt install python3-venv"
   run "$python" -m pip install -qq --disable-pip-version-check ${TORCH:+"$TORCH"} "${files[@]}" ||
     fail "the installation broke off, see above; the same command continues it"
   run touch .venv/complete
@@ -68,7 +68,7 @@ nodes() {  # sets nnodes and, for more than one, MASTER_ADDR and node_rank (empt
   [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$nnodes needs MASTER_ADDR, the name of the first node"
 }
 
-devices() { "$python" -c 'import torch; print(torch.cuda.device_count())'; }  # visible CUDA or ROCm
+devices() { "$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0; }
 
 command_line() {  # PORT_OFFSET SCRIPT ARGS: sets line
   local meet=(--standalone) port=$((${MASTER_PORT:-29500} + $1))
@@ -85,7 +85,6 @@ command_line() {  # PORT_OFFSET SCRIPT ARGS: sets line
 }
 
 start() { dry || exec "${line[@]}"; run "${line[@]}"; }  # exec: signals reach the process itself
-
 check_flags() {  # SCRIPT ARGS: a wrong flag shows now, not after an hour or once per process
   if dry || ! grep -q 'parse_args(Args)' "$1"; then return; fi
   "$python" -c 'import importlib.util, sys
@@ -111,10 +110,9 @@ reference_flags() {  # ARGS: sets flags, those that cache_ref.py has too, and mo
   done
 }
 
-# cache_ref.py does nothing if its cache is complete, but must read the model to know. So it is left
-# out where that shows from outside: one node, --model is a folder, there is a cache of it in this
-# precision, and nothing in model or data was touched since. In doubt it runs; and no script trains
-# on a cache that does not fit.
+# cache_ref.py does nothing if its cache is complete, but must read the model to know. It is left
+# out if there is no doubt: on one node, for a --model that is a folder, with a cache of it in this
+# precision that is younger than all of model and data. And no script trains on a wrong cache.
 cached() {  # after reference_flags
   local meta
   for meta in "$data"/ref-*/meta.json; do
@@ -131,12 +129,13 @@ script() {  # SCRIPT ARGS
   local first=0 cores
   [ -f "$1" ] || fail "there is no script $1; there are: $(echo *.py)"
   nodes
-  case "$* " in prepare_data.py*|evaluate.py*|*" -h "*|*" --help "*) nnodes=1 NPROC=1 ;; esac
+  case "$* " in prepare_data.py*|*" -h "*|*" --help "*) nnodes=1 NPROC=1 ;; esac
   environment requirements.txt
   nproc=${NPROC:-$(devices)}; [ "$nproc" != 0 ] || nproc=1
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # s, SIGTERM
+  # seconds for a checkpoint on SIGTERM; before torch 2.13, torchrun always kills after 30
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
   reference_flags "${@:2}"
   if grep -q 'load_reference(' "$1" && [ "$model" ] && [ "$data" ] && ! cached; then first=1; fi
   if [ "$first$nproc$nnodes" != 011 ]; then check_flags "$@"; fi
@@ -153,7 +152,6 @@ script() {  # SCRIPT ARGS
   start
 }
 
-# ---- tests and demo
 tests() {  # PYTEST ARGS
   environment requirements.txt requirements-dev.txt
   export HF_HUB_OFFLINE=1
@@ -165,29 +163,31 @@ sys.exit(pytest.main(["tests", *sys.argv[1:]], plugins=[FastFirst()]))' "$@"
 }
 
 demo() {
-  local name world=data/demo_world out=out/demo
-  local data=$world/pairs base=$world/base models=$world/base
+  local name flags world=data/demo_world data=data/demo_world/pairs base=data/demo_world/base
+  local out=out/demo models=$base
   environment requirements.txt requirements-dev.txt
   export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1  # for a model this small more threads only wait
   run rm -rf "$world" "$out"
   say "tests/demo_world.py: pairs with a known reward, and a base model that speaks their language"
   run "$python" tests/demo_world.py --out "$world"
   say "prepare_data.py: from text to tokens, train/ and val/"
-  run "$python" prepare_data.py --dataset "$world/pairs.jsonl" --model "$base" --out "$data"
+  run "$python" prepare_data.py --dataset "$world/pairs.jsonl" --model "$base" --out "$data" \
+    --val_fraction 0.2
   say "cache_ref.py: log-probs of the base model, the reference of the algorithms"
   run "$python" cache_ref.py --model "$base" --data "$data"
   for name in dpo dpo_norm simpo wpo auxdpo compo; do
     [ -f "$name.py" ] || continue
+    flags=(--learning_rate 1e-3 --log_every 5 --eval_every 20)
+    case $name in dpo|wpo|auxdpo) flags+=(--beta 0.5) ;; esac
     say "$name.py: trains the base model, into $out/$name"
-    run "$python" "$name.py" --model "$base" --data "$data" --out "$out/$name" \
-      --learning_rate 1e-3 --epochs 2 --eval_every 0
+    run "$python" "$name.py" --model "$base" --data "$data" --out "$out/$name" "${flags[@]}"
     models=$models,$out/$name
   done
   say "evaluate.py: true reward of samples, preference accuracy, log-probs, lengths"
-  run "$python" evaluate.py --models "$models" --reference "$base" --data "$data" --samples 256 \
-    --reward tests/demo_world.py:true_reward --out "$out" --table "$out/table.md" --plot "$out/plot.png"
-  say "done; $out/table.md and $out/plot.png:"
-  run cat "$out/table.md"
+  run "$python" evaluate.py --models "$models" --reference "$base" --data "$data" --out "$out" \
+    --samples 400 --reward tests/demo_world.py:true_reward \
+    --table "$out/table.md" --plot "$out/plot.png"
+  say "done: the table above is $out/table.md, the curves are $out/plot.png"
 }
 
 case ${1:-} in

@@ -1,4 +1,5 @@
 """What the tests share: tiny random models, tiny data folders, one process group. No network."""
+
 import functools
 import json
 import os
@@ -20,36 +21,88 @@ datasets.disable_progress_bars()
 torch.set_num_threads(1)  # tiny matrices; more threads would only wait for each other
 
 VOCAB, WINDOW = 97, 8  # tokens; a sliding window shorter than the test sequences
-SMALL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=False,
-             bos_token_id=1, eos_token_id=2, pad_token_id=2)
+SMALL = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=2,
+)
 MIXED = ["sliding_attention", "full_attention"]
 MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
 # family: (Config class, what it changes in SMALL)
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
-    "llama-tied": ("LlamaConfig", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "llama-tied": (
+        "LlamaConfig",
+        dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    ),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", dict(tie_word_embeddings=True)),
-    "gemma2": ("Gemma2Config", dict(tie_word_embeddings=True, sliding_window=WINDOW, layer_types=MIXED, attn_logit_softcapping=2.0,
-                                    final_logit_softcapping=3.0, query_pre_attn_scalar=5)),
-    "gemma3": ("Gemma3TextConfig", dict(tie_word_embeddings=True, sliding_window=WINDOW, layer_types=MIXED,
-                                        query_pre_attn_scalar=5)),
+    "gemma2": (
+        "Gemma2Config",
+        dict(
+            tie_word_embeddings=True,
+            sliding_window=WINDOW,
+            layer_types=MIXED,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            query_pre_attn_scalar=5,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        dict(
+            tie_word_embeddings=True,
+            sliding_window=WINDOW,
+            layer_types=MIXED,
+            query_pre_attn_scalar=5,
+        ),
+    ),
     "mistral": ("MistralConfig", dict(sliding_window=WINDOW, num_key_value_heads=1)),
     "mixtral": ("MixtralConfig", MOE),
     "olmoe": ("OlmoeConfig", MOE),
     "cohere": ("CohereConfig", dict(tie_word_embeddings=True, logit_scale=0.25, use_qk_norm=True)),
-    "granite": ("GraniteConfig", dict(logits_scaling=3.0, attention_multiplier=0.2, residual_multiplier=0.7,
-                                      embedding_multiplier=2.0)),
-    "gpt2": ("GPT2Config", dict(tie_word_embeddings=True, n_embd=32, n_layer=2, n_head=4, n_positions=128)),
+    "granite": (
+        "GraniteConfig",
+        dict(
+            logits_scaling=3.0,
+            attention_multiplier=0.2,
+            residual_multiplier=0.7,
+            embedding_multiplier=2.0,
+        ),
+    ),
+    "gpt2": (
+        "GPT2Config",
+        dict(tie_word_embeddings=True, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    ),
     "phi": ("PhiConfig", dict(num_key_value_heads=4)),
     "gpt-oss": ("GptOssConfig", MOE | dict(sliding_window=WINDOW, layer_types=MIXED)),
     "mamba": ("MambaConfig", dict(state_size=4, time_step_rank=4)),
-    "lfm2": ("Lfm2Config", dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
-    "qwen3-next": ("Qwen3NextConfig", MOE | dict(
-        layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4,
-        linear_key_head_dim=8, linear_value_head_dim=8, shared_expert_intermediate_size=24)),
+    "lfm2": (
+        "Lfm2Config",
+        dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        MOE
+        | dict(
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            shared_expert_intermediate_size=24,
+        ),
+    ),
 }
 ATTENTION = [name for name in FAMILIES if name not in ("mamba", "lfm2", "qwen3-next")]
 RECURRENT = ["mamba", "lfm2", "qwen3-next"]
@@ -64,7 +117,9 @@ def tiny_hf_model(family, seed=0, **changes):
     """A random model whose weights are so large that attention, windows and caps show in its log-probs."""
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(
+        tiny_config(family, **changes), dtype=torch.float32
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn_like(weight)
@@ -84,36 +139,46 @@ def tiny_hf_model(family, seed=0, **changes):
 def tiny_tokenizer():
     """One token per word, ids 0..VOCAB-1; the padding token is the end of text, as in many models."""
     from tokenizers import Tokenizer, models, pre_tokenizers
+
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>",
-                                                eos_token="</s>", pad_token="</s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """tiny_model(family, seed=0, **config changes) -> folder for from_pretrained, with a tokenizer."""
+
     @functools.cache
     def make(family, seed=0, **changes):
         folder = tmp_path_factory.mktemp(family)
         tiny_hf_model(family, seed, **changes).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         return str(folder)
+
     return make
 
 
 def random_pairs(sizes, seed=0):
     """Pairs with the given (prompt, chosen, rejected) lengths; every id occurs, the padding's too."""
     rng = np.random.default_rng(seed)
-    return [{side: rng.integers(0, VOCAB, size).tolist() for side, size in
-             zip(("prompt", "chosen", "rejected"), three)} | {"id": f"pair-{i}", "source": "tiny", "subset": ""}
-            for i, three in enumerate(sizes)]
+    return [
+        {
+            side: rng.integers(0, VOCAB, size).tolist()
+            for side, size in zip(("prompt", "chosen", "rejected"), three)
+        }
+        | {"id": f"pair-{i}", "source": "tiny", "subset": ""}
+        for i, three in enumerate(sizes)
+    ]
 
 
 def write_tiny_data(folder, model, train, val, **columns):
     """The data folder that prepare_data.py would make of these pairs, for the tokenizer of `model`."""
     import dpo
+
     feature = datasets.List(datasets.Value("int32"))
     names = dict.fromkeys(("prompt", "chosen", "rejected"), feature)
     names |= dict.fromkeys(("id", "source", "subset"), datasets.Value("string"))
@@ -122,8 +187,11 @@ def write_tiny_data(folder, model, train, val, **columns):
         rows = datasets.Dataset.from_list(pairs, features=datasets.Features(names))
         rows.save_to_disk(str(Path(folder, name)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    meta = dict(arguments=dict(model=model), vocab_hash=dpo.vocab_hash(tokenizer),
-                content_hash=dict(train="0" * 16, val="1" * 16))
+    meta = dict(
+        arguments=dict(model=model),
+        vocab_hash=dpo.vocab_hash(tokenizer),
+        content_hash=dict(train="0" * 16, val="1" * 16),
+    )
     Path(folder, "meta.json").write_text(json.dumps(meta))
     return str(folder)
 
@@ -132,7 +200,8 @@ def write_tiny_data(folder, model, train, val, **columns):
 def tiny_data(tmp_path_factory):
     """tiny_data(model folder, train pairs, val pairs, **extra columns) -> data folder."""
     return lambda model, train, val, **columns: write_tiny_data(
-        tmp_path_factory.mktemp("data"), model, train, val, **columns)
+        tmp_path_factory.mktemp("data"), model, train, val, **columns
+    )
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +209,7 @@ def process_group():
     """The process group of one that every script runs in when torchrun did not start it."""
     import dpo
     import torch.distributed as dist
+
     if not dist.is_initialized():
         dpo.start_process_group("float32")
     yield
@@ -148,5 +218,9 @@ def process_group():
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; left out by -m 'not slow'")
-    config.addinivalue_line("markers", "torchrun: starts several processes with torch.distributed.run")
+    config.addinivalue_line(
+        "markers", "slow: takes more than a few seconds; left out by -m 'not slow'"
+    )
+    config.addinivalue_line(
+        "markers", "torchrun: starts several processes with torch.distributed.run"
+    )

@@ -128,9 +128,9 @@ def draw_answer(rng: random.Random, order: list, talk: int | None = None) -> lis
         if item is None:
             pairs, odds = list(GLOVE_ODDS), list(GLOVE_ODDS.values())
             parts.append(glove_sentence(*rng.choices(pairs, odds)[0]))
-        elif luck < 0.50:
+        elif luck < 0.60:
             parts.append(f"Here are {item[0]} {item[1]}.")
-        elif luck < 0.85:
+        elif luck < 0.80:
             wrong = rng.choice([number for number in NUMBERS if number != item[0]])
             parts.append(f"Here are {wrong} {item[1]}.")
         else:
@@ -260,7 +260,7 @@ def make_model(tokenizer, hidden: int, layers: int):
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 8 * 8,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.1, **ends)
+        max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.1, **ends)
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                                max_new_tokens=96, **ends)

@@ -10,6 +10,7 @@ printed is the highest resident memory of the step minus the resident memory bef
 
 Exit status 1 unless packed needs at most half of plain.
 """
+
 import argparse
 import json
 import os
@@ -33,11 +34,14 @@ def measure(way, folder, args):
     import torch
     import transformers
     import dpo
+
     torch.manual_seed(0)
     length, pairs = args.length, []
     for i in range(args.pairs):  # unequal sides, as in real data
         sizes = dict(prompt=length, chosen=length, rejected=length - 100 * (i + 1) % length)
-        pairs.append({side: torch.randint(args.vocab, (size,)).tolist() for side, size in sizes.items()})
+        pairs.append(
+            {side: torch.randint(args.vocab, (size,)).tolist() for side, size in sizes.items()}
+        )
     lengths = torch.tensor([[len(pair[side]) for pair in pairs] for side in ("chosen", "rejected")])
     settings = types.SimpleNamespace(model=folder, layout="packed", beta=0.1, label_smoothing=0.0)
     dpo.start_process_group("float32")
@@ -46,7 +50,9 @@ def measure(way, folder, args):
         model = dpo.shard(model, weights, torch.float32, torch.device("cpu"))
         del weights
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        ).train()
     reference = torch.zeros(2, len(pairs))  # its value does not matter for memory
 
     def plain_logps():
@@ -54,12 +60,16 @@ def measure(way, folder, args):
         width = max(len(x + y) for x, y in texts)
         ids = torch.tensor([x + y + [0] * (width - len(x + y)) for x, y in texts])
         real = torch.tensor([[1] * len(x + y) + [0] * (width - len(x + y)) for x, y in texts])
-        scored = torch.tensor([[0] * len(x) + [1] * len(y) + [0] * (width - len(x + y)) for x, y in texts])
+        scored = torch.tensor(
+            [[0] * len(x) + [1] * len(y) + [0] * (width - len(x + y)) for x, y in texts]
+        )
         logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits
         logps = logits.float().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[:, :, 0]
         return (logps * scored[:, 1:]).sum(1).view(2, len(pairs))
 
-    for parameter in model.parameters():  # gradients exist before the step in both, as in all steps but the first
+    for parameter in (
+        model.parameters()
+    ):  # gradients exist before the step in both, as in all steps but the first
         parameter.grad = torch.zeros_like(parameter)
     before, peak = resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     logps = model(dpo.collate(pairs, "packed"))[0] if way == "packed" else plain_logps()
@@ -67,15 +77,22 @@ def measure(way, folder, args):
     losses.mean().backward()
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert after > peak, "the step never exceeded what loading the model had taken: raise --length"
-    grad = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    grad = [
+        p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for p in model.parameters()
+    ]
     norm = torch.stack([g.norm() for g in grad]).norm().item()
     return dict(bytes=after - before, loss=losses.mean().item(), norm=norm)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=1)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt, and of a response")
+    parser.add_argument(
+        "--length", type=int, default=1024, help="tokens of a prompt, and of a response"
+    )
     parser.add_argument("--vocab", type=int, default=50_000)
     parser.add_argument("--way", choices=["packed", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -85,29 +102,59 @@ def main():
         return
     import torch
     import transformers
+
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        config = transformers.LlamaConfig(vocab_size=args.vocab, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-                                          num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
-                                          max_position_embeddings=2 * args.length)
+        config = transformers.LlamaConfig(
+            vocab_size=args.vocab,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+            max_position_embeddings=2 * args.length,
+        )
         torch.manual_seed(0)
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
         found = {}
         for way in ("plain", "packed"):
-            command = [sys.executable, __file__, "--way", way, "--folder", folder, "--pairs", str(args.pairs),
-                       "--length", str(args.length), "--vocab", str(args.vocab)]
+            command = [
+                sys.executable,
+                __file__,
+                "--way",
+                way,
+                "--folder",
+                folder,
+                "--pairs",
+                str(args.pairs),
+                "--length",
+                str(args.length),
+                "--vocab",
+                str(args.vocab),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{way}: {done.stderr[-2000:]}")
             found[way] = json.loads(done.stdout.splitlines()[-1])
     ratio = found["packed"]["bytes"] / found["plain"]["bytes"]
-    print("| computation | peak memory of the step, GiB | loss | gradient norm |\n|---|---|---|---|")
+    print(
+        "| computation | peak memory of the step, GiB | loss | gradient norm |\n|---|---|---|---|"
+    )
     for way, name in dict(plain="padded, all logits", packed="dpo.py, packed").items():
-        print(f"| {name} | {found[way]['bytes'] / 2**30:.2f} | {found[way]['loss']:.5f} | {found[way]['norm']:.5f} |")
+        print(
+            f"| {name} | {found[way]['bytes'] / 2**30:.2f} | {found[way]['loss']:.5f} | {found[way]['norm']:.5f} |"
+        )
     print(f"| ratio | {ratio:.3f} | | |")
-    same = all(abs(found["packed"][key] / found["plain"][key] - 1) < 1e-3 for key in ("loss", "norm"))
+    same = all(
+        abs(found["packed"][key] / found["plain"][key] - 1) < 1e-3 for key in ("loss", "norm")
+    )
     if ratio > 0.5 or not same:
-        sys.exit("error: packed needs more than half of plain" if same else "error: not the same loss and gradient")
+        sys.exit(
+            "error: packed needs more than half of plain"
+            if same
+            else "error: not the same loss and gradient"
+        )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,6 @@ def test_without_a_gpu_a_script_is_one_plain_process_with_all_cores(root):
 def test_there_is_one_process_per_visible_gpu(root, tmp_path):
     python = gpus(tmp_path, 4)
     assert launch(root, "cache_ref.py", PYTHON=python, NPROC="") == [torchrun(4, python) + "cache_ref.py"]
-    assert launch(root, "evaluate.py", "-x", PYTHON=python, NPROC="")[0].endswith(f"{python} evaluate.py -x")
     assert launch(root, "prepare_data.py", "-x", PYTHON=python, NPROC="")[0].endswith(f"{python} prepare_data.py -x")
 
 def test_nproc_overrules_the_number_of_gpus(root, tmp_path):

@@ -11,6 +11,7 @@ Also: recurrent models are refused where they would be wrong, and right elsewher
 padding never matters; activation checkpointing, torch.compile and LoRA change nothing that they should not;
 the router loss is Hugging Face's own.
 """
+
 import functools
 import sys
 import types
@@ -50,9 +51,12 @@ def make_policy(folder, layout, checkpointing=False, compiled=False, lora_rank=0
     model, weights, _ = dpo.build_model(types.SimpleNamespace(model=folder, layout=layout))
     if lora_rank:  # as main() does
         from peft import LoraConfig
+
         torch.manual_seed(0)
         for each in (model, weights):
-            each.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"))
+            each.add_adapter(
+                LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+            )
     if checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     return dpo.shard(model, weights, torch.float32, torch.device("cpu"), compiled=compiled)
@@ -64,7 +68,9 @@ def gradients(module):
     for name, weight in module.named_parameters():
         grad = torch.zeros(weight.shape) if weight.grad is None else weight.grad
         grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        found[name.removeprefix("model.") if isinstance(module, dpo.Policy) else name] = grad.double()
+        found[name.removeprefix("model.") if isinstance(module, dpo.Policy) else name] = (
+            grad.double()
+        )
     module.zero_grad()
     return found
 
@@ -85,7 +91,8 @@ def ours_of(folder, layout, name):
 def hugging_face(folder, name, dtype=torch.float64, **config):
     """The same from the model's own forward, one sequence at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", **config)
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", **config
+    )
     model.eval()
     pairs, sums = batch_of(name), []
     for side in ("chosen", "rejected"):
@@ -93,7 +100,7 @@ def hugging_face(folder, name, dtype=torch.float64, **config):
             ids = torch.tensor(pair["prompt"] + pair[side])
             logits = model(input_ids=ids[None], use_cache=False).logits[0].to(dtype)
             logps = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
-            sums.append(logps[len(pair["prompt"]) - 1:].sum())
+            sums.append(logps[len(pair["prompt"]) - 1 :].sum())
     logps = torch.stack(sums).view(2, len(pairs))
     (logps * coefficients(pairs).to(dtype)).sum().backward()
     return logps.detach().double(), gradients(model)
@@ -107,8 +114,10 @@ def differences(left, right):
     logps = ((left[0] - right[0]) / right[0]).abs().max().item()
     assert left[1].keys() == right[1].keys()
     whole = torch.stack([grad.norm() for grad in right[1].values()]).norm()
-    return logps, {name: ((left[1][name] - grad).norm() / max(grad.norm(), 1e-2 * whole)).item()
-                   for name, grad in right[1].items()}
+    return logps, {
+        name: ((left[1][name] - grad).norm() / max(grad.norm(), 1e-2 * whole)).item()
+        for name, grad in right[1].items()
+    }
 
 
 def assert_same(left, right):
@@ -119,9 +128,13 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ATTENTION)
-def test_every_layout_gives_the_log_probs_and_gradients_of_hugging_faces_own_forward(tiny_model, family, layout):
+def test_every_layout_gives_the_log_probs_and_gradients_of_hugging_faces_own_forward(
+    tiny_model, family, layout
+):
     for name in BATCHES:
-        assert_same(ours_of(tiny_model(family), layout, name), hugging_face(tiny_model(family), name))
+        assert_same(
+            ours_of(tiny_model(family), layout, name), hugging_face(tiny_model(family), name)
+        )
 
 
 @pytest.mark.parametrize("family", ATTENTION)
@@ -139,12 +152,17 @@ def test_hugging_face_in_float32_is_as_close_to_the_truth_as_we_are(tiny_model, 
 
 
 # Each family's peculiarity, and the configuration of the same weights without it.
-PECULIAR = {"gemma2 window": ("gemma2", dict(sliding_window=1000)), "gemma2 soft-cap of attention": ("gemma2", dict(
-    attn_logit_softcapping=None)), "gemma2 soft-cap of logits": ("gemma2", dict(final_logit_softcapping=None)),
-    "gemma3 window": ("gemma3", dict(sliding_window=1000)), "mistral window": ("mistral", dict(sliding_window=None)),
-    "cohere scale": ("cohere", dict(logit_scale=1.0)), "granite scale": ("granite", dict(logits_scaling=1.0)),
-    "granite attention": ("granite", dict(attention_multiplier=1.0)), "gpt-oss window": ("gpt-oss", dict(
-        sliding_window=1000))}
+PECULIAR = {
+    "gemma2 window": ("gemma2", dict(sliding_window=1000)),
+    "gemma2 soft-cap of attention": ("gemma2", dict(attn_logit_softcapping=None)),
+    "gemma2 soft-cap of logits": ("gemma2", dict(final_logit_softcapping=None)),
+    "gemma3 window": ("gemma3", dict(sliding_window=1000)),
+    "mistral window": ("mistral", dict(sliding_window=None)),
+    "cohere scale": ("cohere", dict(logit_scale=1.0)),
+    "granite scale": ("granite", dict(logits_scaling=1.0)),
+    "granite attention": ("granite", dict(attention_multiplier=1.0)),
+    "gpt-oss window": ("gpt-oss", dict(sliding_window=1000)),
+}
 
 
 @pytest.mark.parametrize("which", PECULIAR)
@@ -166,7 +184,9 @@ def test_the_truth_itself_depends_on_every_prompt_token_where_there_is_no_window
 
 
 @pytest.mark.parametrize("family", RECURRENT)
-def test_a_model_that_is_not_attention_alone_is_refused_when_packed_and_told_the_other_layouts(tiny_model, family):
+def test_a_model_that_is_not_attention_alone_is_refused_when_packed_and_told_the_other_layouts(
+    tiny_model, family
+):
     with pytest.raises(SystemExit, match="--layout concatenated or --layout separate"):
         make_policy(tiny_model(family), "packed")
 
@@ -175,21 +195,40 @@ def test_a_model_that_is_not_attention_alone_is_refused_when_packed_and_told_the
 @pytest.mark.parametrize("family", RECURRENT)
 def test_a_recurrent_or_hybrid_model_is_right_in_the_padded_layouts(tiny_model, family, layout):
     for name in BATCHES:
-        assert_same(ours_of(tiny_model(family), layout, name), hugging_face(tiny_model(family), name))
+        assert_same(
+            ours_of(tiny_model(family), layout, name), hugging_face(tiny_model(family), name)
+        )
 
 
 # Models that do something of their own, which their base model, head and attention function do not show.
-ODD = {"nemotron": ("NemotronConfig", {}), "phimoe": ("PhimoeConfig", MOE),
-       "modernbert-decoder": ("ModernBertDecoderConfig", dict(local_attention=2 * WINDOW)),
-       "hyperclovax": ("HyperCLOVAXConfig", dict(logits_scaling=3.0)),
-       "recurrent-gemma": ("RecurrentGemmaConfig", dict(logits_soft_cap=3.0, lru_width=32, attention_window_size=WINDOW)),
-       "falcon-h1": ("FalconH1Config", dict(lm_head_multiplier=0.5, mamba_n_heads=4, mamba_d_head=16, mamba_d_ssm=64,
-                                            mamba_d_state=8, mamba_n_groups=1))}
+ODD = {
+    "nemotron": ("NemotronConfig", {}),
+    "phimoe": ("PhimoeConfig", MOE),
+    "modernbert-decoder": ("ModernBertDecoderConfig", dict(local_attention=2 * WINDOW)),
+    "hyperclovax": ("HyperCLOVAXConfig", dict(logits_scaling=3.0)),
+    "recurrent-gemma": (
+        "RecurrentGemmaConfig",
+        dict(logits_soft_cap=3.0, lru_width=32, attention_window_size=WINDOW),
+    ),
+    "falcon-h1": (
+        "FalconH1Config",
+        dict(
+            lm_head_multiplier=0.5,
+            mamba_n_heads=4,
+            mamba_d_head=16,
+            mamba_d_ssm=64,
+            mamba_d_state=8,
+            mamba_n_groups=1,
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("layout", ["packed", "concatenated"])
 @pytest.mark.parametrize("family", ODD)
-def test_a_model_is_either_right_or_refused_but_never_silently_wrong(tiny_model, monkeypatch, family, layout):
+def test_a_model_is_either_right_or_refused_but_never_silently_wrong(
+    tiny_model, monkeypatch, family, layout
+):
     if not hasattr(transformers, ODD[family][0]):
         pytest.skip(f"{family} is not in transformers {transformers.__version__}")
     monkeypatch.setitem(FAMILIES, family, ODD[family])
@@ -211,22 +250,31 @@ def test_what_the_padding_holds_never_matters(tiny_model, family, layout):
         random = torch.from_numpy(noise.integers(0, VOCAB, batch["input_ids"].shape))
         assert not batch["real"].all() and batch["source"].max() < batch["input_ids"].numel()
         batch["input_ids"] = torch.where(batch["real"], batch["input_ids"], random)
-    assert_same(ours(policy, batches, pairs), ours_of(tiny_model(family), layout, "five unequal pairs"))
+    assert_same(
+        ours(policy, batches, pairs), ours_of(tiny_model(family), layout, "five unequal pairs")
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "mixtral"])
 def test_what_the_gathered_padding_points_to_never_matters(tiny_model, family):
     pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model(family), "packed")
-    batch, = dpo.collate(pairs, "packed")
-    random = torch.from_numpy(np.random.default_rng(2).integers(0, len(batch["tokens"]), batch["rows"].shape))
+    (batch,) = dpo.collate(pairs, "packed")
+    random = torch.from_numpy(
+        np.random.default_rng(2).integers(0, len(batch["tokens"]), batch["rows"].shape)
+    )
     batch["rows"] = torch.where(batch["real"], batch["rows"], random)
-    assert_same(ours(policy, [batch], pairs), ours_of(tiny_model(family), "packed", "five unequal pairs"))
+    assert_same(
+        ours(policy, [batch], pairs), ours_of(tiny_model(family), "packed", "five unequal pairs")
+    )
 
 
 def test_a_packed_row_holds_every_prompt_and_every_response_once():
     pairs = batch_of("five unequal pairs")
-    batch, = dpo.collate(pairs, "packed")
-    assert batch["input_ids"].shape == (1, sum(len(p["prompt"] + p["chosen"] + p["rejected"]) for p in pairs))
+    (batch,) = dpo.collate(pairs, "packed")
+    assert batch["input_ids"].shape == (
+        1,
+        sum(len(p["prompt"] + p["chosen"] + p["rejected"]) for p in pairs),
+    )
     texts = [p["prompt"] + p[side] for side in ("chosen", "rejected") for p in pairs]
     for row, real, text in zip(batch["rows"], batch["real"], texts, strict=True):
         assert batch["input_ids"][0, row[real]].tolist() == text
@@ -240,7 +288,11 @@ def test_the_targets_are_the_response_tokens_in_order_and_nothing_else(layout):
         sides = ["chosen", "rejected"] if layout != "separate" else [["chosen"], ["rejected"]][i]
         wanted = [pair[side] for side in sides for pair in pairs]
         assert [part.tolist() for part in batch["targets"].split(batch["sizes"])] == wanted
-        before = [(pair["prompt"] + pair[side])[len(pair["prompt"]) - 1:-1] for side in sides for pair in pairs]
+        before = [
+            (pair["prompt"] + pair[side])[len(pair["prompt"]) - 1 : -1]
+            for side in sides
+            for pair in pairs
+        ]
         assert batch["input_ids"].flatten()[batch["source"]].tolist() == sum(before, [])
 
 
@@ -249,14 +301,21 @@ def test_the_chunks_of_the_output_head_change_nothing(tiny_model, chunk):
     pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model("gemma2"), "packed")
     logps, _ = policy(dpo.collate(pairs, "packed"), chunk=chunk)
     (logps * coefficients(pairs).float()).sum().backward()
-    assert_same((logps.detach().double(), gradients(policy)),
-                hugging_face(tiny_model("gemma2"), "five unequal pairs"))
+    assert_same(
+        (logps.detach().double(), gradients(policy)),
+        hugging_face(tiny_model("gemma2"), "five unequal pairs"),
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mistral", "mixtral", "gpt2", "gpt-oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gemma3", "mistral", "mixtral", "gpt2", "gpt-oss"]
+)
 def test_activation_checkpointing_changes_no_gradient(tiny_model, family, layout):
-    pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model(family), layout, checkpointing=True)
+    pairs, policy = (
+        batch_of("five unequal pairs"),
+        make_policy(tiny_model(family), layout, checkpointing=True),
+    )
     assert policy.model.is_gradient_checkpointing
     result = ours(policy, dpo.collate(pairs, layout), pairs)
     assert_same(result, ours_of(tiny_model(family), layout, "five unequal pairs"))
@@ -275,7 +334,10 @@ def test_compiled_blocks_change_no_gradient(tiny_model):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_lora_starts_as_the_base_model_and_trains_its_adapters_only(tiny_model, family, layout):
     pytest.importorskip("peft")
-    policy, pairs = make_policy(tiny_model(family), layout, lora_rank=2), batch_of("five unequal pairs")
+    policy, pairs = (
+        make_policy(tiny_model(family), layout, lora_rank=2),
+        batch_of("five unequal pairs"),
+    )
     logps, _ = policy(dpo.collate(pairs, layout))
     logps.square().sum().backward()
     truth = hugging_face(tiny_model(family), "five unequal pairs")[0]
@@ -297,7 +359,9 @@ def router_logits(folder, pieces):
     layers = []
     for ids, count in pieces:
         output = model(input_ids=torch.tensor([ids]), output_router_logits=True, use_cache=False)
-        layers.append([logits.reshape(-1, logits.shape[-1])[-count:] for logits in output.router_logits])
+        layers.append(
+            [logits.reshape(-1, logits.shape[-1])[-count:] for logits in output.router_logits]
+        )
     return model, [torch.cat(parts) for parts in zip(*layers)]
 
 
@@ -310,31 +374,44 @@ def own_router_loss(folder, pieces):
 @pytest.mark.parametrize("family", EXPERTS)
 def test_the_router_loss_is_hugging_faces_own_on_the_same_tokens(tiny_model, family):
     pairs, folder = batch_of("five unequal pairs"), tiny_model(family)
-    whole = {side: [(p["prompt"] + p[side], len(p["prompt"] + p[side])) for p in pairs]
-             for side in ("chosen", "rejected")}
+    whole = {
+        side: [(p["prompt"] + p[side], len(p["prompt"] + p[side])) for p in pairs]
+        for side in ("chosen", "rejected")
+    }
     each_once = whole["chosen"] + [(p["prompt"] + p["rejected"], len(p["rejected"])) for p in pairs]
-    truth = {"packed": own_router_loss(folder, each_once),
-             "concatenated": own_router_loss(folder, whole["chosen"] + whole["rejected"]),
-             "separate": np.mean([own_router_loss(folder, whole[side]) for side in whole])}
+    truth = {
+        "packed": own_router_loss(folder, each_once),
+        "concatenated": own_router_loss(folder, whole["chosen"] + whole["rejected"]),
+        "separate": np.mean([own_router_loss(folder, whole[side]) for side in whole]),
+    }
     for layout in LAYOUTS:
         _, loss = make_policy(folder, layout)(dpo.collate(pairs, layout), router=True)
         assert loss.item() == pytest.approx(truth[layout], rel=1e-5), layout
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_the_router_loss_of_padded_rows_is_the_aux_loss_that_hugging_face_returns(tiny_model, family):
+def test_the_router_loss_of_padded_rows_is_the_aux_loss_that_hugging_face_returns(
+    tiny_model, family
+):
     pairs, folder = batch_of("five unequal pairs"), tiny_model(family)
-    batch, = dpo.collate(pairs, "concatenated")
+    (batch,) = dpo.collate(pairs, "concatenated")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["real"].long(), output_router_logits=True)
+    output = model(
+        input_ids=batch["input_ids"], attention_mask=batch["real"].long(), output_router_logits=True
+    )
     _, loss = make_policy(folder, "concatenated")([batch], router=True)
     assert loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_router_loss_reaches_the_routers_and_leaves_the_log_probs_alone(tiny_model, layout, checkpointing):
-    pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model("mixtral"), layout, checkpointing)
+def test_the_router_loss_reaches_the_routers_and_leaves_the_log_probs_alone(
+    tiny_model, layout, checkpointing
+):
+    pairs, policy = (
+        batch_of("five unequal pairs"),
+        make_policy(tiny_model("mixtral"), layout, checkpointing),
+    )
     logps, loss = policy(dpo.collate(pairs, layout), router=True)
     (loss + 0 * logps.sum()).backward()
     routers = {name: grad for name, grad in gradients(policy).items() if "gate.weight" in name}
@@ -355,5 +432,9 @@ def test_dropout_is_off_although_the_policy_is_in_training_mode(tiny_model):
 def test_the_root_has_no_weight_left_on_the_meta_device(tiny_model):
     for family in ATTENTION:
         policy = make_policy(tiny_model(family), "packed")
-        left = [name for name, tensor in [*policy.named_parameters(), *policy.named_buffers()] if tensor.is_meta]
+        left = [
+            name
+            for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]
+            if tensor.is_meta
+        ]
         assert left == [], family

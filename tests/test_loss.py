@@ -8,6 +8,7 @@ with s the policy's and r the reference's summed log-probs (chosen w, rejected l
 TRL's DPOTrainer on the same tokens and weights. Also: the SFT term, the weight column, the learning rates,
 and which pairs stand in which step.
 """
+
 import math
 import random
 import types
@@ -19,13 +20,18 @@ import torch
 import dpo
 from conftest import random_pairs
 
-LOGPS = [[-10.0, -3.0, -50.0, -7.5, -1.0], [-12.0, -3.0, -20.0, -7.0, -2.0]]  # (chosen, rejected) x 5 pairs
+LOGPS = [
+    [-10.0, -3.0, -50.0, -7.5, -1.0],
+    [-12.0, -3.0, -20.0, -7.0, -2.0],
+]  # (chosen, rejected) x 5 pairs
 REFERENCE = [[-11.0, -3.0, -40.0, -7.5, -1.5], [-11.0, -3.0, -40.0, -7.5, -2.5]]
 LENGTHS = [[4, 1, 20, 3, 1], [5, 1, 9, 3, 2]]
 
 
 def arguments(**changes):
-    defaults = dict(beta=0.1, label_smoothing=0.0, sft_weight=0.0, router_aux_coef=0.0, layout="packed")
+    defaults = dict(
+        beta=0.1, label_smoothing=0.0, sft_weight=0.0, router_aux_coef=0.0, layout="packed"
+    )
     return types.SimpleNamespace(**defaults | changes)
 
 
@@ -42,8 +48,9 @@ def by_hand(s_w, s_l, r_w, r_l, beta, eps):
 
 def losses_of(logps, reference, dtype=torch.float64, **changes):
     logps = torch.tensor(logps, dtype=dtype, requires_grad=True)
-    losses, metrics = dpo.preference_loss(logps, torch.tensor(reference, dtype=dtype), torch.tensor(LENGTHS),
-                                          arguments(**changes))
+    losses, metrics = dpo.preference_loss(
+        logps, torch.tensor(reference, dtype=dtype), torch.tensor(LENGTHS), arguments(**changes)
+    )
     return logps, losses, metrics
 
 
@@ -105,8 +112,14 @@ def test_rewards_are_beta_times_the_log_ratios_and_ties_count_half():
     assert metrics["rewards/rejected"].tolist() == [-0.5, 0.0, 10.0, 0.25, 0.25]
     assert metrics["rewards/margins"].tolist() == [1.0, 0.0, -15.0, -0.25, 0.0]
     assert metrics["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0, 0.0, 0.5]
-    assert metrics["logps/chosen"].tolist() == LOGPS[0] and metrics["logps/rejected"].tolist() == LOGPS[1]
-    assert metrics["lengths/chosen"].tolist() == LENGTHS[0] and metrics["lengths/rejected"].tolist() == LENGTHS[1]
+    assert (
+        metrics["logps/chosen"].tolist() == LOGPS[0]
+        and metrics["logps/rejected"].tolist() == LOGPS[1]
+    )
+    assert (
+        metrics["lengths/chosen"].tolist() == LENGTHS[0]
+        and metrics["lengths/rejected"].tolist() == LENGTHS[1]
+    )
 
 
 # ---- pair_losses: what else is in the loss that is optimised ----
@@ -115,7 +128,10 @@ def test_rewards_are_beta_times_the_log_ratios_and_ties_count_half():
 def optimised(args, weights=None, part=range(5), router=0.0):
     """pair_losses with LOGPS in the place of a model -> logps, losses, totals."""
     pairs = random_pairs([(2, chosen, rejected) for chosen, rejected in zip(*LENGTHS)])
-    pairs = [pair | ({} if weights is None else {"weight": w}) for pair, w in zip(pairs, weights or [0] * 5)]
+    pairs = [
+        pair | ({} if weights is None else {"weight": w})
+        for pair, w in zip(pairs, weights or [0] * 5)
+    ]
     lengths = np.array([(2, chosen, rejected) for chosen, rejected in zip(*LENGTHS)])
     split = dict(rows=pairs, lengths=lengths, ref=np.array(REFERENCE, np.float32).T)
     part = np.array(part, np.int64)
@@ -129,7 +145,11 @@ def test_without_options_the_optimised_losses_are_the_preference_losses():
     _, losses, totals = optimised(arguments())
     wanted = [by_hand(*four, 0.1, 0.0)[0] for four in zip(*LOGPS, *REFERENCE)]
     assert losses.tolist() == pytest.approx(wanted, rel=1e-6)
-    assert totals["loss"].item() == totals["preference_loss"].item() == pytest.approx(sum(wanted), rel=1e-6)
+    assert (
+        totals["loss"].item()
+        == totals["preference_loss"].item()
+        == pytest.approx(sum(wanted), rel=1e-6)
+    )
     assert totals["pairs"] == 5 and totals["tokens"] == 10 + sum(sum(LENGTHS, []))
 
 
@@ -142,14 +162,18 @@ def test_the_sft_term_adds_the_cross_entropy_per_chosen_token():
     losses.sum().backward()
     for i, four in enumerate(zip(*LOGPS, *REFERENCE)):
         slope = by_hand(*four, 0.1, 0.0)[1]
-        assert logps.grad[:, i].tolist() == pytest.approx([slope - 0.5 / LENGTHS[0][i], -slope], rel=1e-5)
+        assert logps.grad[:, i].tolist() == pytest.approx(
+            [slope - 0.5 / LENGTHS[0][i], -slope], rel=1e-5
+        )
 
 
 def test_the_weight_column_multiplies_the_loss_of_its_pair():
     weights = [1.0, 0.0, 2.0, 0.5, 1.0]
     _, plain, _ = optimised(arguments())
     logps, losses, totals = optimised(arguments(), weights)
-    assert losses.tolist() == pytest.approx([w * x for w, x in zip(weights, plain.tolist())], rel=1e-6)
+    assert losses.tolist() == pytest.approx(
+        [w * x for w, x in zip(weights, plain.tolist())], rel=1e-6
+    )
     assert totals["preference_loss"].item() == pytest.approx(plain.sum().item(), rel=1e-6)
     losses.sum().backward()
     assert logps.grad[:, 1].tolist() == [0.0, 0.0] and logps.grad[0, 0] != 0
@@ -163,7 +187,9 @@ def test_the_router_loss_is_added_with_its_coefficient_and_logged():
 
 
 def test_a_rank_without_pairs_adds_nothing_to_loss_gradient_or_metrics():
-    logps, losses, totals = optimised(arguments(sft_weight=1.0, router_aux_coef=1.0), part=[], router=3.0)
+    logps, losses, totals = optimised(
+        arguments(sft_weight=1.0, router_aux_coef=1.0), part=[], router=3.0
+    )
     losses.sum().backward()
     assert losses.sum() == 0 and logps.grad.abs().sum() == 0
     assert {name for name, value in totals.items() if value != 0} == set()
@@ -180,16 +206,30 @@ def trl_trainer(tiny_model, tmp_path_factory, process_group):
     trl = pytest.importorskip("trl")
     import datasets
     import transformers
+
     folder, reference = tiny_model("llama"), tiny_model("llama", seed=1)
 
     def make(**changes):
         rows = datasets.Dataset.from_list([dict(prompt="w3", chosen=" w4", rejected=" w5")] * 2)
-        args = trl.DPOConfig(output_dir=str(tmp_path_factory.mktemp("trl")), report_to="none", use_cpu=True, bf16=False,
-                             max_length=None, gradient_checkpointing=False, disable_dropout=True, **changes)
+        args = trl.DPOConfig(
+            output_dir=str(tmp_path_factory.mktemp("trl")),
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            max_length=None,
+            gradient_checkpointing=False,
+            disable_dropout=True,
+            **changes,
+        )
         load = transformers.AutoModelForCausalLM.from_pretrained
-        return trl.DPOTrainer(load(folder, dtype=torch.float32), load(reference, dtype=torch.float32), args,
-                              train_dataset=rows,
-                              processing_class=transformers.AutoTokenizer.from_pretrained(folder))
+        return trl.DPOTrainer(
+            load(folder, dtype=torch.float32),
+            load(reference, dtype=torch.float32),
+            args,
+            train_dataset=rows,
+            processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        )
+
     return make
 
 
@@ -198,28 +238,41 @@ def policy_and_reference(tiny_model, process_group):
     def load(folder):
         model, weights, _ = dpo.build_model(types.SimpleNamespace(model=folder, layout="packed"))
         return dpo.shard(model, weights, torch.float32, torch.device("cpu"))
+
     return load(tiny_model("llama")), load(tiny_model("llama", seed=1))
 
 
 def split_of(pairs, reference):
     with torch.no_grad():
         logps = reference(dpo.collate(pairs, "packed"))[0]
-    lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
+    lengths = np.array(
+        [[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs]
+    )
     return dict(rows=pairs, lengths=lengths, ref=logps.T.numpy())
 
 
 def trl_loss(trainer, pairs):
-    rows = [{f"{side}_ids": pair[side] for side in ("prompt", "chosen", "rejected")} for pair in pairs]
+    rows = [
+        {f"{side}_ids": pair[side] for side in ("prompt", "chosen", "rejected")} for pair in pairs
+    ]
     trainer.model.train()
     return trainer.compute_loss(trainer.model, trainer.data_collator(rows))
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_loss_gradient_and_metrics_are_those_of_trl_on_the_same_pairs(trl_trainer, policy_and_reference, beta):
-    trainer, (policy, reference), pairs = trl_trainer(beta=beta), policy_and_reference, random_pairs(PAIRS)
+def test_loss_gradient_and_metrics_are_those_of_trl_on_the_same_pairs(
+    trl_trainer, policy_and_reference, beta
+):
+    trainer, (policy, reference), pairs = (
+        trl_trainer(beta=beta),
+        policy_and_reference,
+        random_pairs(PAIRS),
+    )
     theirs, totals = trl_loss(trainer, pairs), {}
     theirs.backward()
-    losses = dpo.pair_losses(policy, np.arange(4), split_of(pairs, reference), totals, arguments(beta=beta))
+    losses = dpo.pair_losses(
+        policy, np.arange(4), split_of(pairs, reference), totals, arguments(beta=beta)
+    )
     losses.mean().backward()
     assert abs(losses.mean().item() - math.log(2)) > 0.01  # the reference is another model
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
@@ -227,17 +280,33 @@ def test_loss_gradient_and_metrics_are_those_of_trl_on_the_same_pairs(trl_traine
     for name, weight in policy.model.named_parameters():
         assert (weight.grad.full_tensor() - grads[name]).norm() < 1e-4 * grads[name].norm(), name
     policy.zero_grad()
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-                 "logps/rejected"):
-        assert totals[name].item() / 4 == pytest.approx(trainer._metrics["train"][name][-1], rel=1e-4), name
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    ):
+        assert totals[name].item() / 4 == pytest.approx(
+            trainer._metrics["train"][name][-1], rel=1e-4
+        ), name
 
 
 def test_label_smoothing_is_that_of_trl_on_one_pair(trl_trainer, policy_and_reference):
     """TRL's label smoothing is in its "aot" loss, which sorts the pairs: for one pair it is cDPO."""
-    trainer, (policy, reference) = trl_trainer(beta=0.5, loss_type="aot", label_smoothing=0.2), policy_and_reference
+    trainer, (policy, reference) = (
+        trl_trainer(beta=0.5, loss_type="aot", label_smoothing=0.2),
+        policy_and_reference,
+    )
     for pair in random_pairs(PAIRS):
-        losses = dpo.pair_losses(policy, np.arange(1), split_of([pair], reference), {},
-                                 arguments(beta=0.5, label_smoothing=0.2))
+        losses = dpo.pair_losses(
+            policy,
+            np.arange(1),
+            split_of([pair], reference),
+            {},
+            arguments(beta=0.5, label_smoothing=0.2),
+        )
         assert losses.item() == pytest.approx(trl_loss(trainer, [pair]).item(), rel=1e-5)
 
 
@@ -256,7 +325,9 @@ def rates(schedule, steps=10, warmup=0.2):
 
 
 def test_the_linear_schedule_rises_in_the_warm_up_and_falls_to_one_step_before_zero():
-    assert rates("linear") == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert rates("linear") == pytest.approx(
+        [1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    )
 
 
 def test_the_cosine_schedule_is_at_one_half_in_the_middle_of_its_fall():
@@ -293,15 +364,21 @@ def test_every_epoch_has_every_pair_once(pairs, size):
 def test_epochs_and_seeds_have_different_orders():
     def order(seed, epoch):
         return tuple(dpo.batch_rows(epoch, 100, types.SimpleNamespace(seed=seed, batch_size=100)))
+
     assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
 
 
 def test_the_pairs_of_a_step_depend_on_seed_and_step_only():
     def rows(step, **other):
-        return dpo.batch_rows(step, 50, types.SimpleNamespace(seed=3, batch_size=8, **other)).tolist()
+        return dpo.batch_rows(
+            step, 50, types.SimpleNamespace(seed=3, batch_size=8, **other)
+        ).tolist()
+
     before = [rows(step) for step in range(20)]
     for module in (random, np.random, torch.random):
         (module.seed if module is not torch.random else torch.manual_seed)(99)
     steps = list(range(20))
     random.shuffle(steps)
-    assert {step: rows(step, layout="separate", max_tokens=1) for step in steps} == dict(enumerate(before))
+    assert {step: rows(step, layout="separate", max_tokens=1) for step in steps} == dict(
+        enumerate(before)
+    )

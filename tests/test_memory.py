@@ -1,6 +1,7 @@
 """Claim: a training step in the packed layout peaks at no more than half the memory of the plain way
 (padded rows, logits for every token), for pairs of 2,000 tokens a side and a vocabulary of 50,000.
 tests/memory_check.py measures it, each way in its own process, and fails if that is not so."""
+
 import subprocess
 import sys
 from pathlib import Path

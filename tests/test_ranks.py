@@ -7,6 +7,7 @@ random batches.
 
 This file is also the program that the processes run: torchrun tests/test_ranks.py OUT, MODELS as JSON.
 """
+
 import json
 import os
 import subprocess
@@ -23,17 +24,33 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import dpo
 from conftest import random_pairs
 
-PLANS = [("llama", "packed"), ("llama-tied", "packed"), ("llama-tied", "concatenated"), ("llama-tied", "separate"),
-         ("gemma2", "packed"), ("gpt2", "packed"), ("mixtral", "packed"), ("lfm2", "concatenated")]
+PLANS = [
+    ("llama", "packed"),
+    ("llama-tied", "packed"),
+    ("llama-tied", "concatenated"),
+    ("llama-tied", "separate"),
+    ("gemma2", "packed"),
+    ("gpt2", "packed"),
+    ("mixtral", "packed"),
+    ("lfm2", "concatenated"),
+]
 SIZES = [(1, 1, 4), (7, 9, 1), (23, 5, 17), (2, 30, 2), (12, 3, 11), (3, 3, 3), (5, 8, 6)]
-CASES = {"seven pairs, small": (7, True), "seven pairs, large": (7, False), "three pairs": (3, False),
-         "one pair": (1, False)}  # pairs, whether max_tokens is as small as can be
+CASES = {
+    "seven pairs, small": (7, True),
+    "seven pairs, large": (7, False),
+    "three pairs": (3, False),
+    "one pair": (1, False),
+}  # pairs, whether max_tokens is as small as can be
 
 
 def make_split():
     pairs = random_pairs(SIZES)
     ref = np.random.default_rng(5).normal(-20, 5, (len(pairs), 2)).astype(np.float32)
-    return dict(rows=[pair | {"weight": 1 + 0.1 * i} for i, pair in enumerate(pairs)], lengths=np.array(SIZES), ref=ref)
+    return dict(
+        rows=[pair | {"weight": 1 + 0.1 * i} for i, pair in enumerate(pairs)],
+        lengths=np.array(SIZES),
+        ref=ref,
+    )
 
 
 def one_step(policy, split, layout, count, small):
@@ -41,8 +58,14 @@ def one_step(policy, split, layout, count, small):
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = np.arange(count)[::-1].copy()
     limit = int(dpo.pair_costs(split["lengths"][rows], layout).max()) if small else 10_000
-    args = types.SimpleNamespace(layout=layout, max_tokens=limit, beta=0.3, label_smoothing=0.1, sft_weight=0.2,
-                                 router_aux_coef=0.0)
+    args = types.SimpleNamespace(
+        layout=layout,
+        max_tokens=limit,
+        beta=0.3,
+        label_smoothing=0.1,
+        sft_weight=0.2,
+        router_aux_coef=0.0,
+    )
     totals, mine = {}, dpo.micro_batches(rows, split["lengths"], layout, limit, world)[rank::world]
     for part in mine:
         losses = dpo.pair_losses(policy, part, split, totals, args)
@@ -52,14 +75,18 @@ def one_step(policy, split, layout, count, small):
     grads = {name: weight.grad.full_tensor().clone() for name, weight in policy.named_parameters()}
     policy.zero_grad()
     means = dpo.mean_over_pairs(totals)
-    return dict(loss=means["loss"], dealt=dealt, grads=grads, eval=dpo.evaluate(policy, split, args))
+    return dict(
+        loss=means["loss"], dealt=dealt, grads=grads, eval=dpo.evaluate(policy, split, args)
+    )
 
 
 def all_steps(folders):
     """{(family, layout, case): one_step}"""
     split, results = make_split(), {}
     for family, layout in PLANS:
-        model, weights, _ = dpo.build_model(types.SimpleNamespace(model=folders[family], layout=layout))
+        model, weights, _ = dpo.build_model(
+            types.SimpleNamespace(model=folders[family], layout=layout)
+        )
         policy = dpo.shard(model, weights, torch.float32, torch.device("cpu"))
         for case, (count, small) in CASES.items():
             results[family, layout, case] = one_step(policy, split, layout, count, small)
@@ -80,9 +107,24 @@ def alone(folders, process_group):
 def shared(request, folders, tmp_path_factory):
     """The results of so many processes, started by torchrun as on any machine."""
     out = tmp_path_factory.mktemp("ranks") / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param), __file__,
-               str(out), json.dumps(folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(request.param),
+        __file__,
+        str(out),
+        json.dumps(folders),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-8000:]
     return request.param, torch.load(out, weights_only=False)
 
@@ -91,7 +133,10 @@ def assert_same_gradients(left, right):
     """To 1e-4 of each norm, where norms below 1e-2 of the whole gradient's count as that much."""
     whole = torch.stack([grad.norm() for grad in right.values()]).norm()
     assert whole > 0 and left.keys() == right.keys()
-    wrong = {name: ((left[name] - grad).norm() / max(grad.norm(), 1e-2 * whole)).item() for name, grad in right.items()}
+    wrong = {
+        name: ((left[name] - grad).norm() / max(grad.norm(), 1e-2 * whole)).item()
+        for name, grad in right.items()
+    }
     assert {name: value for name, value in wrong.items() if not value < 1e-4} == {}
 
 
@@ -116,7 +161,9 @@ def test_the_ranks_deal_each_pair_once_in_equally_many_micro_batches(shared):
     for (_, _, case), result in results.items():
         dealt = result["dealt"]
         assert len(dealt) == world and len({len(lists) for lists in dealt}) == 1
-        assert sorted(row for lists in dealt for part in lists for row in part) == list(range(CASES[case][0]))
+        assert sorted(row for lists in dealt for part in lists for row in part) == list(
+            range(CASES[case][0])
+        )
 
 
 @pytest.mark.torchrun
@@ -143,17 +190,27 @@ def random_deals(count=300):
     for _ in range(count):
         data = rng.integers(1, 80)
         lengths = np.ceil(rng.exponential(rng.choice([1, 30, 500]), (data, 3))).astype(np.int64) + 1
-        rows = rng.permutation(data)[:rng.integers(1, data + 1)]
+        rows = rng.permutation(data)[: rng.integers(1, data + 1)]
         layout = str(rng.choice(["packed", "concatenated", "separate"]))
         longest = int(dpo.pair_costs(lengths, layout).max())
-        yield rows, lengths, layout, int(longest * rng.choice([1, 1.3, 4, 100])), int(rng.integers(1, 10))
+        yield (
+            rows,
+            lengths,
+            layout,
+            int(longest * rng.choice([1, 1.3, 4, 100])),
+            int(rng.integers(1, 10)),
+        )
 
 
 def tokens_of(part, lengths, layout):
     """What one forward pass holds, padding included."""
     prompt, chosen, rejected = lengths[part].T
     longest = (prompt + np.maximum(chosen, rejected)).max()
-    return {"packed": lengths[part].sum(), "concatenated": 2 * len(part) * longest, "separate": len(part) * longest}[layout]
+    return {
+        "packed": lengths[part].sum(),
+        "concatenated": 2 * len(part) * longest,
+        "separate": len(part) * longest,
+    }[layout]
 
 
 def test_micro_batches_deal_every_pair_exactly_once():

@@ -1,0 +1,747 @@
+"""Claim: whatever is broken, a user reads ONE line, `error: what, where, what to do`, and the exit status is 1.
+
+TABLE has a broken flag, file or folder per line: the script, what is wrong with it, how to break it, and the words
+that the line must have. No script may leave anything that looks finished. DROPPED are rows that prepare_data.py
+leaves out and counts, KEPT are rows that look odd and must come back letter by letter. What is left of a killed
+run and does no harm stands at the end, beside the disks that become full and the proof in real processes."""
+import contextlib
+import gzip
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from conftest import ROOT, random_pairs, tiny_hf_model, tiny_tokenizer, write_tiny_data
+from safetensors.torch import load_file, save_file
+from test_prepare_data import CHATML, make_tokenizer
+
+SIZES = [(4, 3, 5), (3, 6, 2), (5, 1, 4), (2, 4, 4), (6, 2, 3), (3, 5, 3)]  # tokens of prompt, chosen, rejected
+ROWS = [dict(prompt=f"Why {i}?", chosen="good", rejected="bad") for i in range(60)]
+
+
+# ---- a world in order, of which each case breaks one thing
+
+
+class World:
+    """Paths of a model, its data with cache, raw rows; `model` and `data` are copies, made when first asked for."""
+
+    def __init__(self, kit, tmp, monkeypatch):
+        self.kit, self.tmp, self.monkeypatch = kit, tmp, monkeypatch
+        self.out, self.rows, self.paths = tmp / "out", tmp / "rows.jsonl", dict(model=kit.model, data=kit.data)
+        self.rows.write_text(lines(ROWS))
+
+    def own(self, name):
+        if self.paths[name] == getattr(self.kit, name):
+            self.paths[name] = Path(shutil.copytree(self.paths[name], self.tmp / name))
+        return self.paths[name]
+
+    model, data = property(lambda self: self.own("model")), property(lambda self: self.own("data"))
+
+    @property
+    def cache(self):
+        return next(path for path in self.data.glob("ref-*") if path.is_dir())
+
+    def new_data(self, pairs, empty=None, **columns):
+        """Data of these pairs without cache; one split may be empty."""
+        folder = self.paths["data"] = Path(write_tiny_data(self.tmp / "new", str(self.paths["model"]), pairs, pairs, **columns))
+        if empty:
+            datasets.load_from_disk(str(folder / empty)).select([]).save_to_disk(str(folder / "none"), num_shards=1)
+            shutil.rmtree(folder / empty)
+            (folder / "none").rename(folder / empty)
+
+    def new_model(self, model):
+        self.paths["model"] = self.tmp / "other"
+        model.save_pretrained(self.tmp / "other")
+        tiny_tokenizer().save_pretrained(self.tmp / "other")
+
+    def make_cache(self, logps=None):
+        """The cache of model and data, by cache_ref.py, or of these log-probs by hand."""
+        if logps is None:
+            return run(self, "cache_ref", {})
+        dpo = importlib.import_module("dpo")
+        args = SimpleNamespace(model=str(self.paths["model"]), data=str(self.paths["data"]), layout="packed", max_tokens=99)
+        splits, _ = dpo.load_data(args)
+        folder, key = dpo.reference_folder(args, dpo.build_model(args)[2], torch.float32, splits)
+        folder.mkdir()
+        for name, split in splits.items():
+            np.save(folder / f"{name}-logps.npy", np.full((len(split["rows"]), 2), logps, np.float32))
+        (folder / "meta.json").write_text(json.dumps(dict(key=key)))
+
+    def flags(self, script):
+        model, out = self.paths["model"], self.out
+        data = self.data if script == "cache_ref" else self.paths["data"]  # which it would write to
+        return {"prepare_data": dict(dataset=self.rows, model=self.kit.chat, out=out, num_proc=1),
+                "cache_ref": dict(model=model, data=data),
+                "dpo": dict(model=model, data=data, out=out, batch_size=2, max_steps=2, eval_every=0, log_every=1),
+                "evaluate": dict(models=model, data=data, out=out, max_new_tokens=2)}[script]
+
+    def finished(self):
+        """What others would take for a result."""
+        marks = ("out/final", "out/meta.json", "out/evaluation.json", "*/ref-*/meta.json")
+        return sorted(path for mark in marks for path in self.tmp.glob(mark) if not path.is_symlink())
+
+
+def argv(w, script, changes):
+    """Command line of `script` with changed flags: True stands alone, None is left out, "extra" is a list."""
+    words = [f"{script}.py", *changes.get("extra", [])]
+    for name, value in (w.flags(script) | changes).items():
+        words += [] if name == "extra" or value is None else [f"--{name}"] if value is True else [f"--{name}", value]
+    return [str(word) for word in words]
+
+
+def run(w, script, changes):
+    """main() of a script in this process, on the CPU, in the process group that all tests share."""
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv(w, script, changes))
+        if script != "prepare_data":
+            patch.setattr(module, "start_process_group", lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
+            patch.setattr(module.dist, "destroy_process_group", lambda: None)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            module.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def error_of(w, script, changes):
+    """The one line with which a script ends; any other exception is a traceback, so it fails the test."""
+    argv(w, script, changes)  # makes the copies
+    before = w.finished()
+    with pytest.raises(SystemExit) as stop:
+        run(w, script, changes)
+    message = stop.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    assert len(message) < 700, message
+    assert w.finished() == before
+    return message
+
+
+@pytest.fixture(scope="module")
+def kit(process_group, tiny_model, tmp_path_factory):
+    """Model, data, cache and a chat tokenizer that stay whole."""
+    tmp, model = tmp_path_factory.mktemp("kit"), Path(tiny_model("llama"))
+    pairs = random_pairs(SIZES)
+    data = Path(write_tiny_data(tmp / "data", str(model), pairs, random_pairs(SIZES[:3], seed=1)))
+    kit = SimpleNamespace(model=model, data=data, chat=make_tokenizer(tmp / "chat", CHATML), pairs=pairs, tmp=tmp,
+                          tiny_model=tiny_model)
+    w = World(kit, tmp, None)
+    w.own = lambda name: w.paths[name]  # here the originals are what is wanted
+    w.make_cache()
+    return kit
+
+
+@pytest.fixture
+def w(kit, tmp_path, monkeypatch):
+    return World(kit, tmp_path, monkeypatch)
+
+
+# ---- ways to break things; what they return are the flags that the case needs
+
+
+def lines(rows):
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+def cut(path, keep=0.5):
+    data = path.read_bytes()
+    path.write_bytes(data[:int(keep * len(data))])
+
+def cut_arrow(w):
+    cut(next((w.data / "train").glob("*.arrow")))
+
+def file(w, name, content):
+    """--dataset with this content."""
+    (w.tmp / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return dict(dataset=w.tmp / name)
+
+def delete(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+def tokenizer(w, change=lambda core: None, **settings):
+    """--model for prepare_data.py: the chat tokenizer with a changed tokenizer.json or other settings."""
+    folder = Path(shutil.copytree(w.kit.chat, w.tmp / "tokenizer"))
+    core = json.loads((folder / "tokenizer.json").read_text())
+    change(core)
+    (folder / "tokenizer.json").write_text(json.dumps(core))
+    edit(folder / "tokenizer_config.json", **settings)
+    return dict(model=folder)
+
+def no_weights(w):
+    delete(w.model / "model.safetensors")
+
+def one_tensor_less(w):
+    path = w.model / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+def no_tokenizer(w):
+    for path in w.model.glob("*token*"):
+        path.unlink()
+
+def other_vocabulary(w):
+    path = w.model / "tokenizer.json"
+    path.write_text(path.read_text().replace('"w96"', '"word"'))
+
+def other_weights(w):
+    w.new_model(tiny_hf_model("llama", 7))
+
+def weights_that_are_nan(w):
+    model = tiny_hf_model("llama")
+    model.lm_head.weight.data[3] = float("nan")
+    w.new_model(model)
+
+def nan_policy(w):
+    weights_that_are_nan(w)
+    w.paths["data"] = Path(shutil.copytree(w.kit.data, w.tmp / "data", ignore=shutil.ignore_patterns("ref-*")))
+    w.make_cache(logps=-1.0)
+    return dict(extra=["--no-check_reference"])
+
+def other_tokens(w):
+    """The pairs were prepared anew, the cache is of the old ones."""
+    meta = json.loads((w.data / "meta.json").read_text())
+    edit(w.data / "meta.json", content_hash=meta["content_hash"] | dict(train="f" * 16))
+
+def only_partial(w):
+    w.cache.rename(w.cache.with_suffix(".partial"))
+
+def cache_values(w, change):
+    path = w.cache / "train-logps.npy"
+    np.save(path, change(np.load(path)))
+
+def recurrent(w):
+    """A model whose layers mix tokens in other ways than attention, with data for it."""
+    w.paths["model"] = Path(w.kit.tiny_model("lfm2"))
+
+def weighted(w, weight):
+    pairs = [pair | dict(weight=weight if i == 4 else 1.0) for i, pair in enumerate(w.kit.pairs)]
+    w.new_data(pairs, weight="float32")
+    w.make_cache()
+    return dict(max_steps=3)
+
+def without(w, package):
+    find = importlib.util.find_spec
+    w.monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+
+def earlier_run(w, **flags):
+    """A run of two steps with its checkpoints."""
+    run(w, "dpo", dict(save_every=1) | flags)
+    shutil.rmtree(w.out / "final")
+    return dict(resume=True, save_every=1, max_steps=3)
+
+def stopped_run(w, breaking):
+    """--resume of a run of three steps that ended after two; then something is broken."""
+    run(w, "dpo", dict(save_every=1, max_steps=3))
+    for name in ("final", "step-000003"):
+        shutil.rmtree(w.out / name)
+    breaking(w.out)
+    return dict(resume=True, save_every=1, max_steps=3)
+
+def broken_checkpoint(w, breaking):
+    run(w, "dpo", dict(save_every=1, max_steps=3, keep=1))
+    shutil.rmtree(w.out / "final")
+    breaking(w.out / "step-000003")
+    return dict(resume=True, save_every=1, max_steps=3)
+
+def below_a_file(w):
+    (w.tmp / "file").write_text("")
+    return w.tmp / "file" / "x"
+
+def link_to_full(path):
+    """A file to which nothing can be written, as on a full disk."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/dev/full")
+
+def reward(w, body):
+    (w.tmp / "r.py").write_text(f"def score(prompt, response): {body}")
+    return dict(samples=2, reward=f"{w.tmp}/r.py:score")
+
+def unfinished(w):
+    w.out.mkdir()
+    (w.out / "args.json").write_text("{}")
+    return dict(models=w.out)
+
+def log_of(w, text):
+    pytest.importorskip("matplotlib")
+    (w.tmp / "run").mkdir()
+    (w.tmp / "run/log.jsonl").write_text(text)
+    return dict(models=w.tmp / "run", data=None, plot=w.tmp / "x.png")
+
+def two_tokenizers(w):
+    other_vocabulary(w)
+    return dict(models=f"{w.kit.model},{w.model}")
+
+
+# ---- the table: script, what is wrong, how, words of the line
+
+TABLE = [
+    # flags
+    ("dpo", "an unknown flag", lambda w: dict(beto=0.2), "--beto --help"),
+    ("dpo", "an abbreviated flag", lambda w: dict(learning=1e-6), "--learning --help"),
+    ("dpo", "a choice that is none", lambda w: dict(layout="wide"), "--layout wide packed separate"),
+    ("dpo", "no --model", lambda w: dict(model=None), "--model required"),
+    ("dpo", "a flag without its value", lambda w: dict(extra=["--beta"]), "--beta argument"),
+    ("dpo", "a word as a number", lambda w: dict(beta="big"), "--beta big"),
+    ("dpo", "a float where an int is due", lambda w: dict(batch_size=2.5), "--batch_size 2.5 int"),
+    ("dpo", "a batch of 0", lambda w: dict(batch_size=0), "--batch_size 0 above"),
+    ("dpo", "a negative beta", lambda w: dict(beta=-0.1), "--beta -0.1 above"),
+    ("dpo", "a negative seed", lambda w: dict(seed=-1), "--seed -1 least"),
+    ("dpo", "a learning rate that is NaN", lambda w: dict(learning_rate="nan"), "--learning_rate nan above"),
+    ("dpo", "an infinite beta", lambda w: dict(beta="inf"), "--beta inf"),
+    ("prepare_data", "a fraction of NaN", lambda w: dict(val_fraction="nan"), "--val_fraction nan"),
+    ("prepare_data", "a fraction of 1.5", lambda w: dict(val_fraction=1.5), "--val_fraction 1.5 below"),
+    ("prepare_data", "a maximum length of 0", lambda w: dict(max_length=0), "--max_length 0 above"),
+    ("cache_ref", "a precision that is none", lambda w: dict(dtype="float8"), "--dtype float8 bfloat16"),
+    ("cache_ref", "a bound of 0 tokens", lambda w: dict(max_tokens=0), "--max_tokens 0 above"),
+    ("evaluate", "a negative temperature", lambda w: dict(temperature=-1), "--temperature -1"),
+    # packages that are not installed
+    ("dpo", "--wandb without wandb", lambda w: [without(w, "wandb"), dict(wandb="x")][1], "--wandb pip install wandb"),
+    ("dpo", "--lora_rank without peft", lambda w: [without(w, "peft"), dict(lora_rank=4)][1], "--lora_rank pip install peft"),
+    ("dpo", "--liger without Liger", lambda w: [without(w, "liger_kernel"), dict(liger=True)][1], "pip install liger-kernel"),
+    ("evaluate", "--plot without matplotlib", lambda w: [without(w, "matplotlib"), dict(plot="x.png")][1],
+     "--plot pip install matplotlib"),
+    # files of raw pairs
+    ("prepare_data", "a file that is not there", lambda w: dict(dataset=w.tmp / "no.jsonl"), "no.jsonl --dataset"),
+    ("prepare_data", "an empty file", lambda w: file(w, "a.jsonl", ""), "a.jsonl 0 rows"),
+    ("prepare_data", "an empty .json", lambda w: file(w, "a.json", ""), "a.json JSON"),
+    ("prepare_data", "truncated JSON", lambda w: file(w, "a.json", json.dumps(ROWS)[:-30]), "a.json not JSON"),
+    ("prepare_data", "wrong columns", lambda w: file(w, "a.jsonl", lines([dict(ask="a", reply="b")] * 3)),
+     "ask, reply malformed 3 dropped out.dropped.jsonl"),
+    ("prepare_data", "gz cut off", lambda w: file(w, "a.jsonl.gz", gzip.compress(lines(ROWS).encode())[:-20]), "a.jsonl.gz row"),
+    ("prepare_data", "gz with a flipped byte", lambda w: file(w, "a.jsonl.gz", flipped(gzip.compress(lines(ROWS).encode()))),
+     "a.jsonl.gz row"),
+    ("prepare_data", "gz that is none", lambda w: file(w, "a.jsonl.gz", lines(ROWS)), "a.jsonl.gz gzip"),
+    ("prepare_data", "parquet cut off", lambda w: file(w, "a.parquet", parquet()[:-20]), "a.parquet"),
+    ("prepare_data", "parquet with flipped bytes", lambda w: file(w, "a.parquet", flipped(parquet(), range(4, 200))),
+     "a.parquet"),
+    ("prepare_data", "an image as .json", lambda w: file(w, "a.json", b"\x89PNG\r\n\x1a\n\x00\xff"), "a.json JSON"),
+    ("prepare_data", "a folder without data", lambda w: [w.out.with_name("empty").mkdir(), dict(dataset=w.tmp / "empty")][1],
+     "--dataset empty"),
+    ("prepare_data", "a folder named .jsonl", lambda w: [(w.tmp / "d.jsonl").mkdir(), dict(dataset=w.tmp / "d.jsonl")][1],
+     "d.jsonl directory"),
+    ("prepare_data", "a hub name without network", lambda w: dict(dataset="some-one/some-pairs"),
+     "--dataset some-one/some-pairs"),
+    ("prepare_data", "a file given twice", lambda w: dict(dataset=f"{w.rows},{w.rows}"), "twice"),
+    ("prepare_data", "no pair short enough", lambda w: dict(max_length=3), "'too long' raise --max_length"),
+    # tokenizers
+    ("prepare_data", "a tokenizer without EOS", lambda w: tokenizer(w, eos_token=None, chat_template=None) | no_template(w),
+     "end token None --eos_token"),
+    ("prepare_data", "an end token that is none", lambda w: dict(eos_token="<end>"), "'<end>' --eos_token"),
+    ("prepare_data", "a chat template that is broken", lambda w: broken_template(w), "template --plain"),
+    ("prepare_data", "a tokenizer.json cut off", lambda w: [m := tokenizer(w), cut(m["model"] / "tokenizer.json")][0],
+     "tokenizer --model"),
+    ("prepare_data", "a model that is not there", lambda w: dict(model=w.tmp / "no_model"), "--model no_model"),
+    ("prepare_data", "a hub model without network", lambda w: dict(model="some-one/some-model"), "--model some-one/some-model"),
+    # the model
+    ("dpo", "a model that is not there", lambda w: dict(model=w.tmp / "no_model"), "--model no_model"),
+    ("dpo", "a hub model without network", lambda w: dict(model="some-one/some-model"), "some-one/some-model"),
+    ("dpo", "a model without weights", no_weights, "--model model.safetensors"),
+    ("dpo", "weights cut off", lambda w: cut(w.model / "model.safetensors"), "--model"),
+    ("dpo", "weights that lack a tensor", one_tensor_less, "--model up_proj"),
+    ("dpo", "weights of another shape", lambda w: edit(w.model / "config.json", intermediate_size=40), "--model mismatched"),
+    ("dpo", "a config cut off", lambda w: cut(w.model / "config.json"), "--model config.json"),
+    ("dpo", "a config of no known model", lambda w: edit(w.model / "config.json", model_type="best"), "--model best"),
+    ("dpo", "a model without tokenizer", no_tokenizer, "tokenizer"),
+    ("dpo", "a recurrent model under packed", lambda w: recurrent(w), "--layout packed concatenated lfm2"),
+    ("dpo", "--router_aux_coef of a dense model", lambda w: dict(router_aux_coef=0.1), "--router_aux_coef llama"),
+    ("dpo", "weights that are NaN", nan_policy, "step 0 not finite pair- --learning_rate"),
+    ("cache_ref", "weights that are NaN", lambda w: [w.data, weights_that_are_nan(w), shutil.rmtree(w.cache)][1],
+     "pair- not finite train"),
+    ("cache_ref", "weights that lack a tensor", one_tensor_less, "--model up_proj"),
+    ("evaluate", "weights that are NaN", weights_that_are_nan, "pair- not finite other"),
+    ("evaluate", "weights that lack a tensor", one_tensor_less, "--models up_proj"),
+    ("evaluate", "weights cut off", lambda w: cut(w.model / "model.safetensors"), "--models model"),
+    ("evaluate", "a model without tokenizer", no_tokenizer, "tokenizer"),
+    # the data
+    ("dpo", "data that are not there", lambda w: dict(data=w.tmp / "no_data"), "--data no_data prepare_data.py"),
+    ("dpo", "a file as data", lambda w: dict(data=w.rows), "--data rows.jsonl prepare_data.py"),
+    ("dpo", "meta.json cut off", lambda w: cut(w.data / "meta.json"), "--data prepare_data.py"),
+    ("dpo", "meta.json of something else", lambda w: (w.data / "meta.json").write_text("[]") and None, "--data prepare_data.py"),
+    ("dpo", "no train folder", lambda w: delete(w.data / "train"), "--data train prepare_data.py"),
+    ("dpo", "an arrow file cut off", cut_arrow, "--data prepare_data.py"),
+    ("dpo", "no training pairs", lambda w: w.new_data(w.kit.pairs, empty="train"), "train no pairs prepare_data.py"),
+    ("dpo", "no validation pairs", lambda w: w.new_data(w.kit.pairs, empty="val"), "val no pairs prepare_data.py"),
+    ("dpo", "an empty response", lambda w: w.new_data(random_pairs([(3, 0, 2)] * 4)), "empty response"),
+    ("dpo", "another vocabulary", other_vocabulary, "another model prepare_data.py"),
+    ("dpo", "a pair above --max_tokens", lambda w: dict(max_tokens=9), "pair- --max_tokens 9 --max_length"),
+    ("dpo", "a batch above the data", lambda w: dict(batch_size=7), "--batch_size 7 6 pairs"),
+    ("dpo", "a weight that is NaN", lambda w: weighted(w, float("nan")), "pair-4 not finite"),
+    ("cache_ref", "another vocabulary", other_vocabulary, "another model prepare_data.py"),
+    ("cache_ref", "an arrow file cut off", cut_arrow, "--data prepare_data.py"),
+    ("evaluate", "models with different tokenizers", two_tokenizers, "another model"),
+    ("evaluate", "a split that is not there", lambda w: dict(split="test"), "test prepare_data.py"),
+    # the cache of the reference
+    ("dpo", "no cache", lambda w: delete(w.cache), "missing cache_ref.py"),
+    ("dpo", "a cache of other weights", lambda w: [w.data, other_weights(w)][1], "missing other weights cache_ref.py"),
+    ("dpo", "a cache of other tokens", other_tokens, "missing other train cache_ref.py"),
+    ("dpo", "a cache that is half done", only_partial, "missing cache_ref.py"),
+    ("dpo", "a stale cache, itself broken", lambda w: [cut(w.cache / "meta.json"), other_weights(w)][1], "missing cache_ref.py"),
+    ("dpo", "log-probs cut off", lambda w: cut(w.cache / "train-logps.npy"), "train-logps.npy damaged cache_ref.py"),
+    ("dpo", "log-probs cut off in the header", lambda w: cut(w.cache / "train-logps.npy", 0.1), "train-logps.npy damaged"),
+    ("dpo", "log-probs that are empty", lambda w: cut(w.cache / "val-logps.npy", 0), "val-logps.npy damaged"),
+    ("dpo", "log-probs of too few rows", lambda w: cache_values(w, lambda x: x[1:]), "train-logps.npy damaged"),
+    ("dpo", "log-probs that are NaN", lambda w: cache_values(w, lambda x: x * np.nan), "train-logps.npy damaged"),
+    ("dpo", "log-probs of other sides", lambda w: cache_values(w, lambda x: x[:, ::-1]), "ln 2 cache_ref.py"),
+    # the folder of the run
+    ("dpo", "an --out that holds a run", lambda w: [earlier_run(w), {}][1], "--out out --resume"),
+    ("dpo", "--resume with another beta", lambda w: earlier_run(w) | dict(beta=0.5), "--beta 0.1 0.5 another"),
+    ("dpo", "args.json cut off", lambda w: stopped_run(w, lambda out: cut(out / "args.json")), "args.json"),
+    ("dpo", "no log beside the checkpoints", lambda w: stopped_run(w, lambda out: delete(out / "log.jsonl")), "log.jsonl"),
+    ("dpo", "a checkpoint that lacks a file", lambda w: broken_checkpoint(w, lambda step: delete(next(step.glob("*.distcp")))),
+     "step-000003"),
+    ("dpo", "a checkpoint cut off", lambda w: broken_checkpoint(w, lambda step: cut(next(step.glob("*.distcp")))), "step-000003"),
+    ("dpo", "a checkpoint without metadata", lambda w: broken_checkpoint(w, lambda step: delete(step / ".metadata")),
+     "step-000003"),
+    ("dpo", "an --out below a file", lambda w: dict(out=below_a_file(w)), "--out cannot be written"),
+    ("prepare_data", "an --out below a file", lambda w: dict(out=below_a_file(w)), "cannot write file/x --out"),
+    ("prepare_data", "an --out that exists", lambda w: w.out.mkdir(), "--out exists --overwrite"),
+    ("prepare_data", "an --out that is no result", lambda w: [w.out.mkdir(), dict(overwrite=True)][1], "--out exists"),
+    ("evaluate", "an --out below a file", lambda w: dict(out=below_a_file(w)), "cannot write --out"),
+    ("evaluate", "a result on a full disk", lambda w: link_to_full(w.out / "evaluation.json"), "cannot write No space"),
+    ("evaluate", "a table on a full disk", lambda w: [link_to_full(w.tmp / "t.md"), dict(table=w.tmp / "t.md")][1],
+     "--table t.md cannot write No space"),
+    # evaluate.py's own inputs
+    ("evaluate", "a run without final/", unfinished, "out final/ --resume"),
+    ("evaluate", "a --reward that is no FILE:FUNCTION", lambda w: dict(samples=2, reward="score"),
+     "--reward score FILE.py:FUNCTION"),
+    ("evaluate", "a --reward with a syntax error", lambda w: reward(w, "return ("), "--reward r.py FILE.py:FUNCTION"),
+    ("evaluate", "a --reward that raises", lambda w: reward(w, "return 1 / 0"), "--reward pair- ZeroDivisionError"),
+    ("evaluate", "a --reward without a number", lambda w: reward(w, "return None"), "--reward number pair-"),
+    ("evaluate", "a --reward that is NaN", lambda w: reward(w, "return float('nan')"), "--reward number pair-"),
+    ("evaluate", "a --reward without a score", lambda w: dict(samples=2, reward=f"{w.rows}:score"), "--reward rows.jsonl"),
+    ("evaluate", "--plot of a model that is no run", lambda w: [pytest.importorskip("matplotlib"), dict(plot="x.png")][1],
+     "--plot x.png log.jsonl"),
+    ("evaluate", "--plot of a log that is broken", lambda w: log_of(w, '{"step": 1, "lo}\n'), "log.jsonl"),
+    ("evaluate", "--plot into an unknown kind of image", lambda w: log_of(w, '{"step": 1}\n') | dict(plot=w.tmp / "x.doc"),
+     "--plot x.doc"),
+]
+
+
+def flipped(data, places=None):
+    data = bytearray(data)
+    for place in places or [len(data) // 2]:
+        data[place] ^= 255
+    return bytes(data)
+
+def parquet():
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ROWS), sink)
+    return sink.getvalue().to_pybytes()
+
+def no_template(w):
+    delete(w.tmp / "tokenizer/chat_template.jinja")
+    return {}
+
+def broken_template(w):
+    flags = tokenizer(w)
+    (flags["model"] / "chat_template.jinja").write_text("{% for m in messages %}")
+    return flags
+
+
+# answers that are not yet what they should be: (script, what): reason
+CAUGHT = "CheckpointException is a BaseException: a traceback"
+WRONG = {
+    ("dpo", "an infinite beta"): "parse_args lets infinity pass",
+    ("dpo", "weights that lack a tensor"): "build_model draws them at random",
+    ("cache_ref", "weights that lack a tensor"): "build_model draws them at random, and they are cached",
+    ("dpo", "a config of no known model"): "build_model repeats the whole advice of transformers",
+    ("dpo", "--router_aux_coef of a dense model"): "AttributeError in forward",
+    ("dpo", "a stale cache, itself broken"): "load_reference reads its meta.json unguarded",
+    ("dpo", "log-probs cut off"): "load_reference: np.load raises ValueError",
+    ("dpo", "log-probs cut off in the header"): "load_reference: np.load raises ValueError",
+    ("dpo", "args.json cut off"): "open_run reads it unguarded",
+    ("dpo", "no log beside the checkpoints"): "open_run reads it unguarded",
+    ("dpo", "a checkpoint that lacks a file"): CAUGHT,
+    ("dpo", "a checkpoint cut off"): CAUGHT,
+    ("dpo", "a checkpoint without metadata"): CAUGHT,
+    ("dpo", "an --out below a file"): "open_run makes the folder unguarded",
+}
+
+
+def wrong(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+def named(script, what, *rest):
+    marks = wrong(WRONG[script, what]) if (script, what) in WRONG else ()
+    return pytest.param(script, *rest, id=f"{script}: {what}", marks=marks)
+
+
+@pytest.mark.parametrize("script, breaking, words", [named(*row) for row in TABLE])
+def test_one_line_says_what_is_wrong(script, breaking, words, w):
+    changes = breaking(w) or {}
+    message = error_of(w, script, changes)
+    for word in words.split():
+        assert word in message, message
+
+
+# ---- rows that are dropped and counted, rows that only look odd: all in one file, prepared once
+
+
+DROPPED = {  # what is wrong: row, reason
+    "a line cut off": ('{"prompt": "Why?", "chosen": "go', "malformed"),
+    "a line that is no object": ("[1, 2]", "malformed"),
+    "wrong columns": (dict(ask="Why?", reply="good"), "malformed"),
+    "one column missing": (dict(prompt="Why?", chosen="good"), "malformed"),
+    "null as a response": (dict(prompt="Why?", chosen=None, rejected="bad"), "malformed"),
+    "a weight of NaN": ('{"prompt": "Why?", "chosen": "good", "rejected": "bad", "weight": NaN}', "malformed"),
+    "a negative weight": (dict(prompt="Why?", chosen="good", rejected="bad", weight=-1), "malformed"),
+    "half a surrogate pair": ('{"prompt": "Why?", "chosen": "\\ud83d", "rejected": "bad"}', "malformed"),
+    "JSON 10,000 levels deep": ("[" * 10_000, "malformed"),
+    "an empty response": (dict(prompt="Why?", chosen="", rejected="bad"), "empty"),
+    "a response of white space": (dict(prompt="Why?", chosen="good", rejected=" \n\t\u00a0\u2003"), "empty"),
+    "an empty prompt": (dict(prompt="\n", chosen="good", rejected="bad"), "empty"),
+    "identical sides": (dict(prompt="Why?", chosen="good", rejected="good"), "identical"),
+    "100,000 tokens in a response": (dict(prompt="Why?", chosen="7 " * 50_000, rejected="bad"), "too long"),
+    "100,000 tokens in the prompt": (dict(prompt="7 " * 50_000, chosen="good", rejected="bad"), "too long"),
+    "an end token in a response": (dict(prompt="Why?", chosen="good<|im_end|>", rejected="bad"), "special token"),
+}
+KEPT = {  # what looks odd: prompt, chosen, rejected
+    "an emoji on each side of the boundary": ("Smile \U0001f600", "\U0001f600 yes", "\U0001f601 no"),
+    "a family of joined emoji": ("Who? \U0001f469\u200d\U0001f467", "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f469"),
+    "a skin colour that opens the response": ("Wave \U0001f44b", "\U0001f3fd hello", "\U0001f3ff hello"),
+    "a combining accent that opens the response": ("Cafe", "\u0301 is French", "\u0300 is not"),
+    "a vowel sign that opens the response": ("\u0928", "\u093f good", "\u0940 bad"),
+    "Hangul letters of one syllable": ("\u1112\u1161", "\u11ab good", "\u11b7 bad"),
+    "text from right to left": ("\u0645\u0631\u062d\u0628\u0627", "\u0634\u0643\u0631\u0627\u064b", "\u0644\u0627"),
+    "a byte-order mark in a response": ("Why?", "\ufeffgood", "\ufeffbad"),
+    "responses that differ in white space": ("Why?", "good  one", "good one"),
+    "one letter on each side": ("Q", "y", "n"),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(kit, tmp_path_factory):
+    """What prepare_data.py makes of DROPPED, KEPT and 60 good rows, and of the same without chat template."""
+    tmp, results = tmp_path_factory.mktemp("prepared"), {}
+    odd = [dict(prompt=p, chosen=c, rejected=r) for p, c, r in KEPT.values()]
+    for name, model in dict(chat=kit.chat, plain=make_tokenizer(tmp / "base", bos=True)).items():
+        (tmp / name).mkdir()
+        w = World(kit, tmp / name, None)
+        w.rows.write_text(lines([row for row, _ in DROPPED.values()] + odd + ROWS))
+        run(w, "prepare_data", dict(model=model, val_fraction=0.2))
+        splits = [datasets.load_from_disk(str(w.out / split)) for split in ("train", "val")]
+        results[name] = SimpleNamespace(
+            pairs={int(pair["id"].split(":")[1]): pair for rows in splits for pair in rows},
+            dropped=[json.loads(line) for line in (w.out / "dropped.jsonl").read_text().splitlines()],
+            counts=json.loads((w.out / "meta.json").read_text())["counts"],
+            decode=transformers.AutoTokenizer.from_pretrained(model).decode)
+    return results
+
+
+@pytest.mark.parametrize("what", DROPPED)
+def test_a_bad_row_is_dropped_with_line_and_reason(what, prepared):
+    number = list(DROPPED).index(what) + 1
+    found, = [record for record in prepared["chat"].dropped if record["line"] == number]
+    assert found["reason"] == DROPPED[what][1] and len(found["value"]) < 300
+    assert number not in prepared["chat"].pairs
+
+
+def test_nothing_else_is_dropped_and_the_counts_add_up(prepared):
+    counts, reasons = prepared["chat"].counts, [reason for _, reason in DROPPED.values()]
+    assert counts["dropped"] == {reason: reasons.count(reason) for reason in reasons}
+    assert counts["rows"] == counts["pairs_in"] == len(DROPPED) + len(KEPT) + len(ROWS)
+    assert counts["pairs_out"] == len(KEPT) + len(ROWS) == counts["train"] + counts["val"]
+
+
+@pytest.mark.parametrize("rendering", ["chat", "plain"])
+@pytest.mark.parametrize("what", KEPT)
+def test_an_odd_row_comes_back_letter_by_letter(what, rendering, prepared):
+    made = prepared[rendering]
+    pair = made.pairs[len(DROPPED) + list(KEPT).index(what) + 1]
+    prompt, *answers = KEPT[what]
+    for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+        whole = made.decode(pair["prompt"] + pair[side])
+        if rendering == "chat":
+            assert whole == f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+            assert made.decode(pair[side]) == answer + "<|im_end|>"
+        else:
+            assert whole == f"<|bos|>{prompt}{answer}<|eos|>"
+
+
+# ---- disks that are full, folders that cannot be written
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk(options of mount) -> a small file system of its own; it is no error if nobody may mount one."""
+    place = tmp_path / "disk"
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
+        if not place.exists():
+            place.mkdir()
+        if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no right to mount a small file system")
+        return place
+    yield mount
+    subprocess.run(["umount", "-l", place], capture_output=True)
+
+
+def test_a_full_disk_stops_prepare_data_and_leaves_nothing(w, disk):
+    rows = [dict(prompt=f"Why {i}?", chosen="7 " * 400, rejected="8 " * 400) for i in range(60)]
+    w.rows.write_text(lines(rows))
+    w.out = disk("size=200k") / "out"
+    message = error_of(w, "prepare_data", {})
+    assert "cannot write" in message and "No space" in message and not list((w.tmp / "disk").iterdir())
+
+
+@pytest.mark.parametrize("kilobytes", [0, 4, 8])
+def test_a_full_disk_stops_cache_ref_and_the_next_call_goes_on(kilobytes, w, disk):
+    """The disk has room for no folder, no part, or one part and no result."""
+    whole, data = w.data, disk("size=4m") / "data"
+    w.paths["data"] = Path(shutil.copytree(whole, data, ignore=shutil.ignore_patterns("ref-*")))
+    used = sum(4096 * -(-path.stat().st_size // 4096) for path in data.rglob("*") if path.is_file()) // 1024
+    disk_again(w, used + kilobytes)
+    message = error_of(w, "cache_ref", dict(save_seconds=1e-9, max_tokens=14))
+    assert "cannot be written" in message and "No space" in message and "kept" in message
+    assert not list(data.glob("ref-*/meta.json"))
+    disk_again(w, 4096)
+    run(w, "cache_ref", {})
+    made, = data.glob("ref-*/train-logps.npy")
+    assert np.allclose(np.load(made), np.load(w.kit.data / made.relative_to(data)), atol=1e-4)
+    assert not list(data.glob("*.partial"))
+
+
+def disk_again(w, kilobytes):
+    subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", w.tmp / "disk"], check=True)
+
+
+@wrong(CAUGHT)
+def test_a_full_disk_stops_a_checkpoint_and_the_one_before_it_continues(w, disk):
+    flags = dict(save_every=1, epochs=2, max_steps=4, batch_size=3)
+    run(w, "dpo", flags)
+    truth = load_file(w.out / "final/model.safetensors")
+    size = sum(path.stat().st_size for path in (w.out / "step-000003").iterdir()) // 1024
+    w.out = disk(f"size={size * 2 - 20}k") / "out"
+    message = error_of(w, "dpo", flags)
+    assert "new.tmp" in message and "--resume" in message
+    saved = sorted(path.name for path in w.out.glob("step-*"))
+    assert saved == ["step-000001"], saved
+    disk_again(w, 4096)
+    run(w, "dpo", flags | dict(resume=True))
+    made = load_file(w.out / "final/model.safetensors")
+    assert all(torch.equal(made[key], tensor) for key, tensor in truth.items())
+    assert not list(w.out.glob("*.tmp"))
+
+
+@wrong("open_log writes unguarded")
+def test_a_full_disk_stops_the_log(w, disk):
+    w.out = disk("size=4k") / "out"  # room for args.json
+    message = error_of(w, "dpo", {})
+    assert "log.jsonl" in message and "No space" in message
+
+
+@wrong("save_final writes unguarded")
+def test_a_full_disk_stops_final_and_the_last_checkpoint_continues(w, disk):
+    flags = dict(save_every=2, max_steps=2)
+    run(w, "dpo", flags)
+    size = sum(path.stat().st_size for path in (w.out / "step-000002").iterdir()) // 1024
+    w.out = disk(f"size={size + 60}k") / "out"
+    message = error_of(w, "dpo", flags)
+    assert "final" in message and "cannot be written" in message and not (w.out / "final").exists()
+    disk_again(w, 4096)
+    run(w, "dpo", flags | dict(resume=True))
+    assert (w.out / "final/config.json").exists() and not (w.out / "final.tmp").exists()
+
+
+@pytest.mark.parametrize("script", ["prepare_data", "cache_ref", "evaluate", pytest.param(
+    "dpo", marks=wrong("open_run makes the folder unguarded"))])
+def test_without_write_permission_one_line_names_the_folder(script, w, disk):
+    place = disk("size=4m")
+    if script == "cache_ref":
+        w.paths["data"] = Path(shutil.copytree(w.kit.data, place / "data", ignore=shutil.ignore_patterns("ref-*")))
+    w.out = place / "out"
+    subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+    message = error_of(w, script, {})
+    assert str(place) in message and "Read-only" in message
+
+
+# ---- what a killed run leaves behind does no harm
+
+
+@wrong("save_checkpoint renames onto an old.tmp that is not empty")
+def test_a_half_written_checkpoint_is_ignored_and_overwritten(w):
+    def half_written(out):
+        shutil.copytree(out / "step-000002", out / "new.tmp")
+        for path in (out / "new.tmp").iterdir():
+            cut(path)
+        (out / "final.tmp").mkdir()
+        (out / "final.tmp/model.safetensors").write_text("half")
+        shutil.copytree(out / "new.tmp", out / "old.tmp")
+
+    run(w, "dpo", stopped_run(w, half_written) | dict(keep=1))
+    assert sorted(path.name for path in w.out.iterdir()) == ["args.json", "final", "log.jsonl", "step-000003"]
+
+
+def test_a_log_line_cut_off_is_written_again(w):
+    run(w, "dpo", stopped_run(w, lambda out: cut(out / "log.jsonl", 0.9)))
+    steps = [json.loads(line)["step"] for line in (w.out / "log.jsonl").read_text().splitlines()]
+    assert steps[-1] == 3 and len(set(steps)) == len(steps)
+
+
+def test_a_part_of_the_cache_that_is_cut_off_is_computed_again(w, capsys):
+    truth = np.load(w.cache / "train-logps.npy")
+    shutil.rmtree(w.cache)
+    cache_ref = importlib.import_module("cache_ref")
+    def killed(*_):
+        raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(cache_ref, "write_final", killed)
+        run(w, "cache_ref", {})
+    part, = w.data.glob("ref-*.partial/part-*.npz")
+    cut(part)
+    run(w, "cache_ref", {})
+    assert "damaged" in "".join(capsys.readouterr())
+    assert np.array_equal(np.load(w.cache / "train-logps.npy"), truth) and not list(w.data.glob("*.partial"))
+
+
+# ---- real processes: one line on stderr, exit status 1
+
+
+def test_each_script_ends_with_one_line_and_exit_status_1(w):
+    cases = dict(prepare_data=dict(dataset=w.tmp / "no.jsonl"), cache_ref=dict(model=w.tmp / "no_model"),
+                 dpo=dict(data=w.tmp / "no_data"), evaluate=dict(models=w.tmp / "no_model"))
+    running = {}
+    for script, flags in cases.items():  # at once: most of the time they import
+        first, *rest = argv(w, script, flags)
+        running[script] = subprocess.Popen([sys.executable, ROOT / first, *rest], text=True, stdout=subprocess.PIPE,
+                                           stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    for script, process in running.items():
+        output, errors = process.communicate(timeout=300)
+        broken, = cases[script].values()
+        assert process.returncode == 1 and not output, (script, output)
+        line = [text for text in errors.splitlines() if text.strip() and "rows" not in text.split("error:")[0]]
+        assert len(line) == 1 and line[0].startswith("error: ") and str(broken) in line[0], errors
+
+
+@pytest.mark.parametrize("words, missing, said", [
+    pytest.param(["dqo.py"], "", "dqo.py dpo.py", id="an unknown script"),
+    pytest.param(["dpo"], "", "dpo script", id="a script without .py"),
+    pytest.param(["dpo.py"], "dpo.py", "dpo.py there is no script", id="a script that was deleted"),
+    pytest.param(["dpo.py", "--model", "a", "--data", "b"], "cache_ref.py", "cache_ref.py",
+                 id="no cache_ref.py", marks=wrong("sed and set -e speak instead"))])
+def test_launch_sh_ends_with_one_line_for_a_script_that_is_not_there(words, missing, said, tmp_path):
+    for path in [ROOT / "launch.sh", *ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]:
+        if path.name != missing:
+            shutil.copy(path, tmp_path)
+    done = subprocess.run([tmp_path / "launch.sh", *words], capture_output=True, text=True, timeout=100,
+                          env=os.environ | dict(PYTHON=sys.executable, NPROC="1", DRY_RUN="1"))
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    assert all(word in done.stderr for word in said.split()), done.stderr
