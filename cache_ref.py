@@ -8,9 +8,9 @@ Model, precision and forward function are those of training, whose first batch c
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME
 
 Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats, row i for row i of the
-split; the hash is of weights, tokens and precision. While it runs, each process keeps what it has in
-ref-<hash>.partial/. A killed run takes up the parts it finds, with any number of processes, and ends
-with the same bytes, because what shares a forward pass is a function of the data alone.
+split; the hash is of weights, tokens and precision. While it runs, each process keeps what it has
+in ref-<hash>.partial/. A killed run takes up the parts it finds, with any number of processes, and
+ends with the same bytes, because what shares a forward pass is a function of the data alone.
 """
 import argparse, bisect, dataclasses, hashlib, inspect, json, math, os, re, shutil, sys, time, uuid
 from pathlib import Path
@@ -122,7 +122,7 @@ def micro_batches(rows, lengths, layout, max_tokens, world):
     """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
 
     Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it
-    can be: ranks finish together. A list is empty only if there are fewer rows than ranks."""
+    can be: ranks finish together. A list may be empty if there are few rows."""
     cost, longest = (pair_costs(lengths[rows], name) for name in (layout, "separate"))
 
     def split(limit):
@@ -263,10 +263,8 @@ def build_model(args):
              "in other ways too; use --layout concatenated or --layout separate")
     if plain:
         model.set_attn_implementation("gathered")
-    for module in model.modules():  # dropout and router noise would make it another model
-        for key in [k for k, v in vars(module).items() if isinstance(v, float)]:
-            if isinstance(module, torch.nn.Dropout) or "drop" in key or "jitter" in key:
-                setattr(module, key, 0.0)
+    if weights:
+        check_forward(weights, plain, args)
     for key, tensor in sorted(weights.state_dict().items()) if weights else ():
         values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()  # a sample is enough
         digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
@@ -274,14 +272,34 @@ def build_model(args):
     dist.broadcast_object_list(digest, 0)
     return model, weights, digest[0]
 
+@torch.no_grad()
+def check_forward(weights, plain, args):
+    """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
+    ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
+    pair, own, ours = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), [], None
+    try:
+        for text in (ids[:40], ids[:3] + ids[40:]):
+            logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
+            own.append(-F.cross_entropy(logits, torch.tensor(text[3:]), reduction="sum").item())
+        if plain:
+            weights.set_attn_implementation("gathered")
+        ours = Policy(weights)(collate([pair], args.layout))[0].flatten().tolist()
+    except Exception as error:
+        ours = ours or [str(error)]
+    if len(ours) != 2 or not np.allclose(ours, own, rtol=1e-4):
+        fail(f"--layout {args.layout} does not fit --model {args.model}: log-probs of a test pair "
+             f"are {ours}, in its own forward {own}; try another --layout, or adapt token_logps")
+
 def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
     """Policy, with every block and the rest split over the ranks (FSDP2) and filled by rank 0."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
     if cpu_offload and device.type == "cuda":
         rules["offload_policy"] = CPUOffloadPolicy()
-    policy = Policy(model).train()
-    for block in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+    policy = Policy(model).eval()  # dropout or router noise would make it another model
+    blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    for block in blocks[::-1]:  # blocks within blocks first
+        block.training = getattr(block, "gradient_checkpointing", False)  # the one use of training
         if compiled:  # inside the hooks of FSDP, which it could not trace
             block.forward = torch.compile(block.forward, dynamic=True)
         fully_shard(block, **rules)
@@ -394,8 +412,8 @@ def main():
                 batches = collate([splits[name]["rows"][int(row)] for row in part], args.layout)
                 values = policy(batches)[0].T.float().cpu().numpy()  # (n, 2)
             for row in part[~np.isfinite(values).all(1)]:
-                fail(f"pair {splits[name]['rows'][int(row)]['id']} of {name} has a log-prob that is not "
-                     "finite; take it out of the data, or try --dtype float32")
+                fail(f"pair {splits[name]['rows'][int(row)]['id']} of {name} has a log-prob that "
+                     "is not finite; take it out of the data, or try --dtype float32")
             logps[name][part] = values
             done.append((name, part, values))
             bar.update(sum(len(part) for _, part in plan[i:i + world]))

@@ -145,7 +145,7 @@ def micro_batches(rows, lengths, layout, max_tokens, world):
     """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
 
     Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it
-    can be: ranks finish together. A list is empty only if there are fewer rows than ranks."""
+    can be: ranks finish together. A list may be empty if there are few rows."""
     cost, longest = (pair_costs(lengths[rows], name) for name in (layout, "separate"))
 
     def split(limit):

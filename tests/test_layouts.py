@@ -420,13 +420,22 @@ def test_the_router_loss_reaches_the_routers_and_leaves_the_log_probs_alone(
     assert ((logps.detach() - truth) / truth).abs().max() < LOGPS
 
 
-def test_dropout_is_off_although_the_policy_is_in_training_mode(tiny_model):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_off_with_and_without_checkpointing(tiny_model, checkpointing):
     folder = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    policy, pairs = make_policy(folder, "packed"), batch_of("five unequal pairs")
-    assert policy.model.training
+    policy, pairs = make_policy(folder, "packed", checkpointing), batch_of("five unequal pairs")
     logps, _ = policy(dpo.collate(pairs, "packed"))
     truth = hugging_face(folder, "five unequal pairs")[0]
     assert ((logps.detach() - truth) / truth).abs().max() < LOGPS
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_computes_every_block_twice(tiny_model, checkpointing):
+    policy, calls = make_policy(tiny_model("llama"), "packed", checkpointing), []
+    for layer in policy.model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    policy(dpo.collate(batch_of("five unequal pairs"), "packed"))[0].sum().backward()
+    assert len(calls) == len(policy.model.model.layers) * (2 if checkpointing else 1)
 
 
 def test_the_root_has_no_weight_left_on_the_meta_device(tiny_model):
