@@ -12,7 +12,8 @@ split; the hash is of weights, tokens and precision. While it runs, each process
 in ref-<hash>.partial/. A killed run takes up the parts it finds, with any number of processes, and
 ends with the same bytes, because what shares a forward pass is a function of the data alone.
 """
-import argparse, bisect, dataclasses, hashlib, inspect, json, math, os, re, shutil, sys, time, uuid
+import argparse, bisect, contextlib, dataclasses, hashlib, inspect, json, math, os, re, shutil
+import sys, time, uuid
 from pathlib import Path
 
 import datasets
@@ -47,6 +48,17 @@ def fail(message):
     time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
     raise SystemExit(f"error: {' '.join(message.split())}")
 
+@contextlib.contextmanager
+def explain(trouble):
+    """Replace any error inside `with` by the line `trouble`, the reason standing for its {}."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # every layer has its own; that of a checkpoint is no Exception
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        fail(trouble.replace("{}", lines[-1 if "Traceback" in lines[0] else 0][:200]))
+
 def parse_args(cls):
     """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
     are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
@@ -65,8 +77,9 @@ def parse_args(cls):
     args = cls(**vars(parser.parse_args()))
     for name, value in vars(args).items():
         zero = "0 =" in notes[name] or not getattr(cls, name, 0)
-        if type(value) in (int, float) and not (value > 0 or zero and value == 0):
-            fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
+        if type(value) in (int, float) and not (0 < value < math.inf or zero and value == 0):
+            least = "at least" if zero else "above"
+            fail(f"--{name} {value} must be finite and {least} 0: {notes[name]}")
     return args
 
 def vocab_hash(tokenizer) -> str:
@@ -90,7 +103,7 @@ def load_data(args, names=("train", "val")):
     """{split: dict(rows=dataset, lengths=(rows, 3) of its three columns, hash)}, tokenizer"""
     data, splits = Path(args.data), {}
     remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
-    try:
+    with explain(f"--data {data} or the tokenizer of {args.model} cannot be read ({{}}); {remake}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         meta = json.loads((data / "meta.json").read_text())
         for name in names:
@@ -99,8 +112,6 @@ def load_data(args, names=("train", "val")):
             lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(int)
             content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
             splits[name] = dict(rows=rows, lengths=lengths, hash=content)
-    except Exception as error:  # every library has its own errors for what is absent or broken
-        fail(f"--data {data} or the tokenizer of {args.model} cannot be read ({error}); {remake}")
     if vocab_hash(tokenizer) != meta["vocab_hash"]:
         fail(f"--data {data} holds the tokens of another model than --model {args.model}; {remake}")
     for name, split in splits.items():
@@ -213,6 +224,8 @@ def token_logps(hidden, targets, head, config):
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return -F.cross_entropy(logits, targets, reduction="none")
 
+BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts call it
+
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head."""
 
@@ -235,7 +248,7 @@ class Policy(torch.nn.Module):
             logps = [checkpoint(token_logps, *x, head, config, use_reentrant=False) for x in parts]
             sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
             if router:
-                balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
+                balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
                 real = None if "rows" in batch else batch["real"]
                 loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
@@ -247,15 +260,15 @@ def build_model(args):
     transformers.utils.logging.disable_progress_bar()
     weights, digest = None, hashlib.sha256()
     auto, plain = transformers.AutoModelForCausalLM, {"full_attention", "sliding_attention"}
-    try:
+    with explain(f"--model {args.model} cannot be read as a causal language model ({{}})"):
         config = transformers.AutoConfig.from_pretrained(args.model)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=torch.float32)
         if dist.get_rank() == 0:
-            weights = auto.from_pretrained(args.model, dtype=torch.float32)
+            how = dict(dtype=torch.float32, output_loading_info=True)
+            weights, info = auto.from_pretrained(args.model, **how)
+            assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
             model.generation_config = weights.generation_config
-    except Exception as error:
-        fail(f"--model {args.model} cannot be read as a causal language model ({error})")
     plain = set(getattr(config.get_text_config(), "layer_types", None) or plain) <= plain
     plain = plain and model._supports_attention_backend and not model._is_stateful
     if args.layout == "packed" and not plain:
@@ -276,19 +289,17 @@ def build_model(args):
 def check_forward(weights, plain, args):
     """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
     ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
-    pair, own, ours = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), [], None
-    try:
+    pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
+    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
+                 "--layout, or adapt Policy and token_logps to it"):
         for text in (ids[:40], ids[:3] + ids[40:]):
             logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
             own.append(-F.cross_entropy(logits, torch.tensor(text[3:]), reduction="sum").item())
         if plain:
             weights.set_attn_implementation("gathered")
         ours = Policy(weights)(collate([pair], args.layout))[0].flatten().tolist()
-    except Exception as error:
-        ours = ours or [str(error)]
-    if len(ours) != 2 or not np.allclose(ours, own, rtol=1e-4):
-        fail(f"--layout {args.layout} does not fit --model {args.model}: log-probs of a test pair "
-             f"are {ours}, in its own forward {own}; try another --layout, or adapt token_logps")
+        agree = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
+        assert agree, f"log-probs {ours}, in its own forward {own}"
 
 def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
     """Policy, with every block and the rest split over the ranks (FSDP2) and filled by rank 0."""

@@ -13,8 +13,8 @@ nothing is sampled, and the reference is never in memory: cache_ref.py stored it
 Symbols: n pairs, T tokens of the longest row, L of a micro-batch, M of its responses, V vocabulary,
 h hidden size, H heads, d head size. What stands along a first dimension of 2 is (chosen, rejected).
 """
-import argparse, bisect, dataclasses, hashlib, importlib.util, inspect, json, math, os, re, resource
-import shutil, signal, subprocess, sys, time
+import argparse, bisect, contextlib, dataclasses, hashlib, importlib.util, inspect, json
+import math, os, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import datasets
@@ -92,6 +92,17 @@ def fail(message):
     time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
     raise SystemExit(f"error: {' '.join(message.split())}")
 
+@contextlib.contextmanager
+def explain(trouble):
+    """Replace any error inside `with` by the line `trouble`, the reason standing for its {}."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # every layer has its own; that of a checkpoint is no Exception
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        fail(trouble.replace("{}", lines[-1 if "Traceback" in lines[0] else 0][:200]))
+
 def parse_args(cls):
     """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
     are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
@@ -110,8 +121,9 @@ def parse_args(cls):
     args = cls(**vars(parser.parse_args()))
     for name, value in vars(args).items():
         zero = "0 =" in notes[name] or not getattr(cls, name, 0)
-        if type(value) in (int, float) and not (value > 0 or zero and value == 0):
-            fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
+        if type(value) in (int, float) and not (0 < value < math.inf or zero and value == 0):
+            least = "at least" if zero else "above"
+            fail(f"--{name} {value} must be finite and {least} 0: {notes[name]}")
     return args
 
 def vocab_hash(tokenizer) -> str:
@@ -135,7 +147,7 @@ def load_data(args, names=("train", "val")):
     """{split: dict(rows=dataset, lengths=(rows, 3) of its three columns, hash)}, tokenizer"""
     data, splits = Path(args.data), {}
     remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
-    try:
+    with explain(f"--data {data} or the tokenizer of {args.model} cannot be read ({{}}); {remake}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         meta = json.loads((data / "meta.json").read_text())
         for name in names:
@@ -144,8 +156,6 @@ def load_data(args, names=("train", "val")):
             lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(int)
             content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
             splits[name] = dict(rows=rows, lengths=lengths, hash=content)
-    except Exception as error:  # every library has its own errors for what is absent or broken
-        fail(f"--data {data} or the tokenizer of {args.model} cannot be read ({error}); {remake}")
     if vocab_hash(tokenizer) != meta["vocab_hash"]:
         fail(f"--data {data} holds the tokens of another model than --model {args.model}; {remake}")
     for name, split in splits.items():
@@ -258,6 +268,8 @@ def token_logps(hidden, targets, head, config):
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return -F.cross_entropy(logits, targets, reduction="none")
 
+BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts call it
+
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head."""
 
@@ -280,7 +292,7 @@ class Policy(torch.nn.Module):
             logps = [checkpoint(token_logps, *x, head, config, use_reentrant=False) for x in parts]
             sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
             if router:
-                balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
+                balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
                 real = None if "rows" in batch else batch["real"]
                 loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
@@ -292,15 +304,15 @@ def build_model(args):
     transformers.utils.logging.disable_progress_bar()
     weights, digest = None, hashlib.sha256()
     auto, plain = transformers.AutoModelForCausalLM, {"full_attention", "sliding_attention"}
-    try:
+    with explain(f"--model {args.model} cannot be read as a causal language model ({{}})"):
         config = transformers.AutoConfig.from_pretrained(args.model)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=torch.float32)
         if dist.get_rank() == 0:
-            weights = auto.from_pretrained(args.model, dtype=torch.float32)
+            how = dict(dtype=torch.float32, output_loading_info=True)
+            weights, info = auto.from_pretrained(args.model, **how)
+            assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
             model.generation_config = weights.generation_config
-    except Exception as error:
-        fail(f"--model {args.model} cannot be read as a causal language model ({error})")
     plain = set(getattr(config.get_text_config(), "layer_types", None) or plain) <= plain
     plain = plain and model._supports_attention_backend and not model._is_stateful
     if args.layout == "packed" and not plain:
@@ -321,19 +333,17 @@ def build_model(args):
 def check_forward(weights, plain, args):
     """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
     ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
-    pair, own, ours = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), [], None
-    try:
+    pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
+    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
+                 "--layout, or adapt Policy and token_logps to it"):
         for text in (ids[:40], ids[:3] + ids[40:]):
             logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
             own.append(-F.cross_entropy(logits, torch.tensor(text[3:]), reduction="sum").item())
         if plain:
             weights.set_attn_implementation("gathered")
         ours = Policy(weights)(collate([pair], args.layout))[0].flatten().tolist()
-    except Exception as error:
-        ours = ours or [str(error)]
-    if len(ours) != 2 or not np.allclose(ours, own, rtol=1e-4):
-        fail(f"--layout {args.layout} does not fit --model {args.model}: log-probs of a test pair "
-             f"are {ours}, in its own forward {own}; try another --layout, or adapt token_logps")
+        agree = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
+        assert agree, f"log-probs {ours}, in its own forward {own}"
 
 def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
     """Policy, with every block and the rest split over the ranks (FSDP2) and filled by rank 0."""
@@ -376,13 +386,17 @@ def load_reference(args, weights, dtype, splits):
     folder, key = reference_folder(args, weights, dtype, splits)
     command = f"run: cache_ref.py --model {args.model} --data {args.data} --dtype {args.dtype}"
     if not (folder / "meta.json").is_file():
-        others = [json.loads(path.read_text()) for path in folder.parent.glob("ref-*/meta.json")]
-        other = ["; one has other " + ", ".join(k for k in key if x["key"][k] != key[k])
-                 for x in others[-1:]]
-        fail(f"{folder}, the reference's log-probs, is missing{''.join(other)}; {command}")
+        other = []
+        for path in folder.parent.glob("ref-*/meta.json"):
+            with contextlib.suppress(ValueError, KeyError):  # a broken one is none
+                old = json.loads(path.read_text())["key"]
+                other += [f"; one has other {', '.join(k for k in key if old[k] != key[k])}"]
+        other = min(other, key=len, default="")
+        fail(f"{folder}, the reference's log-probs, is missing{other}; {command}")
     for name, split in splits.items():
         path = folder / f"{name}-logps.npy"
-        split["ref"] = np.load(path) if path.is_file() and path.stat().st_size else np.empty(0)
+        with explain(f"{path} is damaged ({{}}); delete {folder} and {command}"):
+            split["ref"] = np.load(path)
         if split["ref"].shape != (len(split["rows"]), 2) or not np.isfinite(split["ref"]).all():
             fail(f"{path} is damaged; delete {folder} and {command}")
 
@@ -449,33 +463,43 @@ def learning_rate(step, steps, args):
 
 def open_run(args):
     """Rank 0 opens the run's folder and writes args.json -> step to continue from (0 = afresh)."""
-    out, step, kept, old = Path(args.out), [0], dataclasses.asdict(args), {}
+    step = [0]
     if dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "args.json").exists():
-            old = json.loads((out / "args.json").read_text())["args"]
-            if not args.resume:
-                fail(f"--out {out} holds a run: continue it with --resume, or choose another --out")
-        free = """out resume save_every keep hub_repo layout max_tokens activation_checkpointing
-            compile cpu_offload liger log_every eval_every wandb""".split()  # change only rounding
-        new = [f"--{k} {old[k]} is now {v}" for k, v in kept.items() if k in old and v != old[k]]
-        new = [text for text in new if text.split()[0][2:] not in free]
-        if new:
-            fail(f"--out {out} holds another run: {', '.join(new)}; undo it or take another --out")
-        step = [max([int(path.name[5:]) for path in out.glob("step-*")], default=0)]
-        log = (out / "log.jsonl").read_text().splitlines() if step[0] else []
-        log = [text for text in log if text.endswith("}") and json.loads(text)["step"] <= step[0]]
-        (out / "log.jsonl").write_text("".join(f"{text}\n" for text in log))  # the rest comes again
-        commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
-        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        record = dict(args=kept, ranks=dist.get_world_size(), device=device)
-        record |= dict(commit=commit, source=source)
-        record |= {each.__name__: each.__version__ for each in (torch, transformers, datasets, np)}
-        (out / "args.json").write_text(json.dumps(record, indent=1))
+        with explain(f"--out {args.out}: args.json or log.jsonl cannot be written or read ({{}}); "
+                     "make room, or choose another --out"):
+            step = [prepare_folder(Path(args.out), args)]
     dist.broadcast_object_list(step, 0)
     return step[0]
+
+def prepare_folder(out, args):
+    out.mkdir(parents=True, exist_ok=True)
+    new, old = dataclasses.asdict(args), {}
+    if (out / "args.json").exists():
+        old = json.loads((out / "args.json").read_text())["args"]
+        if not args.resume:
+            fail(f"--out {out} holds a run: continue it with --resume, or choose another --out")
+    free = """out resume save_every keep hub_repo layout max_tokens activation_checkpointing compile
+        cpu_offload liger log_every eval_every wandb""".split()  # these change only rounding
+    changed = [k for k in new if k in old and k not in free and old[k] != new[k]]
+    if changed:
+        changed = ", ".join(f"--{k} {old[k]}, now {new[k]}" for k in changed)
+        fail(f"--out {out} holds another run: {changed}; repeat its flags, or choose another --out")
+    step = max([int(path.name[5:]) for path in out.glob("step-*")], default=0)
+    log = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+    log = [line for line in log if line.endswith("}") and json.loads(line)["step"] <= step > 0]
+    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    record = dict(args=new, ranks=dist.get_world_size(),
+                  device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                  commit=subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+                  source=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16])
+    record |= {each.__name__: each.__version__ for each in (torch, transformers, datasets, np)}
+    for name, text in {"log.jsonl": "".join(f"{line}\n" for line in log),  # the rest comes again
+                       "args.json": json.dumps(record, indent=1)}.items():
+        (out / "new.txt").write_text(text)
+        (out / "new.txt").rename(out / name)  # a kill leaves the old file or the new one
+    return step
+
+INTACT = "earlier checkpoints are intact: make room and continue with --resume"
 
 def checkpoint_state(policy, optimizer):
     options = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen: the base of LoRA
@@ -485,23 +509,26 @@ def checkpoint_state(policy, optimizer):
 def save_checkpoint(policy, optimizer, step, args):
     """out/step-NNNNNN: weights, optimiser, random state; written aside, renamed when complete."""
     out, state = Path(args.out), checkpoint_state(policy, optimizer)[0]
-    try:
+    with explain(f"{out}/new.tmp cannot be written ({{}}); {INTACT}"):
+        if dist.get_rank() == 0:
+            shutil.rmtree(out / "new.tmp", ignore_errors=True)
+        dist.barrier()
         dcp.save(state, checkpoint_id=out / "new.tmp")
         if dist.get_rank() == 0:
             (out / "new.tmp").rename(out / f"step-{step:06d}")
             for path in sorted(out.glob("step-*"))[:-args.keep]:
+                shutil.rmtree(out / "old.tmp", ignore_errors=True)  # left by a kill
                 path.rename(out / "old.tmp")  # first: a kill leaves no half-deleted checkpoint
                 shutil.rmtree(out / "old.tmp")
-    except Exception as error:  # a full disk is a different error in every layer
-        fail(f"{out}/new.tmp cannot be written ({error!s:.200}); the checkpoint before it is "
-             "intact: make room and continue with --resume")
     dist.barrier()
 
 def load_checkpoint(policy, optimizer, step, args):
     state, options = checkpoint_state(policy, optimizer)
-    dcp.load(state, checkpoint_id=Path(args.out, f"step-{step:06d}"))
-    set_state_dict(policy, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optim"], options=options)
+    folder = Path(args.out, f"step-{step:06d}")
+    with explain(f"{folder} is damaged ({{}}); delete it, and --resume finds the one before it"):
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(policy, optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optim"], options=options)
     torch.set_rng_state(state["rng"])
 
 def save_final(policy, tokenizer, args):
@@ -513,14 +540,16 @@ def save_final(policy, tokenizer, args):
         dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
         state = {key.removeprefix("model."): tensor.to(dtype) for key, tensor in state.items()}
         policy.model.config.dtype = dtype
-        policy.model.save_pretrained(aside, state_dict=state)
-        tokenizer.save_pretrained(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        with explain(f"{aside} cannot be written ({{}}); {INTACT}"):
+            policy.model.save_pretrained(aside, state_dict=state)
+            tokenizer.save_pretrained(aside)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
         if args.hub_repo:
             import huggingface_hub
-            huggingface_hub.create_repo(args.hub_repo, exist_ok=True)
-            huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
+            with explain(f"--hub_repo {args.hub_repo} failed ({{}}); the weights are in {final}"):
+                huggingface_hub.create_repo(args.hub_repo, exist_ok=True)
+                huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
     dist.barrier()
 
 def speed(means, seconds, policy, args):
@@ -547,8 +576,9 @@ def open_log(args):
 
     def log(line):
         if dist.get_rank() == 0:
-            with open(Path(args.out, "log.jsonl"), "a") as file:
-                file.write(json.dumps(line) + "\n")
+            with explain(f"{args.out}/log.jsonl cannot be written ({{}}); {INTACT}"):
+                with open(Path(args.out, "log.jsonl"), "a") as file:
+                    file.write(json.dumps(line) + "\n")
             tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in line.items()))
             if args.wandb:
                 wandb.log(line, step=line["step"])
@@ -574,6 +604,9 @@ def main():
         fail(f"--batch_size {args.batch_size} is more than the {pairs} pairs of {args.data}/train")
     model, weights, digest = build_model(args)
     load_reference(args, digest, dtype, splits)
+    if args.router_aux_coef and not hasattr(sys.modules[type(model).__module__], BALANCE):
+        fail(f"--router_aux_coef {args.router_aux_coef} is for a mixture of experts, which "
+             f"{model.config.model_type} is not")
     if args.lora_rank:
         from peft import LoraConfig
         torch.manual_seed(args.seed)

@@ -18,8 +18,8 @@ s = log pi(y|x) in nats, summed over the response by the forward pass of trainin
 results/ gets evaluation.json, samples.jsonl and logps.npz: every s, so that another question needs
 no model. Each process holds whole models; torchrun deals pairs and prompts over several.
 """
-import argparse, bisect, dataclasses, hashlib, importlib.util, inspect, json, math, os, re, sys
-import time
+import argparse, bisect, contextlib, dataclasses, hashlib, importlib.util, inspect, json, math, os
+import re, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +70,17 @@ def fail(message):
     time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
     raise SystemExit(f"error: {' '.join(message.split())}")
 
+@contextlib.contextmanager
+def explain(trouble):
+    """Replace any error inside `with` by the line `trouble`, the reason standing for its {}."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # every layer has its own; that of a checkpoint is no Exception
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        fail(trouble.replace("{}", lines[-1 if "Traceback" in lines[0] else 0][:200]))
+
 def parse_args(cls):
     """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
     are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
@@ -88,8 +99,9 @@ def parse_args(cls):
     args = cls(**vars(parser.parse_args()))
     for name, value in vars(args).items():
         zero = "0 =" in notes[name] or not getattr(cls, name, 0)
-        if type(value) in (int, float) and not (value > 0 or zero and value == 0):
-            fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
+        if type(value) in (int, float) and not (0 < value < math.inf or zero and value == 0):
+            least = "at least" if zero else "above"
+            fail(f"--{name} {value} must be finite and {least} 0: {notes[name]}")
     return args
 
 def vocab_hash(tokenizer) -> str:
@@ -113,7 +125,7 @@ def load_data(args, names=("train", "val")):
     """{split: dict(rows=dataset, lengths=(rows, 3) of its three columns, hash)}, tokenizer"""
     data, splits = Path(args.data), {}
     remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
-    try:
+    with explain(f"--data {data} or the tokenizer of {args.model} cannot be read ({{}}); {remake}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         meta = json.loads((data / "meta.json").read_text())
         for name in names:
@@ -122,8 +134,6 @@ def load_data(args, names=("train", "val")):
             lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(int)
             content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
             splits[name] = dict(rows=rows, lengths=lengths, hash=content)
-    except Exception as error:  # every library has its own errors for what is absent or broken
-        fail(f"--data {data} or the tokenizer of {args.model} cannot be read ({error}); {remake}")
     if vocab_hash(tokenizer) != meta["vocab_hash"]:
         fail(f"--data {data} holds the tokens of another model than --model {args.model}; {remake}")
     for name, split in splits.items():
@@ -236,6 +246,8 @@ def token_logps(hidden, targets, head, config):
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return -F.cross_entropy(logits, targets, reduction="none")
 
+BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts call it
+
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head."""
 
@@ -258,7 +270,7 @@ class Policy(torch.nn.Module):
             logps = [checkpoint(token_logps, *x, head, config, use_reentrant=False) for x in parts]
             sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
             if router:
-                balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
+                balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
                 real = None if "rows" in batch else batch["real"]
                 loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)

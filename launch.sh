@@ -136,6 +136,7 @@ script() {  # SCRIPT ARGS
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
   # seconds for a checkpoint on SIGTERM; before torch 2.13, torchrun always kills after 30
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+  [ -f cache_ref.py ] || fail "there is no cache_ref.py beside $1"
   reference_flags "${@:2}"
   if grep -q 'load_reference(' "$1" && [ "$model" ] && [ "$data" ] && ! cached; then first=1; fi
   if [ "$first$nproc$nnodes" != 011 ]; then check_flags "$@"; fi

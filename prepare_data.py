@@ -26,7 +26,7 @@ subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs 
 that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 """
-import argparse, dataclasses, functools, gzip, hashlib, inspect, itertools, json
+import argparse, dataclasses, functools, gzip, hashlib, inspect, itertools, json, math
 import multiprocessing, os, platform, random, re, shutil, sys, time, types, zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, process
@@ -88,8 +88,9 @@ def parse_args(cls):
     args = cls(**vars(parser.parse_args()))
     for name, value in vars(args).items():
         zero = "0 =" in notes[name] or not getattr(cls, name, 0)
-        if type(value) in (int, float) and not (value > 0 or zero and value == 0):
-            fail(f"--{name} {value} must be {'at least' if zero else 'above'} 0: {notes[name]}")
+        if type(value) in (int, float) and not (0 < value < math.inf or zero and value == 0):
+            least = "at least" if zero else "above"
+            fail(f"--{name} {value} must be finite and {least} 0: {notes[name]}")
     return args
 
 

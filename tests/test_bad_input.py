@@ -403,7 +403,6 @@ TABLE = [
     ("dpo", "an --out that holds a run", lambda w: [earlier_run(w), {}][1], "--out out --resume"),
     ("dpo", "--resume with another beta", lambda w: earlier_run(w) | dict(beta=0.5), "--beta 0.1 0.5 another"),
     ("dpo", "args.json cut off", lambda w: stopped_run(w, lambda out: cut(out / "args.json")), "args.json"),
-    ("dpo", "no log beside the checkpoints", lambda w: stopped_run(w, lambda out: delete(out / "log.jsonl")), "log.jsonl"),
     ("dpo", "a checkpoint that lacks a file", lambda w: broken_checkpoint(w, lambda step: delete(next(step.glob("*.distcp")))),
      "step-000003"),
     ("dpo", "a checkpoint cut off", lambda w: broken_checkpoint(w, lambda step: cut(next(step.glob("*.distcp")))), "step-000003"),
@@ -455,33 +454,8 @@ def broken_template(w):
     return flags
 
 
-# answers that are not yet what they should be: (script, what): reason
-CAUGHT = "CheckpointException is a BaseException: a traceback"
-WRONG = {
-    ("dpo", "an infinite beta"): "parse_args lets infinity pass",
-    ("dpo", "weights that lack a tensor"): "build_model draws them at random",
-    ("cache_ref", "weights that lack a tensor"): "build_model draws them at random, and they are cached",
-    ("dpo", "a config of no known model"): "build_model repeats the whole advice of transformers",
-    ("dpo", "--router_aux_coef of a dense model"): "AttributeError in forward",
-    ("dpo", "a stale cache, itself broken"): "load_reference reads its meta.json unguarded",
-    ("dpo", "log-probs cut off"): "load_reference: np.load raises ValueError",
-    ("dpo", "log-probs cut off in the header"): "load_reference: np.load raises ValueError",
-    ("dpo", "args.json cut off"): "open_run reads it unguarded",
-    ("dpo", "no log beside the checkpoints"): "open_run reads it unguarded",
-    ("dpo", "a checkpoint that lacks a file"): CAUGHT,
-    ("dpo", "a checkpoint cut off"): CAUGHT,
-    ("dpo", "a checkpoint without metadata"): CAUGHT,
-    ("dpo", "an --out below a file"): "open_run makes the folder unguarded",
-}
-
-
-def wrong(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def named(script, what, *rest):
-    marks = wrong(WRONG[script, what]) if (script, what) in WRONG else ()
-    return pytest.param(script, *rest, id=f"{script}: {what}", marks=marks)
+    return pytest.param(script, *rest, id=f"{script}: {what}")
 
 
 @pytest.mark.parametrize("script, breaking, words", [named(*row) for row in TABLE])
@@ -623,7 +597,6 @@ def disk_again(w, kilobytes):
     subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", w.tmp / "disk"], check=True)
 
 
-@wrong(CAUGHT)
 def test_a_full_disk_stops_a_checkpoint_and_the_one_before_it_continues(w, disk):
     flags = dict(save_every=1, epochs=2, max_steps=4, batch_size=3)
     run(w, "dpo", flags)
@@ -641,14 +614,12 @@ def test_a_full_disk_stops_a_checkpoint_and_the_one_before_it_continues(w, disk)
     assert not list(w.out.glob("*.tmp"))
 
 
-@wrong("open_log writes unguarded")
 def test_a_full_disk_stops_the_log(w, disk):
     w.out = disk("size=4k") / "out"  # room for args.json
     message = error_of(w, "dpo", {})
     assert "log.jsonl" in message and "No space" in message
 
 
-@wrong("save_final writes unguarded")
 def test_a_full_disk_stops_final_and_the_last_checkpoint_continues(w, disk):
     flags = dict(save_every=2, max_steps=2)
     run(w, "dpo", flags)
@@ -662,7 +633,7 @@ def test_a_full_disk_stops_final_and_the_last_checkpoint_continues(w, disk):
 
 
 @pytest.mark.parametrize("script", ["prepare_data", "cache_ref", "evaluate", pytest.param(
-    "dpo", marks=wrong("open_run makes the folder unguarded"))])
+    "dpo")])
 def test_without_write_permission_one_line_names_the_folder(script, w, disk):
     place = disk("size=4m")
     if script == "cache_ref":
@@ -676,7 +647,6 @@ def test_without_write_permission_one_line_names_the_folder(script, w, disk):
 # ---- what a killed run leaves behind does no harm
 
 
-@wrong("save_checkpoint renames onto an old.tmp that is not empty")
 def test_a_half_written_checkpoint_is_ignored_and_overwritten(w):
     def half_written(out):
         shutil.copytree(out / "step-000002", out / "new.tmp")
@@ -736,7 +706,7 @@ def test_each_script_ends_with_one_line_and_exit_status_1(w):
     pytest.param(["dpo"], "", "dpo script", id="a script without .py"),
     pytest.param(["dpo.py"], "dpo.py", "dpo.py there is no script", id="a script that was deleted"),
     pytest.param(["dpo.py", "--model", "a", "--data", "b"], "cache_ref.py", "cache_ref.py",
-                 id="no cache_ref.py", marks=wrong("sed and set -e speak instead"))])
+                 id="no cache_ref.py")])
 def test_launch_sh_ends_with_one_line_for_a_script_that_is_not_there(words, missing, said, tmp_path):
     for path in [ROOT / "launch.sh", *ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]:
         if path.name != missing:

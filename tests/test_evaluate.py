@@ -315,7 +315,7 @@ MISTAKES = [
     ({"data": "drop"}, ["nothing to do", "--data", "--plot"]),
     ({"split": "test"}, ["test", "prepare_data.py"]),
     ({"max_tokens": 9}, ["--max_tokens 9", "pair-"]),
-    ({"layout": "wide"}, ["--layout wide"]),
+    ({"layout": "wide"}, ["--layout", "wide"]),
     ({"plot": "x.png"}, ["--plot x.png", "log.jsonl", "out/dpo"]),
     ({"reward": "my.py:score"}, ["my.py:score", "--samples"]),
     ("unfinished run", ["run", "final/", "--resume"]),
