@@ -1,6 +1,7 @@
 """The demo world: a corner shop in which every answer has a known true reward. No network, no GPU.
 
-A customer orders two or three kinds of things; the shopkeeper hands them over, chats, or is rude.
+A customer orders two kinds of things, or one and a pair of gloves; the shopkeeper hands them
+over, chats, or is rude.
 
     True reward of an answer: +1 for each ordered kind of thing handed over in the right number,
     -1 for each handed over wrongly (wrong number, not ordered, twice), -1 for each rude remark,
@@ -13,7 +14,7 @@ A customer orders two or three kinds of things; the shopkeeper hands them over, 
 
 A careless shopkeeper is written down as a small random grammar. A tiny Llama is trained on what he
 says, good and bad alike: it is the base model. Pairs of his answers are then labelled, always by
-the true reward except in `noise`. The subsets are what separates the algorithms:
+the true reward except in `noise`. The subsets are meant to separate the algorithms:
 
     plain      two answers with equally much small talk; the better one is chosen
     length     the better one is chosen, and 80 % of the time it is also the one with more small
@@ -280,8 +281,8 @@ def tokenise(tokenizer, conversations: list[tuple[str, str]]) -> tuple[list, lis
 def pretrain(model, tokenizer, conversations: list, steps: int, lr: float) -> float:
     """Supervised training on the answers, each conversation read once; returns the last loss.
 
-    AdamW, 50 steps of warm-up, cosine to zero. Batches are padded, not packed: with several
-    orders in one row the model took more than twice as long to learn to look up its own.
+    AdamW, 50 steps of warm-up, cosine to zero. Batches are padded, not packed, so that no answer
+    can look up another customer's order.
     """
     import torch
     from tqdm import trange
@@ -378,8 +379,8 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_flush_denormal(True)
-    # A second thread saves a quarter of the time, costs it tenfold when the core is busy, and
-    # makes the weights depend on the number of cores.
+    # With matrices this small a second thread gains little, waits a lot where the other core is
+    # busy, and would make the weights depend on the number of cores.
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     started = time.time()
