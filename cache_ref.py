@@ -292,6 +292,8 @@ def check_forward(weights, plain, args):
     pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
     with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
                  "--layout, or adapt Policy and token_logps to it"):
+        if plain:  # before 5.23 the default, SDPA, left out the soft-cap of Gemma-2
+            weights.set_attn_implementation("eager")
         for text in (ids[:40], ids[:3] + ids[40:]):
             logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
             own.append(-F.cross_entropy(logits, torch.tensor(text[3:]), reduction="sum").item())

@@ -146,7 +146,6 @@ script() {  # SCRIPT ARGS
     start &
     trap 'kill -TERM $! 2>/dev/null; wait $! || true; exit 143' TERM INT
     wait $! || exit $?
-    trap - TERM INT
   fi
   [ "$nnodes" = 1 ] || say "node ${node_rank:-?} of $nnodes: starts when all run this command"
   command_line 0 "$@"
@@ -178,7 +177,7 @@ demo() {
   run "$python" cache_ref.py --model "$base" --data "$data"
   for name in dpo dpo_norm simpo wpo auxdpo compo; do
     [ -f "$name.py" ] || continue
-    flags=(--learning_rate 1e-3 --log_every 5 --eval_every 20)
+    flags=(--learning_rate 1e-3 --log_every 5 --eval_every 10)
     case $name in dpo|wpo|auxdpo) flags+=(--beta 0.5) ;; esac
     say "$name.py: trains the base model, into $out/$name"
     run "$python" "$name.py" --model "$base" --data "$data" --out "$out/$name" "${flags[@]}"
