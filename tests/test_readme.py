@@ -59,6 +59,12 @@ def test_every_linked_file_exists():
     assert targets and not [target for target in targets if not (ROOT / target).exists()]
 
 
+def test_every_row_with_a_standard_error_stands_in_a_table_of_results():
+    made = "".join(path.read_text() for path in (ROOT / "results").glob("*/table.md"))
+    rows = [line for line in README.read_text().splitlines() if line.startswith("|") and "±" in line]
+    assert rows and not [row for row in rows if row not in made]
+
+
 def test_the_readme_is_at_most_300_lines():
     assert len(README.read_text().splitlines()) <= 300
 
