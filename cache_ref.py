@@ -218,26 +218,31 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
-def token_logps(hidden, targets, head, config):
-    """hidden (t, h), targets (t,) -> float32 log pi(target) (t,), with what models do to logits."""
+def token_logps(logits, targets):
+    """float32 logits (t, V), targets (t,) -> log pi(target) (t,)."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+def head_pass(hidden, targets, head, config, score):
+    """hidden (t, h), targets (t,) -> score(logits, targets), with all that models do to logits."""
     logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
     logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return score(logits if cap is None else cap * torch.tanh(logits / cap), targets)
 
 BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts call it
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head."""
+    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head.
 
-    def __init__(self, model):
+    What is summed over each response is score(logits (t, V), targets (t,)), shaped (t, ...)."""
+
+    def __init__(self, model, score=token_logps):
         super().__init__()
-        self.model = model
+        self.model, self.score = model, score
 
     def forward(self, batches, router=False, chunk=1024):
-        """batches of collate -> summed response log-probs (2, n), and the mean router loss (or 0).
+        """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
 
         Logits exist for `chunk` response tokens at a time; the backward pass makes them again."""
         sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
@@ -247,16 +252,16 @@ class Policy(torch.nn.Module):
             inputs |= dict(output_router_logits=True) if router else {}
             output = self.model.base_model(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
-            parts = zip(hidden.split(chunk), batch["targets"].split(chunk))
-            logps = [checkpoint(token_logps, *x, head, config, use_reentrant=False) for x in parts]
-            sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
+            scores = [checkpoint(head_pass, *part, head, config, self.score, use_reentrant=False)
+                      for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            sums += [part.sum(0) for part in torch.cat(scores).split(batch["sizes"])]
             if router:
                 balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
                 real = None if "rows" in batch else batch["real"]
                 loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
                 router_loss = router_loss + loss / len(batches)
-        return torch.stack(sums).reshape(2, -1).clone(), router_loss
+        return torch.stack(sums).reshape(2, -1, *sums[0].shape).clone(), router_loss
 
 def build_model(args):
     """-> the model without memory (meta device), its float32 weights on rank 0, and their hash."""
@@ -294,7 +299,7 @@ def check_forward(weights, plain, args):
     ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
     pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
     with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
-                 "--layout, or adapt Policy and token_logps to it"):
+                 "--layout, or adapt Policy and head_pass to it"):
         if plain:  # before 5.23 the default, SDPA, left out the soft-cap of Gemma-2
             weights.set_attn_implementation("eager")
         for text in (ids[:40], ids[:3] + ids[40:]):
@@ -306,13 +311,13 @@ def check_forward(weights, plain, args):
         agree = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
         assert agree, f"log-probs {ours}, in its own forward {own}"
 
-def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
-    """Policy, with every block and the rest split over the ranks (FSDP2) and filled by rank 0."""
+def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False):
+    """Split every block and the rest of a Policy over the ranks (FSDP2); rank 0 has the weights."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
     if cpu_offload and device.type == "cuda":
         rules["offload_policy"] = CPUOffloadPolicy()
-    policy = Policy(model).eval()  # dropout or router noise would make it another model
+    model = policy.eval().model  # dropout or router noise would make it another one
     blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     for block in blocks[::-1]:  # blocks within blocks first
         block.training = getattr(block, "gradient_checkpointing", False)  # the one use of training
@@ -387,7 +392,7 @@ def write_final(folder, logps, key, args):
         np.save(aside / f"{name}-logps.npy", values)
     record = dict(key=key, args=dataclasses.asdict(args), torch=torch.__version__,
                   transformers=transformers.__version__)
-    (aside / "meta.json").write_text(json.dumps(record, indent=1))
+    (aside / "meta.json").write_text(json.dumps(record))
     aside.rename(folder)
 
 
@@ -419,7 +424,7 @@ def main():
         if rank == 0:
             print(f"{folder}: {pairs} pairs, of which {pairs - left} are already done in {partial}")
 
-        policy = shard(model, weights, dtype, device, args.cpu_offload)
+        policy = shard(Policy(model), weights, dtype, device, args.cpu_offload)
         done, clock = [], time.time()
         bar = tqdm(total=left, desc=folder.name, unit=" pairs", disable=rank > 0)
         for i in range(0, len(plan), world):  # FSDP: equally many forward passes per rank

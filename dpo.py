@@ -36,7 +36,7 @@ from tqdm import tqdm
 @dataclasses.dataclass(frozen=True)
 class Args:
     # input and output
-    model: str  # Hugging Face folder or hub name: the policy at step 0, and the reference
+    model: str  # Hugging Face folder or hub name: policy at step 0, and reference if there is one
     data: str  # folder made by prepare_data.py
     out: str = f"out/{Path(__file__).stem}"  # the run's args.json, log.jsonl, checkpoints, final/
     resume: bool = False  # continue from the last checkpoint in --out; begin if there is none
@@ -262,26 +262,31 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
-def token_logps(hidden, targets, head, config):
-    """hidden (t, h), targets (t,) -> float32 log pi(target) (t,), with what models do to logits."""
+def token_logps(logits, targets):
+    """float32 logits (t, V), targets (t,) -> log pi(target) (t,)."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+def head_pass(hidden, targets, head, config, score):
+    """hidden (t, h), targets (t,) -> score(logits, targets), with all that models do to logits."""
     logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
     logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return score(logits if cap is None else cap * torch.tanh(logits / cap), targets)
 
 BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts call it
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head."""
+    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head.
 
-    def __init__(self, model):
+    What is summed over each response is score(logits (t, V), targets (t,)), shaped (t, ...)."""
+
+    def __init__(self, model, score=token_logps):
         super().__init__()
-        self.model = model
+        self.model, self.score = model, score
 
     def forward(self, batches, router=False, chunk=1024):
-        """batches of collate -> summed response log-probs (2, n), and the mean router loss (or 0).
+        """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
 
         Logits exist for `chunk` response tokens at a time; the backward pass makes them again."""
         sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
@@ -291,16 +296,16 @@ class Policy(torch.nn.Module):
             inputs |= dict(output_router_logits=True) if router else {}
             output = self.model.base_model(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
-            parts = zip(hidden.split(chunk), batch["targets"].split(chunk))
-            logps = [checkpoint(token_logps, *x, head, config, use_reentrant=False) for x in parts]
-            sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
+            scores = [checkpoint(head_pass, *part, head, config, self.score, use_reentrant=False)
+                      for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            sums += [part.sum(0) for part in torch.cat(scores).split(batch["sizes"])]
             if router:
                 balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
                 real = None if "rows" in batch else batch["real"]
                 loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
                 router_loss = router_loss + loss / len(batches)
-        return torch.stack(sums).reshape(2, -1).clone(), router_loss
+        return torch.stack(sums).reshape(2, -1, *sums[0].shape).clone(), router_loss
 
 def build_model(args):
     """-> the model without memory (meta device), its float32 weights on rank 0, and their hash."""
@@ -338,7 +343,7 @@ def check_forward(weights, plain, args):
     ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
     pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
     with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
-                 "--layout, or adapt Policy and token_logps to it"):
+                 "--layout, or adapt Policy and head_pass to it"):
         if plain:  # before 5.23 the default, SDPA, left out the soft-cap of Gemma-2
             weights.set_attn_implementation("eager")
         for text in (ids[:40], ids[:3] + ids[40:]):
@@ -350,13 +355,13 @@ def check_forward(weights, plain, args):
         agree = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
         assert agree, f"log-probs {ours}, in its own forward {own}"
 
-def shard(model, weights, dtype, device, cpu_offload=False, compiled=False):
-    """Policy, with every block and the rest split over the ranks (FSDP2) and filled by rank 0."""
+def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False):
+    """Split every block and the rest of a Policy over the ranks (FSDP2); rank 0 has the weights."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
     if cpu_offload and device.type == "cuda":
         rules["offload_policy"] = CPUOffloadPolicy()
-    policy = Policy(model).eval()  # dropout or router noise would make it another model
+    model = policy.eval().model  # dropout or router noise would make it another one
     blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     for block in blocks[::-1]:  # blocks within blocks first
         block.training = getattr(block, "gradient_checkpointing", False)  # the one use of training
@@ -391,19 +396,15 @@ def load_reference(args, weights, dtype, splits):
     folder, key = reference_folder(args, weights, dtype, splits)
     command = f"run: cache_ref.py --model {args.model} --data {args.data} --dtype {args.dtype}"
     if not (folder / "meta.json").is_file():
-        other = []
-        for path in folder.parent.glob("ref-*/meta.json"):
-            with contextlib.suppress(ValueError, KeyError):  # a broken one is none
-                old = json.loads(path.read_text())["key"]
-                other += [f"; one has other {', '.join(k for k in key if old[k] != key[k])}"]
-        other = min(other, key=len, default="")
-        fail(f"{folder}, the reference's log-probs, is missing{other}; {command}")
+        others = "".join(path.read_text() for path in folder.parent.glob("ref-*/meta.json"))
+        stale = ", ".join(k for k, v in key.items() if json.dumps(v) not in others and others)
+        fail(f"{folder}, the log-probs of the reference, is missing"
+             f"{stale and f' and what is there has other {stale}'}; {command}")
     for name, split in splits.items():
-        path = folder / f"{name}-logps.npy"
+        path, shape = folder / f"{name}-logps.npy", (len(split["rows"]), 2)
         with explain(f"{path} is damaged ({{}}); delete {folder} and {command}"):
-            split["ref"] = np.load(path)
-        if split["ref"].shape != (len(split["rows"]), 2) or not np.isfinite(split["ref"]).all():
-            fail(f"{path} is damaged; delete {folder} and {command}")
+            split["ref"] = np.load(path).reshape(shape)
+            assert np.isfinite(split["ref"]).all(), "not finite"
 
 def reward_metrics(rewards, logps, lengths):
     """{name: (n,)} under the names that dashboards know; a tie counts half; all inputs (2, n)."""
@@ -425,7 +426,7 @@ def pair_losses(policy, part, split, totals, args):
     losses, metrics = preference_loss(logps, ref_logps, lengths[1:], args)
     metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
     losses = losses * torch.tensor([pair.get("weight", 1.0) for pair in pairs], device=logps.device)
-    losses = losses - args.sft_weight * logps[0] / lengths[1]
+    losses = losses - args.sft_weight * metrics["logps/chosen"] / lengths[1]
     if args.router_aux_coef:
         losses = losses + args.router_aux_coef * router_loss
         metrics["aux_loss"] = router_loss.expand(len(pairs))
@@ -602,7 +603,7 @@ def main():
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 
-    # data, policy, reference
+    # what is trained
     splits, tokenizer = load_data(args)
     train, pairs = splits["train"], len(splits["train"]["rows"])
     if args.batch_size > pairs:
@@ -624,7 +625,7 @@ def main():
     if args.activation_checkpointing:
         old_name = model.gradient_checkpointing_enable  # until transformers 5.22
         getattr(model, "activation_checkpointing_enable", old_name)(dict(use_reentrant=False))
-    policy = shard(model, weights, dtype, device, args.cpu_offload, args.compile)
+    policy = shard(Policy(model), weights, dtype, device, args.cpu_offload, args.compile)
     del weights
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay)
@@ -650,8 +651,7 @@ def main():
             if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 2e-2):
                 fail(f"the first loss {loss:.6f} is not ln 2, so the cache is not this policy's; "
                      f"delete {args.data}/ref-*, run cache_ref.py; or say --no-check_reference")
-            if rank == 0:
-                tqdm.write(f"first loss {loss:.6f} = ln 2: the cached reference is the policy")
+            tqdm.write(f"first loss {loss:.6f} = ln 2\n" * (rank == 0), end="")
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
         flags = torch.tensor([len(broken) + (not math.isfinite(norm)), len(stop)], device=device)
         dist.all_reduce(flags)  # a CPU-GPU sync point: the ranks stop together

@@ -240,26 +240,31 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
-def token_logps(hidden, targets, head, config):
-    """hidden (t, h), targets (t,) -> float32 log pi(target) (t,), with what models do to logits."""
+def token_logps(logits, targets):
+    """float32 logits (t, V), targets (t,) -> log pi(target) (t,)."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+def head_pass(hidden, targets, head, config, score):
+    """hidden (t, h), targets (t,) -> score(logits, targets), with all that models do to logits."""
     logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
     logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return score(logits if cap is None else cap * torch.tanh(logits / cap), targets)
 
 BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts call it
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head."""
+    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head.
 
-    def __init__(self, model):
+    What is summed over each response is score(logits (t, V), targets (t,)), shaped (t, ...)."""
+
+    def __init__(self, model, score=token_logps):
         super().__init__()
-        self.model = model
+        self.model, self.score = model, score
 
     def forward(self, batches, router=False, chunk=1024):
-        """batches of collate -> summed response log-probs (2, n), and the mean router loss (or 0).
+        """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
 
         Logits exist for `chunk` response tokens at a time; the backward pass makes them again."""
         sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
@@ -269,16 +274,16 @@ class Policy(torch.nn.Module):
             inputs |= dict(output_router_logits=True) if router else {}
             output = self.model.base_model(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
-            parts = zip(hidden.split(chunk), batch["targets"].split(chunk))
-            logps = [checkpoint(token_logps, *x, head, config, use_reentrant=False) for x in parts]
-            sums += [part.sum() for part in torch.cat(logps).split(batch["sizes"])]
+            scores = [checkpoint(head_pass, *part, head, config, self.score, use_reentrant=False)
+                      for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            sums += [part.sum(0) for part in torch.cat(scores).split(batch["sizes"])]
             if router:
                 balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
                 real = None if "rows" in batch else batch["real"]
                 loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
                 router_loss = router_loss + loss / len(batches)
-        return torch.stack(sums).reshape(2, -1).clone(), router_loss
+        return torch.stack(sums).reshape(2, -1, *sums[0].shape).clone(), router_loss
 
 # ---- end of the helpers ----
 

@@ -47,7 +47,7 @@ def measure(way, folder, args):
     dpo.start_process_group("float32")
     if way == "packed":
         model, weights, _ = dpo.build_model(settings)
-        model = dpo.shard(model, weights, torch.float32, torch.device("cpu"))
+        model = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
         del weights
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -59,7 +59,7 @@ def make_policy(folder, layout, checkpointing=False, compiled=False, lora_rank=0
             )
     if checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    return dpo.shard(model, weights, torch.float32, torch.device("cpu"), compiled=compiled)
+    return dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"), compiled=compiled)
 
 
 def gradients(module):

@@ -237,7 +237,7 @@ def trl_trainer(tiny_model, tmp_path_factory, process_group):
 def policy_and_reference(tiny_model, process_group):
     def load(folder):
         model, weights, _ = dpo.build_model(types.SimpleNamespace(model=folder, layout="packed"))
-        return dpo.shard(model, weights, torch.float32, torch.device("cpu"))
+        return dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
 
     return load(tiny_model("llama")), load(tiny_model("llama", seed=1))
 

@@ -87,7 +87,7 @@ def all_steps(folders):
         model, weights, _ = dpo.build_model(
             types.SimpleNamespace(model=folders[family], layout=layout)
         )
-        policy = dpo.shard(model, weights, torch.float32, torch.device("cpu"))
+        policy = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
         for case, (count, small) in CASES.items():
             results[family, layout, case] = one_step(policy, split, layout, count, small)
     return results
