@@ -396,10 +396,9 @@ def load_reference(args, weights, dtype, splits):
     folder, key = reference_folder(args, weights, dtype, splits)
     command = f"run: cache_ref.py --model {args.model} --data {args.data} --dtype {args.dtype}"
     if not (folder / "meta.json").is_file():
-        others = "".join(path.read_text() for path in folder.parent.glob("ref-*/meta.json"))
-        stale = ", ".join(k for k, v in key.items() if json.dumps(v) not in others and others)
-        fail(f"{folder}, the log-probs of the reference, is missing"
-             f"{stale and f' and what is there has other {stale}'}; {command}")
+        old = "".join(path.read_text() for path in folder.parent.glob("ref-*/meta.json"))
+        stale = [f", only other {k}" for k, v in key.items() if old and json.dumps(v) not in old]
+        fail(f"{folder}, the reference's log-probs, is missing{''.join(stale)}; {command}")
     for name, split in splits.items():
         path, shape = folder / f"{name}-logps.npy", (len(split["rows"]), 2)
         with explain(f"{path} is damaged ({{}}); delete {folder} and {command}"):

@@ -1,24 +1,43 @@
-"""Claim: a helper that stands in several scripts has the same source in all of them.
+"""Claim: the scripts differ in their algorithm and in nothing else.
 
-dpo.py holds the original; `python tests/test_copies.py --fix` writes it over the copies. Exempt by name:
-Args, preference_loss, main. Nothing else is, so nobody can forget a marker."""
+- What stands at the top level of several scripts has the same source in all of them. dpo.py holds the original;
+  `python tests/test_copies.py --fix` writes it over the copies. Exempt by name: Args, preference_loss, main.
+  Nothing else is, so nobody can forget a marker.
+- No script keeps a helper or an import that it does not use, or lacks one that it does.
+- Every algorithm is within its budget of changed lines: lines of code (no blank lines, comments, docstrings)
+  in which it differs from dpo.py, an altered line counted once. The README prints the numbers; --fix writes them.
+"""
+
 import ast
+import builtins
+import difflib
+import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 OWN = {"Args", "preference_loss", "main"}
+BUDGETS = {"dpo_norm.py": 12, "simpo.py": 30, "wpo.py": 40, "auxdpo.py": 140, "compo.py": 260}
+ALGORITHMS = [name for name in BUDGETS if (ROOT / name).exists()]
+README = ROOT / "README.md"
+DEFINITION = (ast.FunctionDef, ast.ClassDef, ast.Assign)
+
+
+def name_of(node):
+    return node.targets[0].id if isinstance(node, ast.Assign) else node.name
 
 
 def top_level(path):
-    """{name: (first line, last line, source)} of the functions and classes of a script."""
+    """{name: (first line, last line, source)} of the functions, classes and constants of a script."""
     text = path.read_text()
-    lines = text.splitlines()
-    found = {}
+    lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in OWN:
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            found[node.name] = first, node.end_lineno, "\n".join(lines[first - 1:node.end_lineno])
+        if isinstance(node, DEFINITION) and name_of(node) not in OWN:
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            source = "\n".join(lines[first - 1 : node.end_lineno])
+            found[name_of(node)] = first, node.end_lineno, source
     return found
 
 
@@ -37,12 +56,90 @@ def originals():
 
 def drifted():
     source = originals()
-    return [(path, name) for path in scripts() for name, (_, _, text) in top_level(path).items()
-            if text != source[name]]
+    return [
+        (path.name, name)
+        for path in scripts()
+        for name, (_, _, text) in top_level(path).items()
+        if text != source[name]
+    ]
 
 
 def test_every_helper_has_the_same_source_in_every_script():
     assert not drifted(), "run: python tests/test_copies.py --fix"
+
+
+@pytest.mark.parametrize("name", ["dpo.py", *(path.name for path in scripts())])
+def test_a_script_has_what_it_uses_and_uses_what_it_has(name):
+    tree = ast.parse((ROOT / name).read_text())
+    imported = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    defined = {name_of(node) for node in tree.body if isinstance(node, DEFINITION)}
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    local = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    local |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    local |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.ExceptHandler, ast.FunctionDef))}
+    assert not (imported | defined) - read, "is there and never used"
+    assert not read - imported - defined - local - {*dir(builtins), "__file__", "__name__"}, "is used and not there"
+
+
+def code_lines(path):
+    """The lines of a script without blank ones, comments, docstrings, and what the module says of itself."""
+    tree, skip = ast.parse(path.read_text()), set()
+    for node in [tree, *ast.walk(tree)]:
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            skip.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return [line for number, line in lines if number not in skip and line.strip() and line.strip()[0] != "#"]
+
+
+def changed_lines(name):
+    """How many lines of code of dpo.py are altered, removed or joined by others in this script."""
+    matcher = difflib.SequenceMatcher(None, code_lines(ROOT / "dpo.py"), code_lines(ROOT / name), autojunk=False)
+    return sum(max(b - a, d - c) for kind, a, b, c, d in matcher.get_opcodes() if kind != "equal")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_is_within_its_budget_of_changed_lines(name):
+    assert 0 < changed_lines(name) <= BUDGETS[name]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_takes_the_helpers_of_dpo_in_their_order_and_adds_none_among_them(name):
+    """So the block between the two rule lines can be pasted over from dpo.py."""
+
+    def block(script):
+        head, _, rest = (ROOT / script).read_text().partition("# ---- helpers, ")
+        return rest.partition("# ---- end of the helpers ----")[0].splitlines()
+
+    rest = iter(block("dpo.py"))
+    assert len(block(name)) > 400 and all(line in rest for line in block(name))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_identifier_or_default_names_an_algorithm(name):
+    tree = ast.parse((ROOT / name).read_text())
+    words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    words |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str}
+    words -= {node.value.value for node in ast.walk(tree)
+              if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}  # docstrings
+    assert not [word for word in words if re.search("(?<![a-z])(aux)?(dpo|simpo|wpo|compo)(?![a-z])", word, re.I)]
+
+
+def readme_row(name):
+    """The README's table row of a script -> (everything before the last cell, the last cell)."""
+    row = re.search(rf"^(\| \[`{name}`\]\({name}\) .*\| )([^|\n]*) \|$", README.read_text(), re.M)
+    assert row, f"the table of README.md has no row for {name}"
+    return row
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_readme_prints_the_measured_diff_lines(name):
+    assert readme_row(name)[2] == str(changed_lines(name)), "run: python tests/test_copies.py --fix"
 
 
 def fix():
@@ -51,8 +148,12 @@ def fix():
         lines = path.read_text().splitlines()
         copies = sorted(top_level(path).items(), key=lambda item: -item[1][0])  # from the bottom up
         for name, (first, last, _) in copies:
-            lines[first - 1:last] = source[name].splitlines()
+            lines[first - 1 : last] = source[name].splitlines()
         path.write_text("\n".join(lines) + "\n")
+    for name in ALGORITHMS:
+        row = readme_row(name)
+        text = README.read_text().replace(row[0], f"{row[1]}{changed_lines(name)} |")
+        README.write_text(text)
 
 
 if __name__ == "__main__":
