@@ -89,7 +89,7 @@ def preference_loss(scores, ref_logps, lengths, args):
     """The algorithm: token_scores summed over the responses (2, n, 2) in nats, ref_logps (2, n),
     lengths (2, n) in tokens -> losses (n,), per-pair metrics {name: (n,)}; rewards include beta."""
     logps, collisions = scores.unbind(2)  # (2, n) each
-    ratios = (logps.detach() - collisions) / lengths  # (2, n) log w(x, y)
+    ratios = (logps - collisions).detach() / lengths  # (2, n) log w(x, y)
     weights = ratios.sum(0).exp().clamp(max=1)  # (n,) w(x, y_w) w(x, y_l)
     rewards = args.beta * (logps - ref_logps)  # (2, n)
     margins = rewards[0] - rewards[1]  # (n,)

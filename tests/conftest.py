@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -160,6 +161,14 @@ def tiny_model(tmp_path_factory):
         return str(folder)
 
     return make
+
+
+def tiny_policy(script, folder, layout="packed"):
+    """The Policy that main() of a training script makes of a model folder, in a process group."""
+    model, weights, _ = script.build_model(types.SimpleNamespace(model=folder, layout=layout))
+    score = [script.token_scores] if hasattr(script, "token_scores") else []
+    policy = script.Policy(model, *score)
+    return script.shard(policy, weights, torch.float32, torch.device("cpu"))
 
 
 def random_pairs(sizes, seed=0):
