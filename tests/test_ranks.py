@@ -1,6 +1,6 @@
 """Claim: the gradient of a batch does not depend on how many ranks share it, nor on the micro-batches.
 
-The same batch goes through pair_losses and backward in 1, 2 and 4 processes, in micro-batches as small and
+With every algorithm, the same batch goes through pair_losses and backward in 1, 2 and 4 processes, in micro-batches as small and
 as large as can be, also with fewer pairs than ranks. The loss agrees to 1e-6, the gradient of every
 parameter to 1e-4 of its norm, and so do the metrics of evaluate(). Below: what micro_batches promises, on
 random batches.
@@ -22,17 +22,22 @@ import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import dpo
-from conftest import random_pairs
+import dpo_norm
+import simpo
+import wpo
+from conftest import random_pairs, tiny_policy
 
+SCRIPTS = {script.__name__: script for script in (dpo, dpo_norm, simpo, wpo)}
 PLANS = [
-    ("llama", "packed"),
-    ("llama-tied", "packed"),
-    ("llama-tied", "concatenated"),
-    ("llama-tied", "separate"),
-    ("gemma2", "packed"),
-    ("gpt2", "packed"),
-    ("mixtral", "packed"),
-    ("lfm2", "concatenated"),
+    ("dpo", "llama", "packed"),
+    ("dpo", "llama-tied", "packed"),
+    ("dpo", "llama-tied", "concatenated"),
+    ("dpo", "llama-tied", "separate"),
+    ("dpo", "gemma2", "packed"),
+    ("dpo", "gpt2", "packed"),
+    ("dpo", "mixtral", "packed"),
+    ("dpo", "lfm2", "concatenated"),
+    *((name, "llama-tied", layout) for name in list(SCRIPTS)[1:] for layout in ("packed", "separate")),
 ]
 SIZES = [(1, 1, 4), (7, 9, 1), (23, 5, 17), (2, 30, 2), (12, 3, 11), (3, 3, 3), (5, 8, 6)]
 CASES = {
@@ -43,59 +48,56 @@ CASES = {
 }  # pairs, whether max_tokens is as small as can be
 
 
-def make_split():
+def make_split(name="dpo"):
     pairs = random_pairs(SIZES)
     ref = np.random.default_rng(5).normal(-20, 5, (len(pairs), 2)).astype(np.float32)
-    return dict(
-        rows=[pair | {"weight": 1 + 0.1 * i} for i, pair in enumerate(pairs)],
-        lengths=np.array(SIZES),
-        ref=ref,
-    )
+    rows = [pair | {"weight": 1 + 0.1 * i} for i, pair in enumerate(pairs)]
+    return dict(rows=rows, lengths=np.array(SIZES)) | ({} if name == "simpo" else dict(ref=ref))
 
 
-def one_step(policy, split, layout, count, small):
+def one_step(script, policy, split, layout, count, small):
     """What main() does up to the optimiser, for the first `count` pairs -> loss, pairs dealt, gradients."""
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = np.arange(count)[::-1].copy()
-    limit = int(dpo.pair_costs(split["lengths"][rows], layout).max()) if small else 10_000
+    limit = int(script.pair_costs(split["lengths"][rows], layout).max()) if small else 10_000
     args = types.SimpleNamespace(
         layout=layout,
         max_tokens=limit,
         beta=0.3,
+        gamma_beta_ratio=0.5,
         label_smoothing=0.1,
         sft_weight=0.2,
         router_aux_coef=0.0,
     )
-    totals, mine = {}, dpo.micro_batches(rows, split["lengths"], layout, limit, world)[rank::world]
+    totals, lists = {}, script.micro_batches(rows, split["lengths"], layout, limit, world)
+    mine = lists[rank::world]
     for part in mine:
-        losses = dpo.pair_losses(policy, part, split, totals, args)
+        losses = script.pair_losses(policy, part, split, totals, args)
         (losses.sum() * world / len(rows)).backward()
     dealt = [None] * world
     dist.all_gather_object(dealt, [part.tolist() for part in mine])
     grads = {name: weight.grad.full_tensor().clone() for name, weight in policy.named_parameters()}
     policy.zero_grad()
-    means = dpo.mean_over_pairs(totals)
+    means = script.mean_over_pairs(totals)
     return dict(
-        loss=means["loss"], dealt=dealt, grads=grads, eval=dpo.evaluate(policy, split, args)
+        loss=means["loss"], dealt=dealt, grads=grads, eval=script.evaluate(policy, split, args)
     )
 
 
 def all_steps(folders):
-    """{(family, layout, case): one_step}"""
-    split, results = make_split(), {}
-    for family, layout in PLANS:
-        model, weights, _ = dpo.build_model(
-            types.SimpleNamespace(model=folders[family], layout=layout)
-        )
-        policy = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
+    """{(script, family, layout, case): one_step}"""
+    results = {}
+    for name, family, layout in PLANS:
+        policy = tiny_policy(SCRIPTS[name], folders[family], layout)
         for case, (count, small) in CASES.items():
-            results[family, layout, case] = one_step(policy, split, layout, count, small)
+            step = one_step(SCRIPTS[name], policy, make_split(name), layout, count, small)
+            results[name, family, layout, case] = step
     return results
 
 
 @pytest.fixture(scope="module")
 def folders(tiny_model):
-    return {family: tiny_model(family) for family, _ in PLANS}
+    return {family: tiny_model(family) for _, family, _ in PLANS}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,7 @@ def test_metrics_of_evaluation_are_the_same_on_one_two_and_four_ranks(shared, al
 @pytest.mark.torchrun
 def test_the_ranks_deal_each_pair_once_in_equally_many_micro_batches(shared):
     world, results = shared
-    for (_, _, case), result in results.items():
+    for (*_, case), result in results.items():
         dealt = result["dealt"]
         assert len(dealt) == world and len({len(lists) for lists in dealt}) == 1
         assert sorted(row for lists in dealt for part in lists for row in part) == list(
@@ -169,13 +171,13 @@ def test_the_ranks_deal_each_pair_once_in_equally_many_micro_batches(shared):
 @pytest.mark.torchrun
 def test_with_fewer_pairs_than_ranks_the_others_compute_along(shared):
     world, results = shared
-    empty = [lists for lists in results["llama", "packed", "one pair"]["dealt"] if lists == [[]]]
+    empty = [lists for lists in results["dpo", "llama", "packed", "one pair"]["dealt"] if lists == [[]]]
     assert len(empty) == world - 1
 
 
-@pytest.mark.parametrize("family, layout", PLANS)
-def test_small_micro_batches_give_the_gradient_of_one_large_one(alone, family, layout):
-    small, large = (alone[family, layout, f"seven pairs, {size}"] for size in ("small", "large"))
+@pytest.mark.parametrize("plan", PLANS, ids=" ".join)
+def test_small_micro_batches_give_the_gradient_of_one_large_one(alone, plan):
+    small, large = (alone[(*plan, f"seven pairs, {size}")] for size in ("small", "large"))
     assert len(small["dealt"][0]) > len(large["dealt"][0]) == 1
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-6)
     assert_same_gradients(small["grads"], large["grads"])

@@ -1,6 +1,7 @@
 """Claim: preemption changes nothing. A run that is killed at ten random moments, or told to stop by SIGTERM,
-ends with the bits of the run that was left alone, over more than two epochs; a killed cache_ref.py ends with
-the bytes of an unkilled one. What a kill leaves behind is never taken for a finished checkpoint or cache."""
+ends with the bits of the run that was left alone, over more than two epochs, with every algorithm; a killed
+cache_ref.py ends with the bytes of an unkilled one. What a kill leaves behind is never taken for a finished
+checkpoint or cache."""
 import json
 import os
 import random
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, random_pairs
 from safetensors.torch import load_file
 
 STEPS = 144  # 8 epochs of 18 steps
+SCRIPTS = ["simpo.py", "dpo.py", "dpo_norm.py", "wpo.py"]  # the first runs while there is no cache
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -56,14 +59,24 @@ def assert_same_bits(one, other):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(world, tmp_path_factory):
+def uninterrupted(script, world, tmp_path_factory):
     model, data = world
-    finish("cache_ref.py", "--model", model, "--data", data)
+    if script != "simpo.py":  # which neither needs the reference nor makes it
+        finish("cache_ref.py", "--model", model, "--data", data)
+    assert bool(list(Path(data).glob("ref-*"))) == (script != "simpo.py")
     out = tmp_path_factory.mktemp("uninterrupted")
-    finish("dpo.py", *train_flags(world, out))
+    output = finish(script, *train_flags(world, out))
+    assert ("= ln 2" in output) == (script != "simpo.py")
     base = load_file(Path(model) / "model.safetensors")
     assert any(not torch.equal(base[key], tensor) for key, tensor in weights(out).items() if key in base)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out / "final", dtype=torch.float32)
+    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in weights(out).items())
     return out
 
 
@@ -75,11 +88,11 @@ def training_lines(out):
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_leave_the_same_bits(world, uninterrupted, tmp_path):
+def test_ten_kills_at_random_moments_leave_the_same_bits(script, world, uninterrupted, tmp_path):
     rng, kills = random.Random(0), 0
     while kills < 10:
         before = set(tmp_path.glob("step-*"))
-        process = start("dpo.py", *train_flags(world, tmp_path))
+        process = start(script, *train_flags(world, tmp_path))
         while process.poll() is None and set(tmp_path.glob("step-*")) <= before:
             time.sleep(0.005)  # until this run has written a checkpoint of its own
         time.sleep(rng.uniform(0, 0.3))
@@ -89,7 +102,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bits(world, uninterrupted, t
         process.communicate()
         kills += 1
     assert kills == 10, "the run ended before it was killed ten times"
-    finish("dpo.py", *train_flags(world, tmp_path))
+    finish(script, *train_flags(world, tmp_path))
     assert_same_bits(weights(uninterrupted), weights(tmp_path))
     assert training_lines(uninterrupted) == training_lines(tmp_path)
     assert len(list(tmp_path.glob("step-*"))) == 2  # --keep
@@ -97,9 +110,9 @@ def test_ten_kills_at_random_moments_leave_the_same_bits(world, uninterrupted, t
 
 @pytest.mark.slow
 def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_ends_with_the_same_bits(
-        world, uninterrupted, tmp_path):
+        script, world, uninterrupted, tmp_path):
     flags = [flag if flag != 1 else 1000 for flag in train_flags(world, tmp_path)]  # no other checkpoints
-    process = start("dpo.py", *flags)
+    process = start(script, *flags)
     while process.poll() is None and not (tmp_path / "log.jsonl").exists():
         time.sleep(0.01)
     time.sleep(0.7)
@@ -108,22 +121,22 @@ def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_ends_with_the_same_
     assert process.returncode == 1 and "--resume" in output and "Traceback" not in output, output[-2000:]
     saved = [int(path.name[5:]) for path in tmp_path.glob("step-*")]
     assert len(saved) == 1 and 0 < saved[0] < STEPS
-    finish("dpo.py", *flags)
+    finish(script, *flags)
     assert_same_bits(weights(uninterrupted), weights(tmp_path))
     assert training_lines(uninterrupted) == training_lines(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.torchrun
-def test_a_checkpoint_of_one_rank_continues_on_two_to_rounding(world, uninterrupted, tmp_path):
+def test_a_checkpoint_of_one_rank_continues_on_two_to_rounding(script, world, uninterrupted, tmp_path):
     flags = train_flags(world, tmp_path)
-    process = start("dpo.py", *flags)
+    process = start(script, *flags)
     while process.poll() is None and len(list(tmp_path.glob("step-*"))) < 2:
         time.sleep(0.01)
     process.kill()
     process.communicate()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "dpo.py"), *map(str, flags)]
+               str(ROOT / script), *map(str, flags)]
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     for key, tensor in weights(uninterrupted).items():
         torch.testing.assert_close(weights(tmp_path)[key], tensor, rtol=1e-3, atol=1e-3)
