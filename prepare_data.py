@@ -19,7 +19,8 @@ The format of every row is recognised by its columns:
 
 Columns of any format: `system` opens the conversation; `subset`, `category` or `subject` names the
 subset; `weight` is kept. Without a chat template, or with --plain, prompt and response are joined
-as they are; a prompt of several turns becomes "\\n\\nHuman: ...\\n\\nAssistant:".
+as they are; a prompt of several turns becomes "\\n\\nHuman: ...\\n\\nAssistant:". What a template
+writes to open the assistant's turn belongs to the prompt, or with --score_header to the response.
 
 Output: train/ and val/ (datasets.load_from_disk: token ids prompt, chosen, rejected; source,
 subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs out + dropped; a row
@@ -52,6 +53,7 @@ class Args:
     overwrite: bool = False  # replace an earlier result in --out
     # what a pair is
     plain: bool = False  # no chat template; the text may be rendered already
+    score_header: bool = False  # score what opens the assistant's turn too, as SimPO's authors do
     eos_token: str = ""  # ends a response (default: as the template does, else the EOS)
     max_length: int = 2048  # tokens of prompt and response; longer is dropped, never cut
     wrong_options: str = "all"  # of multiple choice, set against the right one: all | one
@@ -293,9 +295,13 @@ def load_tokenizer(args):
     if not tokenizer.is_fast or end not in tokenizer.get_vocab():
         fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
              f"token {end!r} in its vocabulary; set --eos_token")
+    if args.score_header and not template:
+        fail(f"--score_header needs a chat template, and --model {args.model} has none"
+             + ", as --plain is set" * args.plain)
     bos = [] if template else tokenizer("a").input_ids[:1]
     return types.SimpleNamespace(
         tokenizer=tokenizer, template=template, end=tokenizer.get_vocab()[end], end_token=end,
+        score_header=args.score_header,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
         bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
         seams=re.compile(rf"\s*({added})\s*"), normalizer=tokenizer.backend_tokenizer.normalizer)
@@ -306,15 +312,16 @@ def canonical(kit, text: str) -> str:
     return kit.seams.sub(r"\1", text.replace("\u2581", " ")).lstrip(" ")  # SentencePiece's space
 
 def render(kit, messages: list, answers: list):
-    """-> (text of the prompt, [prompt + answer, without end token]). Templates strip, reorder and
-    leave out, so a response is whatever follows the prompt in the rendered conversation."""
+    """-> (text of the prompt, [prompt + answer, without end token], the part that is not scored).
+    Templates strip, reorder and leave out, so a response is whatever follows the prompt in the
+    rendered conversation; with --score_header it begins where the question ends."""
     if not kit.template:
         prompt, gap = messages[0]["content"], ""
         if len(messages) > 1:
             prompt = "".join(f"\n\n{ROLES[m['role']]}: {m['content']}" for m in messages)
             prompt, gap = prompt + "\n\nAssistant:", " "
         end = re.escape(kit.end_token) + r"\s*\Z"
-        return prompt, [re.sub(end, "", prompt + gap + answer) for answer in answers]
+        return prompt, [re.sub(end, "", prompt + gap + answer) for answer in answers], prompt
     chat = functools.partial(kit.tokenizer.apply_chat_template, tokenize=False)
     try:
         prompt, bare = chat(messages, add_generation_prompt=True), chat(messages)
@@ -324,9 +331,10 @@ def render(kit, messages: list, answers: list):
     whole = all(text.startswith(prompt) for text in texts)
     if not whole:  # it opens <think> for generation and leaves it out of a conversation
         prompt = os.path.commonprefix([prompt, *texts])
-    if not (whole or prompt.startswith(bare)) or not all(text.endswith(kit.tail) for text in texts):
+    fits = whole and not kit.score_header or prompt.startswith(bare)
+    if not fits or not all(text.endswith(kit.tail) for text in texts):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
-    return prompt, [text.removesuffix(kit.tail) for text in texts]
+    return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.score_header else prompt
 
 def encode(kit, args, messages: list, answers: list):
     """-> (text of the prompt, its token ids, token ids of the two responses)."""
@@ -336,7 +344,7 @@ def encode(kit, args, messages: list, answers: list):
     for found in map(kit.special.search, [] if args.plain else asked + answers):
         if found:
             drop("special token", found.string[max(0, found.start() - 40):found.end() + 40])
-    prompt, texts = render(kit, messages, answers)
+    question, texts, prompt = render(kit, messages, answers)
     if not all(text[len(prompt):].strip() for text in texts):
         drop("empty", f"rendering leaves nothing of a response: {answers}")
     coded = kit.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -365,7 +373,7 @@ def encode(kit, args, messages: list, answers: list):
             drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
         if kit.end in ids[cut:]:
             drop("special token", f"{kit.end_token} inside a response: {text[len(prompt):]}")
-    return prompt, bos + sides[0][:cut], *(ids[cut:] + [kit.end] for ids in sides)
+    return question, bos + sides[0][:cut], *(ids[cut:] + [kit.end] for ids in sides)
 
 def prepare_pair(kit, args, row: dict, name: str, pair: tuple):
     """-> (split, columns of the pair)."""

@@ -252,6 +252,45 @@ def test_a_response_is_what_the_template_renders_after_the_prompt(name, tmp_path
     assert texts[0][:2] == (prompt, chosen) and not dropped
 
 
+SCORED = {  # template: its prompt and chosen response with --score_header
+    "two end tokens": None,  # it writes <|eos|> after the question, and not before an answer
+    "no end token": ("user: Why?\n", "assistant: good<|im_end|>"),
+    "bos and a space before the end": ("<|bos|>[Why?]", " good <|eos|>"),  # there is no header
+    "thinking opened for generation only": ("<|im_start|>user\nWhy?<|im_end|>\n", "<|im_start|>assistant\ngood<|im_end|>"),
+    "thinking written before every answer": (
+        "<|im_start|>user\nWhy?<|im_end|>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\ngood<|im_end|>"),
+    "Llama 3": ("<|bos|><|start|>user<|end|>\n\nWhy?<|im_end|>", "<|start|>assistant<|end|>\n\ngood<|im_end|>"),
+}
+LLAMA = ("{{ '<|bos|>' }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] + '<|im_end|>' }}"
+         "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_with_score_header_the_prompt_ends_with_the_question_and_the_response_opens_the_turn(name, tmp_path):
+    """As the authors of SimPO render: the prompt without add_generation_prompt."""
+    model = make_tokenizer(tmp_path / "tokenizer", LLAMA if name == "Llama 3" else TEMPLATES[name][0], bos=True)
+    row = dict(prompt="Why?", chosen="good", rejected="bad")
+    if SCORED[name] is None:
+        with pytest.raises(SystemExit, match="mostly 'template'"):
+            one(row, model, tmp_path, "--score_header")
+        return
+    (scored, *_), dropped = one(row, model, tmp_path, "--score_header")
+    assert scored[:2] == SCORED[name] and not dropped
+    (plain, *_), _ = one(row, model, tmp_path)
+    assert scored[0] + scored[1] == plain[0] + plain[1]  # the same text, cut elsewhere
+
+
+def test_score_header_leaves_the_split_as_it_is_and_needs_a_template(chat, base, tmp_path, capsys):
+    path, ids = write(tmp_path / "a.jsonl", ROWS), []
+    for i, flags in enumerate(([], ["--score_header"])):
+        meta, splits, dropped = run(path, chat, tmp_path / f"out{i}", *flags)
+        check(meta, splits, dropped, AutoTokenizer.from_pretrained(chat))
+        ids.append({name: rows["id"] for name, rows in splits.items()})
+    assert ids[0] == ids[1]
+    assert "--score_header" in fails(capsys, path, base, tmp_path / "x", "--score_header")
+    assert "--plain" in fails(capsys, path, chat, tmp_path / "x", "--score_header", "--plain")
+
+
 # ---- drops ----
 
 DROPS = {
