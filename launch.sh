@@ -3,6 +3,7 @@
 # ./launch.sh test [PYTEST ARGS]  all tests, the fast ones first
 # ./launch.sh SCRIPT.py [ARGS]    a script on every GPU of this node, or of several nodes (below);
 #                                 cache_ref.py runs before it if it needs the reference's log-probs
+# ./launch.sh recipe [NAME]       lists published recipes, or prints the commands of one; --run runs them
 # ./launch.sh install             the environment only
 # Relative paths count from this folder, wherever launch.sh is called from. Variables:
 #   PYTHON   interpreter [python3]; if it has the packages (a ROCm or CUDA container, an activated
@@ -21,21 +22,18 @@ say() { echo "[launch, $SECONDS s] $*" >&2; }
 fail() { echo "error: $*" >&2; exit 1; }
 dry() { [ "${DRY_RUN:-0}" = 1 ]; }
 run() {
-  if ! dry; then "$@"; return; fi
+  dry || { "$@"; return; }
   echo ${OMP_NUM_THREADS:+"OMP_NUM_THREADS=$OMP_NUM_THREADS"} "$(printf '%q ' "$@")"
 }
 
 # ---- environment
 has() {  # PYTHON FILE...: are the packages of these requirement files there, and $TORCH?
-  "$1" -c 'import os, sys
-from importlib.metadata import version
+  "$1" -c 'import os, sys; from importlib.metadata import version
 from packaging.requirements import Requirement
 lines = [line.split("#")[0].strip() for path in sys.argv[1:] for line in open(path)]
 for need in map(Requirement, filter(None, lines + [os.environ.get("TORCH")])):
-    if not need.specifier.contains(version(need.name), prereleases=True):
-        sys.exit(1)' "${@:2}" 2>/dev/null
+    assert need.specifier.contains(version(need.name), prereleases=True)' "${@:2}" 2>/dev/null
 }
-
 environment() {  # FILE...: sets python
   local file files=() site=""
   python=$(command -v "${PYTHON:-python3}" || command -v "${PYTHON:-python}") ||
@@ -62,14 +60,11 @@ nodes() {  # sets nnodes and, for more than one, MASTER_ADDR and node_rank (empt
   nnodes=${NNODES:-${SLURM_NNODES:-1}} node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
   if [ "$nnodes" -le 1 ]; then return; fi
   [ "${SLURM_LOCALID:-0}" = 0 ] || fail "one task per node is enough: srun --ntasks-per-node=1"
-  if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+  [ -z "${SLURM_JOB_NODELIST:-}" ] ||
     MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
-  fi
   [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$nnodes needs MASTER_ADDR, the name of the first node"
 }
-
 devices() { "$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0; }
-
 command_line() {  # PORT_OFFSET SCRIPT ARGS: sets line
   local meet=(--standalone) port=$((${MASTER_PORT:-29500} + $1))
   if [ "$nnodes" -gt 1 ] && [ -n "$node_rank" ]; then
@@ -78,12 +73,10 @@ command_line() {  # PORT_OFFSET SCRIPT ARGS: sets line
     meet=(--rdzv_backend c10d --rdzv_id "${SLURM_JOB_ID:-0}" --rdzv_endpoint "$MASTER_ADDR:$port")
   fi
   line=("$python")  # without torchrun an error stays one line
-  if [ "$nnodes" -gt 1 ] || [ "$nproc" -gt 1 ]; then
+  [ "$nnodes $nproc" = "1 1" ] ||
     line+=(-m torch.distributed.run --nnodes "$nnodes" --nproc_per_node "$nproc" "${meet[@]}")
-  fi
   line+=("${@:2}")
 }
-
 start() { dry || exec "${line[@]}"; run "${line[@]}"; }  # exec: signals reach the process itself
 check_flags() {  # SCRIPT ARGS: a wrong flag shows now, not after an hour or once per process
   if dry || ! grep -q 'parse_args(Args)' "$1"; then return; fi
@@ -91,10 +84,8 @@ check_flags() {  # SCRIPT ARGS: a wrong flag shows now, not after an hour or onc
 spec = importlib.util.spec_from_file_location("script", sys.argv[1])
 script = sys.modules["script"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
-sys.argv = sys.argv[1:]
-script.parse_args(script.Args)' "$@"
+del sys.argv[0]; script.parse_args(script.Args)' "$@"
 }
-
 reference_flags() {  # ARGS: sets flags, those that cache_ref.py has too, and model, data, dtype
   local known name value
   known=" $(sed -n 's/^    \([a-z_]*\): .*/--\1/p; /^# ---- /q' cache_ref.py | tr '\n' ' ')"
@@ -110,21 +101,16 @@ reference_flags() {  # ARGS: sets flags, those that cache_ref.py has too, and mo
   done
 }
 
-# cache_ref.py does nothing if its cache is complete, but must read the model to know. It is left
-# out if there is no doubt: on one node, for a --model that is a folder, with a cache of it in this
-# precision that is younger than all of model and data. And no script trains on a wrong cache.
+# cache_ref.py must read the model to know that its cache is complete, so it is left out where there
+# is no doubt: a folder --model has a cache in this precision, younger than it and than the data.
 cached() {  # after reference_flags
   local meta
-  for meta in "$data"/ref-*/meta.json; do
-    if [ "$nnodes" != 1 ] || [ ! -d "$model" ] || [ ! -f "$meta" ]; then return 1; fi
-    if [ "$dtype" = auto ]; then dtype=float32; [ "$(devices)" = 0 ] || dtype=bfloat16; fi
-    if grep -qF "\"model\": \"$model\"" "$meta" && grep -qF "\"dtype\": \"$dtype\"" "$meta"; then
-      [ -n "$(find -L "$model" "$data"/{meta.json,train,val} -newercm "$meta" 2>&1)" ] || return 0
-    fi
-  done
-  return 1
-}
-
+  if [ "$dtype" = auto ]; then dtype=float32; [ "$(devices)" = 0 ] || dtype=bfloat16; fi
+  meta=$(grep -lF "\"model\": \"$model\"" "$data"/ref-*/meta.json |
+    xargs grep -lF "\"dtype\": \"$dtype\"" | sed -n 1p)
+  [ "$nnodes" = 1 ] && [ -d "$model" ] && [ "$meta" ] &&
+    [ -z "$(find -L "$model" "$data"/{meta.json,train,val} -newercm "$meta" 2>&1)" ]
+} 2>/dev/null
 script() {  # SCRIPT ARGS
   local first=0 cores
   [ -f "$1" ] || fail "there is no script $1; there are: $(echo *.py)"
@@ -152,49 +138,63 @@ script() {  # SCRIPT ARGS
   start
 }
 
-tests() {  # PYTEST ARGS
-  environment requirements.txt requirements-dev.txt
-  export HF_HUB_OFFLINE=1
-  run "$python" -c 'import sys, pytest
-class FastFirst:
-    def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "torchrun"))))
-sys.exit(pytest.main(["tests", *sys.argv[1:]], plugins=[FastFirst()]))' "$@"
+# ---- published recipes; all have one epoch, steps of 128 pairs and a warm-up of 0.1
+recipe() {  # [NAME [--run]]
+  local names="" text="" name script model data split length flags
+  while read -r name script model data split length flags; do
+    names+=" $name"
+    [ "${1:-}" ] || printf '%-17s %-12s %s <- %s\n' "$name" "$script.py" "$model" "$data"
+    [ "${1:-}" = "$name" ] || continue
+    [ "$script" != simpo ] || length+=" --score_header"
+    text="[ -d data/$name ] || ./launch.sh prepare_data.py --model $model \\
+    --dataset $data --split $split --max_length $length \\
+    --val_fraction 0.01 --out data/$name
+./launch.sh $script.py --model $model --data data/$name --out out/$name \\
+    $flags \\
+    --epochs 1 --batch_size 128 --warmup 0.1 --activation_checkpointing --save_every 100 --resume"
+  done <<'END'
+tulu3-8b dpo_norm allenai/Llama-3.1-Tulu-3-8B-SFT allenai/llama-3.1-tulu-3-8b-preference-mixture train 2048 --learning_rate 5e-7
+olmo2-7b dpo_norm allenai/OLMo-2-1124-7B-SFT allenai/olmo-2-1124-7b-preference-mix train 2048 --learning_rate 1e-6
+olmo2-13b dpo_norm allenai/OLMo-2-1124-13B-SFT allenai/olmo-2-1124-13b-preference-mix train 2048 --learning_rate 8e-7
+zephyr-7b dpo alignment-handbook/zephyr-7b-sft-full HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 0.01 --learning_rate 5e-7 --schedule cosine
+simpo-mistral-7b simpo alignment-handbook/zephyr-7b-sft-full HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --gamma_beta_ratio 0.8 --learning_rate 3e-7 --schedule cosine
+simpo-llama3-8b simpo meta-llama/Meta-Llama-3-8B-Instruct princeton-nlp/llama3-ultrafeedback train 2048 --beta 2.5 --gamma_beta_ratio 0.55 --learning_rate 1e-6 --schedule cosine
+simpo-gemma2-9b simpo google/gemma-2-9b-it princeton-nlp/gemma2-ultrafeedback-armorm train 2048 --beta 10 --gamma_beta_ratio 0.5 --learning_rate 8e-7 --schedule cosine
+wpo-mistral-7b wpo HuggingFaceH4/mistral-7b-sft-beta HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --learning_rate 5e-7 --schedule cosine
+END
+  [ "$text" ] || [ -z "${1:-}" ] || fail "there is no recipe $1; there are:$names"
+  case ${2:-} in "") printf %s "${text:+$text$'\n'}" ;; --run) bash -euc "$text" ;; *) fail "$2 is not --run" ;; esac
 }
 
+step() { say "$*"; run "$python" "$@"; }
 demo() {
   local name flags world=data/demo_world data=data/demo_world/pairs base=data/demo_world/base
   local out=out/demo models=$base
   environment requirements.txt requirements-dev.txt
   export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1  # for a model this small more threads only wait
   run rm -rf "$world" "$out"
-  say "tests/demo_world.py: pairs with a known reward, and a base model that speaks their language"
-  run "$python" tests/demo_world.py --out "$world"
-  say "prepare_data.py: from text to tokens, train/ and val/"
-  run "$python" prepare_data.py --dataset "$world/pairs.jsonl" --model "$base" --out "$data" \
-    --val_fraction 0.2
-  say "cache_ref.py: log-probs of the base model, the reference of the algorithms"
-  run "$python" cache_ref.py --model "$base" --data "$data"
+  step tests/demo_world.py --out "$world"
+  step prepare_data.py --dataset "$world/pairs.jsonl" --model "$base" --out "$data" --val_fraction 0.2
+  step cache_ref.py --model "$base" --data "$data"
   for name in dpo dpo_norm simpo wpo auxdpo compo; do
     [ -f "$name.py" ] || continue
     flags=(--learning_rate 1e-3 --log_every 5 --eval_every 10)
     case $name in dpo|wpo|auxdpo) flags+=(--beta 0.5) ;; esac
-    say "$name.py: trains the base model, into $out/$name"
-    run "$python" "$name.py" --model "$base" --data "$data" --out "$out/$name" "${flags[@]}"
+    step "$name.py" --model "$base" --data "$data" --out "$out/$name" "${flags[@]}"
     models=$models,$out/$name
   done
-  say "evaluate.py: true reward of samples, preference accuracy, log-probs, lengths"
-  run "$python" evaluate.py --models "$models" --reference "$base" --data "$data" --out "$out" \
-    --samples 400 --reward tests/demo_world.py:true_reward \
-    --table "$out/table.md" --plot "$out/plot.png"
+  step evaluate.py --models "$models" --reference "$base" --data "$data" --out "$out" \
+    --samples 400 --reward tests/demo_world.py:true_reward --table "$out/table.md" --plot "$out/plot.png"
   say "done: the table above is $out/table.md, the curves are $out/plot.png"
 }
 
 case ${1:-} in
   demo) demo ;;
-  test) tests "${@:2}" ;;
+  test) environment requirements.txt requirements-dev.txt
+    export HF_HUB_OFFLINE=1; run "$python" -m pytest tests "${@:2}" ;;
+  recipe) recipe "${@:2}" ;;
   install) environment requirements.txt requirements-dev.txt; echo "$python has all packages" ;;
   *.py) script "$@" ;;
   ""|-h|--help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" ;;
-  *) fail "$1 is none of demo, test, install or a script; see ./launch.sh -h" ;;
+  *) fail "$1 is none of demo, test, recipe, install or a script; see ./launch.sh -h" ;;
 esac

@@ -226,6 +226,10 @@ def process_group():
         dist.destroy_process_group()
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "torchrun"))))  # fast first
+
+
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "slow: takes more than a few seconds; left out by -m 'not slow'"

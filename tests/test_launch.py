@@ -2,7 +2,9 @@
 
 Most tests read the commands that DRY_RUN=1 prints, in a copy of the repository's top folder. A shell script
 stands in for Python where a machine is needed that this one is not: with GPUs, or without any package."""
+import importlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -110,6 +112,59 @@ def test_cache_ref_is_left_out_only_while_neither_model_nor_data_is_touched(root
     time.sleep(0.02)
     shutil.copy2(root / "m/model.safetensors", root / "m/model.bin")  # a new file with an old date
     assert commands() == 2
+
+
+# ---- published recipes
+
+RECIPES = {  # METHODS: learning rate, schedule, tokens of a pair, beta, gamma / beta; and the script
+    "tulu3-8b": ("dpo_norm", 5e-7, "linear", 2048, 5.0, None),
+    "olmo2-7b": ("dpo_norm", 1e-6, "linear", 2048, 5.0, None),
+    "olmo2-13b": ("dpo_norm", 8e-7, "linear", 2048, 5.0, None),
+    "zephyr-7b": ("dpo", 5e-7, "cosine", 1024, 0.01, None),
+    "simpo-mistral-7b": ("simpo", 3e-7, "cosine", 1024, 2.0, 0.8),
+    "simpo-llama3-8b": ("simpo", 1e-6, "cosine", 2048, 2.5, 0.55),
+    "simpo-gemma2-9b": ("simpo", 8e-7, "cosine", 2048, 10.0, 0.5),
+    "wpo-mistral-7b": ("wpo", 5e-7, "cosine", 1024, 0.01, None),
+}
+
+def parsed(command, monkeypatch):
+    """The arguments that the real script makes of a printed command."""
+    words = shlex.split(command)
+    script = importlib.import_module(words[words.index("./launch.sh") + 1].removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", words[words.index("./launch.sh") + 1:])
+    return script, script.parse_args(script.Args)
+
+def test_recipes_are_listed_and_an_unknown_one_is_one_line_with_their_names(root):
+    assert [line.split()[0] for line in launch(root, "recipe")] == list(RECIPES)
+    line, = launch(root, "recipe", "zefyr", rc=1)
+    assert line.startswith("error: ") and all(word in line for word in ("zefyr", *RECIPES))
+    line, = launch(root, "recipe", "zephyr-7b", "--go", rc=1)
+    assert "--go" in line and "--run" in line
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_prints_commands_that_the_scripts_take_with_the_published_numbers(root, name, monkeypatch):
+    script, rate, schedule, length, beta, ratio = RECIPES[name]
+    text = "\n".join(launch(root, "recipe", name)).replace("\\\n", " ")
+    prepare, train = text.splitlines()
+    assert max(map(len, launch(root, "recipe", name))) <= 120
+    module, data = parsed(prepare, monkeypatch)
+    assert prepare.startswith(f"[ -d {data.out} ] || ./launch.sh prepare_data.py ")  # done once, if preempted
+    assert data.max_length == length and data.score_header == (script == "simpo")
+    assert data.split == ("train_prefs" if "ultrafeedback_binarized" in data.dataset else "train")
+    module, args = parsed(train, monkeypatch)
+    assert module.__name__ == script and args.data == data.out and args.model == data.model
+    assert (args.learning_rate, args.schedule, args.beta) == (rate, schedule, beta)
+    assert (args.batch_size, args.epochs, args.warmup, args.label_smoothing) == (128, 1, 0.1, 0)
+    assert getattr(args, "gamma_beta_ratio", None) == ratio
+    assert args.resume and args.save_every and args.out == f"out/{name}"
+
+def test_a_recipe_runs_the_commands_that_it_prints(root):
+    lines = launch(root, "recipe", "wpo-mistral-7b", "--run")
+    assert [line.split(" --")[0].split()[-1] for line in lines] == ["prepare_data.py", "cache_ref.py", "wpo.py"]
+    lines = launch(root, "recipe", "simpo-llama3-8b", "--run", NPROC="8")
+    assert lines[0].split(" --")[0].endswith("prepare_data.py") and " simpo.py " in lines[1] and len(lines) == 2
+    (root / "data/simpo-llama3-8b").mkdir(parents=True)
+    assert launch(root, "recipe", "simpo-llama3-8b", "--run", NPROC="8") == lines[1:]
 
 
 # ---- nodes
@@ -243,6 +298,7 @@ def test_two_processes_really_run(root):
 def test_fast_tests_come_first_and_the_exit_status_is_pytests(root):
     (root / "requirements-dev.txt").write_text("pytest")
     (root / "tests").mkdir()
+    shutil.copy(ROOT / "tests/conftest.py", root / "tests")
     (root / "tests/test_it.py").write_text(
         "import pytest\n@pytest.mark.slow\ndef test_one(): pass\ndef test_two(): pass\ndef test_bad(): assert 0\n")
     lines = launch(root, "test", "-v", "-W", "ignore", "-k", "one or two", DRY_RUN="")
