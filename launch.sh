@@ -3,7 +3,7 @@
 # ./launch.sh test [PYTEST ARGS]  all tests, the fast ones first
 # ./launch.sh SCRIPT.py [ARGS]    a script on every GPU of this node, or of several nodes (below);
 #                                 cache_ref.py runs before it if it needs the reference's log-probs
-# ./launch.sh recipe [NAME]       lists published recipes, or prints the commands of one; --run runs them
+# ./launch.sh recipe [NAME]       lists published recipes; prints the commands of one; --run runs them
 # ./launch.sh install             the environment only
 # Relative paths count from this folder, wherever launch.sh is called from. Variables:
 #   PYTHON   interpreter [python3]; if it has the packages (a ROCm or CUDA container, an activated
@@ -149,8 +149,8 @@ recipe() {  # [NAME [--run]]
     text="[ -d data/$name ] || ./launch.sh prepare_data.py --model $model \\
     --dataset $data --split $split --max_length $length \\
     --val_fraction 0.01 --out data/$name
-./launch.sh $script.py --model $model --data data/$name --out out/$name \\
-    $flags \\
+./launch.sh $script.py --model $model --data data/$name \\
+    --out out/$name $flags \\
     --epochs 1 --batch_size 128 --warmup 0.1 --activation_checkpointing --save_every 100 --resume"
   done <<'END'
 tulu3-8b dpo_norm allenai/Llama-3.1-Tulu-3-8B-SFT allenai/llama-3.1-tulu-3-8b-preference-mixture train 2048 --learning_rate 5e-7
