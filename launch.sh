@@ -178,8 +178,8 @@ demo() {
   step cache_ref.py --model "$base" --data "$data"
   for name in dpo dpo_norm simpo wpo auxdpo compo; do
     [ -f "$name.py" ] || continue
-    flags=(--learning_rate 1e-3 --log_every 5 --eval_every 10)
-    case $name in dpo|wpo|auxdpo) flags+=(--beta 0.5) ;; esac
+    flags=(--learning_rate 5e-4 --log_every 5 --eval_every 10)
+    case $name in dpo|wpo|auxdpo) flags+=(--beta 0.5) ;; simpo) flags[1]=3e-4 ;; esac
     step "$name.py" --model "$base" --data "$data" --out "$out/$name" "${flags[@]}"
     models=$models,$out/$name
   done
