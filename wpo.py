@@ -80,9 +80,9 @@ class Args:
 
 
 def token_scores(logits, targets):
-    """float32 logits (t, V), targets (t,) -> (t, 2): log pi(target) and log sum_v pi(v)^2."""
+    """float32 logits (t, V), targets (t,) -> (2, t): log pi(target) and log sum_v pi(v)^2."""
     collisions = (2 * F.log_softmax(logits.detach(), 1)).logsumexp(1)  # (t,)
-    return torch.stack([token_logps(logits, targets), collisions], 1)
+    return torch.stack([token_logps(logits, targets), collisions])
 
 
 def preference_loss(scores, ref_logps, lengths, args):
@@ -293,7 +293,7 @@ BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts cal
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head.
 
-    What is summed over each response is score(logits (t, V), targets (t,)), shaped (t, ...)."""
+    What is summed over each response is score(logits (t, V), targets (t,)), shaped (..., t)."""
 
     def __init__(self, model, score=token_logps):
         super().__init__()
@@ -312,7 +312,7 @@ class Policy(torch.nn.Module):
             hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
             scores = [checkpoint(head_pass, *part, head, config, self.score, use_reentrant=False)
                       for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
-            sums += [part.sum(0) for part in torch.cat(scores).split(batch["sizes"])]
+            sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
             if router:
                 balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
                 experts = getattr(config, "num_experts", None) or config.num_local_experts

@@ -128,7 +128,7 @@ def wpo_by_hand(logits, targets, ref, beta, eps):
 
 def wpo_scores(logits, targets):
     """What Policy makes of one pair: (2, 1, 2)."""
-    sides = [wpo.token_scores(z, y).sum(0) for z, y in zip(logits, targets)]
+    sides = [wpo.token_scores(z, y).sum(1) for z, y in zip(logits, targets)]
     return torch.stack(sides)[:, None]
 
 
@@ -171,13 +171,13 @@ def test_a_token_that_the_policy_samples_has_a_ratio_of_one_in_expectation():
     logits = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for row in logits:
         scores = wpo.token_scores(row.expand(50, 50), torch.arange(50))
-        ratios = (scores[:, 0] - scores[:, 1]).exp()
+        ratios = (scores[0] - scores[1]).exp()
         assert (row.softmax(0) * ratios).sum().item() == pytest.approx(1, rel=1e-12)
 
 
 def test_a_vocabulary_of_equal_probabilities_has_weight_one():
     scores = wpo.token_scores(torch.full((3, 1000), 7.0), torch.tensor([0, 5, 999]))
-    torch.testing.assert_close(scores[:, 0], scores[:, 1])
+    torch.testing.assert_close(scores[0], scores[1])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite"])  # soft-caps and scales of logits
@@ -289,6 +289,7 @@ def test_the_first_loss_is_log_2_with_the_policy_as_reference(tiny_model, proces
     script.pair_losses(policy, np.arange(4), split, totals, arguments(beta=5.0))
     loss = totals["preference_loss"] / totals.get("weights", 4)  # WPO: every loss is its weight times log 2
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+    assert totals["rewards/accuracies"] == 2 and totals["rewards/margins"] == 0  # ties, to the bit
 
 
 # ---- TRL ----
