@@ -84,8 +84,8 @@ class World:
         data = self.data if script == "cache_ref" else self.paths["data"]  # which it would write to
         return {"prepare_data": dict(dataset=self.rows, model=self.kit.chat, out=out, num_proc=1),
                 "cache_ref": dict(model=model, data=data),
-                "dpo": dict(model=model, data=data, out=out, batch_size=2, max_steps=2, eval_every=0, log_every=1),
-                "evaluate": dict(models=model, data=data, out=out, max_new_tokens=2)}[script]
+                "evaluate": dict(models=model, data=data, out=out, max_new_tokens=2)}.get(
+                    script, dict(model=model, data=data, out=out, batch_size=2, max_steps=2, eval_every=0, log_every=1))
 
     def finished(self):
         """What others would take for a result."""
@@ -464,6 +464,31 @@ def test_one_line_says_what_is_wrong(script, breaking, words, w):
     message = error_of(w, script, changes)
     for word in words.split():
         assert word in message, message
+
+
+MAIN = ["an unknown flag", "a negative beta", "--lora_rank without peft", "weights that are NaN", "a batch above the data",
+        "a recurrent model under packed", "a pair above --max_tokens", "a weight that is NaN", "an --out below a file"]
+CACHE = ["no cache", "a cache of other weights", "log-probs cut off", "log-probs of other sides"]
+
+@pytest.mark.parametrize("script, what", [
+    *((script, what) for script in ("dpo_norm", "wpo") for what in MAIN + CACHE), *(("simpo", what) for what in MAIN)])
+def test_the_other_algorithms_say_the_same(script, what, w):
+    """Their helpers are copies, so only what main() of each is about stands here."""
+    (breaking, words), = [rest for name, case, *rest in TABLE if (name, case) == ("dpo", what)]
+    changes = breaking(w) or {}
+    if script == "simpo":
+        changes.pop("no-check_reference", None)  # there is nothing to check
+    message = error_of(w, script, changes)
+    assert all(word in message for word in words.split()), message
+
+def test_simpo_has_no_reference_and_says_so(w, capsys):
+    delete(w.cache)
+    run(w, "simpo", {})
+    assert (w.out / "final/model.safetensors").exists() and "ln 2" not in capsys.readouterr().out
+    assert not list(w.data.glob("ref-*"))
+    message = error_of(w, "simpo", dict(check_reference=True, out=w.tmp / "two"))
+    assert "--check_reference" in message
+    assert "--gamma_beta_ratio -1" in error_of(w, "simpo", dict(gamma_beta_ratio=-1, out=w.tmp / "two"))
 
 
 # ---- rows that are dropped and counted, rows that only look odd: all in one file, prepared once
