@@ -1,5 +1,6 @@
 """What the tests share: tiny random models, tiny data folders, one process group. No network."""
 
+import contextlib
 import functools
 import json
 import os
@@ -10,16 +11,19 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import datasets
-import numpy as np
 import pytest
-import torch
-import transformers
+
+with contextlib.suppress(ModuleNotFoundError):  # test_copies.py and test_readme.py need no package
+    import datasets
+    import numpy as np
+    import torch
+    import transformers
+
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)  # tiny matrices; more threads would only wait for each other
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-datasets.disable_progress_bars()
-torch.set_num_threads(1)  # tiny matrices; more threads would only wait for each other
 
 VOCAB, WINDOW = 97, 8  # tokens; a sliding window shorter than the test sequences
 SMALL = dict(
@@ -224,6 +228,47 @@ def process_group():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def split_of(pairs, reference):
+    """What load_data and load_reference make of pairs, with `reference` a Policy."""
+    import dpo
+
+    with torch.no_grad():
+        logps = reference(dpo.collate(pairs, "packed"))[0]
+    lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
+    return dict(rows=pairs, lengths=lengths, ref=logps.T.numpy())
+
+
+def trl_dpo_loss(trainer, pairs):
+    rows = [{f"{side}_ids": pair[side] for side in ("prompt", "chosen", "rejected")} for pair in pairs]
+    trainer.model.train()
+    return trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+
+
+def assert_same_gradients(policy, trainer):
+    """Of our Policy and TRL's model, each parameter to 1e-4 of its norm."""
+    grads = {name: weight.grad for name, weight in trainer.model.named_parameters()}
+    for name, weight in policy.model.named_parameters():
+        assert (weight.grad.full_tensor() - grads[name]).norm() < 1e-4 * grads[name].norm(), name
+
+
+@pytest.fixture(scope="session")
+def trl_trainer(tiny_model, tmp_path_factory, process_group):
+    """trl_trainer(trainer, config, ...) with our tiny model; its data comes from the tests."""
+    pytest.importorskip("trl")
+
+    def make(trainer, config, reference=None, **changes):
+        folder = tiny_model("llama")
+        load = lambda path: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        rows = datasets.Dataset.from_list([dict(prompt="w3", chosen=" w4", rejected=" w5")] * 2)
+        common = dict(output_dir=str(tmp_path_factory.mktemp("trl")), report_to="none", use_cpu=True, bf16=False)
+        args = config(**common, max_length=None, gradient_checkpointing=False, disable_dropout=True, **changes)
+        models = [load(folder)] + ([load(reference)] if reference else [])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return trainer(*models, args=args, train_dataset=rows, processing_class=tokenizer)
+
+    return make
 
 
 def pytest_collection_modifyitems(items):

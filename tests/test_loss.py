@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import dpo
-from conftest import random_pairs
+from conftest import assert_same_gradients, random_pairs, split_of, tiny_policy, trl_dpo_loss
 
 LOGPS = [
     [-10.0, -3.0, -50.0, -7.5, -1.0],
@@ -202,73 +202,19 @@ PAIRS = [(3, 4, 2), (1, 9, 7), (12, 1, 5), (6, 6, 1)]
 
 
 @pytest.fixture(scope="module")
-def trl_trainer(tiny_model, tmp_path_factory, process_group):
-    trl = pytest.importorskip("trl")
-    import datasets
-    import transformers
-
-    folder, reference = tiny_model("llama"), tiny_model("llama", seed=1)
-
-    def make(**changes):
-        rows = datasets.Dataset.from_list([dict(prompt="w3", chosen=" w4", rejected=" w5")] * 2)
-        args = trl.DPOConfig(
-            output_dir=str(tmp_path_factory.mktemp("trl")),
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            max_length=None,
-            gradient_checkpointing=False,
-            disable_dropout=True,
-            **changes,
-        )
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        return trl.DPOTrainer(
-            load(folder, dtype=torch.float32),
-            load(reference, dtype=torch.float32),
-            args,
-            train_dataset=rows,
-            processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-        )
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def policy_and_reference(tiny_model, process_group):
-    def load(folder):
-        model, weights, _ = dpo.build_model(types.SimpleNamespace(model=folder, layout="packed"))
-        return dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
-
-    return load(tiny_model("llama")), load(tiny_model("llama", seed=1))
-
-
-def split_of(pairs, reference):
-    with torch.no_grad():
-        logps = reference(dpo.collate(pairs, "packed"))[0]
-    lengths = np.array(
-        [[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs]
-    )
-    return dict(rows=pairs, lengths=lengths, ref=logps.T.numpy())
-
-
-def trl_loss(trainer, pairs):
-    rows = [
-        {f"{side}_ids": pair[side] for side in ("prompt", "chosen", "rejected")} for pair in pairs
-    ]
-    trainer.model.train()
-    return trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    return tiny_policy(dpo, tiny_model("llama")), tiny_policy(dpo, tiny_model("llama", seed=1))
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_loss_gradient_and_metrics_are_those_of_trl_on_the_same_pairs(
-    trl_trainer, policy_and_reference, beta
+    tiny_model, trl_trainer, policy_and_reference, beta
 ):
-    trainer, (policy, reference), pairs = (
-        trl_trainer(beta=beta),
-        policy_and_reference,
-        random_pairs(PAIRS),
-    )
-    theirs, totals = trl_loss(trainer, pairs), {}
+    import trl
+
+    trainer = trl_trainer(trl.DPOTrainer, trl.DPOConfig, tiny_model("llama", seed=1), beta=beta)
+    (policy, reference), pairs = policy_and_reference, random_pairs(PAIRS)
+    theirs, totals = trl_dpo_loss(trainer, pairs), {}
     theirs.backward()
     losses = dpo.pair_losses(
         policy, np.arange(4), split_of(pairs, reference), totals, arguments(beta=beta)
@@ -276,9 +222,7 @@ def test_loss_gradient_and_metrics_are_those_of_trl_on_the_same_pairs(
     losses.mean().backward()
     assert abs(losses.mean().item() - math.log(2)) > 0.01  # the reference is another model
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
-    grads = {name: weight.grad for name, weight in trainer.model.named_parameters()}
-    for name, weight in policy.model.named_parameters():
-        assert (weight.grad.full_tensor() - grads[name]).norm() < 1e-4 * grads[name].norm(), name
+    assert_same_gradients(policy, trainer)
     policy.zero_grad()
     for name in (
         "rewards/chosen",
@@ -293,12 +237,13 @@ def test_loss_gradient_and_metrics_are_those_of_trl_on_the_same_pairs(
         ), name
 
 
-def test_label_smoothing_is_that_of_trl_on_one_pair(trl_trainer, policy_and_reference):
+def test_label_smoothing_is_that_of_trl_on_one_pair(tiny_model, trl_trainer, policy_and_reference):
     """TRL's label smoothing is in its "aot" loss, which sorts the pairs: for one pair it is cDPO."""
-    trainer, (policy, reference) = (
-        trl_trainer(beta=0.5, loss_type="aot", label_smoothing=0.2),
-        policy_and_reference,
-    )
+    import trl
+
+    flags = dict(beta=0.5, loss_type="aot", label_smoothing=0.2)
+    trainer = trl_trainer(trl.DPOTrainer, trl.DPOConfig, tiny_model("llama", seed=1), **flags)
+    policy, reference = policy_and_reference
     for pair in random_pairs(PAIRS):
         losses = dpo.pair_losses(
             policy,
@@ -307,7 +252,7 @@ def test_label_smoothing_is_that_of_trl_on_one_pair(trl_trainer, policy_and_refe
             {},
             arguments(beta=0.5, label_smoothing=0.2),
         )
-        assert losses.item() == pytest.approx(trl_loss(trainer, [pair]).item(), rel=1e-5)
+        assert losses.item() == pytest.approx(trl_dpo_loss(trainer, [pair]).item(), rel=1e-5)
 
 
 def test_the_average_of_log_2_comes_out_of_a_model_that_is_its_own_reference(policy_and_reference):

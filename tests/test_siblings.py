@@ -23,7 +23,7 @@ import dpo
 import dpo_norm
 import simpo
 import wpo
-from conftest import random_pairs, tiny_hf_model, tiny_policy
+from conftest import assert_same_gradients, random_pairs, split_of, tiny_hf_model, tiny_policy, trl_dpo_loss
 
 SCRIPTS = {script.__name__: script for script in (dpo, dpo_norm, simpo, wpo)}
 PAIRS = [(3, 4, 2), (1, 9, 7), (12, 1, 5), (6, 6, 1)]
@@ -295,39 +295,6 @@ def test_the_first_loss_is_log_2_with_the_policy_as_reference(tiny_model, proces
 # ---- TRL ----
 
 
-def split_of(pairs, reference):
-    with torch.no_grad():
-        logps = reference(dpo.collate(pairs, "packed"))[0]
-    lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
-    return dict(rows=pairs, lengths=lengths, ref=logps.T.numpy())
-
-
-@pytest.fixture(scope="module")
-def trl_trainer(tiny_model, tmp_path_factory, process_group):
-    """trl_trainer(trainer, config, ...) with our tiny model; its data comes from the tests."""
-    pytest.importorskip("trl")
-    import datasets
-    import transformers
-
-    def make(trainer, config, reference=None, **changes):
-        folder = tiny_model("llama")
-        load = lambda path: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        rows = datasets.Dataset.from_list([dict(prompt="w3", chosen=" w4", rejected=" w5")] * 2)
-        common = dict(output_dir=str(tmp_path_factory.mktemp("trl")), report_to="none", use_cpu=True, bf16=False)
-        args = config(**common, max_length=None, gradient_checkpointing=False, disable_dropout=True, **changes)
-        models = [load(folder)] + ([load(reference)] if reference else [])
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        return trainer(*models, args=args, train_dataset=rows, processing_class=tokenizer)
-
-    return make
-
-
-def trl_dpo_loss(trainer, pairs):
-    rows = [{f"{side}_ids": pair[side] for side in ("prompt", "chosen", "rejected")} for pair in pairs]
-    trainer.model.train()
-    return trainer.compute_loss(trainer.model, trainer.data_collator(rows))
-
-
 def trl_cpo_loss(trainer, pairs):
     """The padded batch that its tokenisation would make of these ids."""
     batch = {}
@@ -340,12 +307,6 @@ def trl_cpo_loss(trainer, pairs):
         batch |= {f"{side}_input_ids": pad(ids, 0), f"{side}_labels": pad(labels, -100)}
         batch[f"{side}_attention_mask"] = pad([torch.ones_like(x) for x in ids], 0)
     return trainer.compute_loss(trainer.model, batch)
-
-
-def assert_same_gradients(policy, trainer):
-    grads = {name: weight.grad for name, weight in trainer.model.named_parameters()}
-    for name, weight in policy.model.named_parameters():
-        assert (weight.grad.full_tensor() - grads[name]).norm() < 1e-4 * grads[name].norm(), name
 
 
 @pytest.mark.parametrize("beta", [0.1, 5.0])
