@@ -61,6 +61,7 @@ class Args:
     compile: bool = False  # torch.compile each block
     cpu_offload: bool = False  # keep weights, gradients and optimiser state in host memory
     lora_rank: int = 0  # train LoRA adapters of this rank (peft) instead of all weights; 0 = off
+    train_modules: str = ""  # train only the parameters whose names match this regex; empty = all
     liger: bool = False  # Liger kernels for norms, rotary embedding and MLP (GPU only)
     # logging
     log_every: int = 10  # steps between lines of log.jsonl
@@ -268,7 +269,7 @@ def token_logps(logits, targets):
 
 def head_pass(hidden, targets, head, config, score):
     """hidden (t, h), targets (t,) -> score(logits, targets), with all that models do to logits."""
-    logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
+    logits = head(hidden).float()  # (t, V)
     logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
@@ -336,6 +337,24 @@ def build_model(args):
     digest = [digest.hexdigest()[:16]]
     dist.broadcast_object_list(digest, 0)
     return model, weights, digest[0]
+
+def choose_parameters(model, weights, args):
+    """Mark what is trained, in the empty model and in rank 0's weights: --lora_rank adds adapters
+    and freezes the rest, --train_modules freezes what its regex does not find."""
+    for each in (model, weights) if weights else (model,):
+        if args.lora_rank:
+            from peft import LoraConfig
+            torch.manual_seed(args.seed)
+            sizes = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank)
+            each.add_adapter(LoraConfig(**sizes, target_modules="all-linear"))
+        with explain(f"--train_modules {args.train_modules} is not a regular expression ({{}})"):
+            for name, parameter in each.named_parameters():
+                found = parameter.requires_grad and re.search(args.train_modules, name)
+                parameter.requires_grad_(bool(found))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        names = [name for name, _ in model.named_parameters()]
+        fail(f"--train_modules {args.train_modules} finds no parameter to train; there are "
+             f"{names[0]}, {names[len(names) // 2]}, {names[-1]} and the like")
 
 @torch.no_grad()
 def check_forward(weights, plain, args):
@@ -564,7 +583,7 @@ def speed(means, seconds, policy, args):
     peak = [tera * 1e12 for gpu, tera in peaks.items() if gpu in name and args.dtype != "float32"]
     memory = torch.cuda.max_memory_allocated() if name else 1024 * resource.getrusage(0).ru_maxrss
     line = {"tokens/s": means["tokens"] / seconds, "memory/GiB": memory / 2**30}
-    if peak:  # the head works on response tokens only, an embedding not at all
+    if peak and not args.train_modules:  # the head sees response tokens only, an embedding none
         model = policy.model
         tables = [model.get_output_embeddings().weight, model.get_input_embeddings().weight]
         trunk, head = sum(p.numel() for p in {*model.parameters()} - {*tables}), tables[0].numel()
@@ -612,12 +631,7 @@ def main():
     if args.router_aux_coef and not hasattr(sys.modules[type(model).__module__], BALANCE):
         fail(f"--router_aux_coef {args.router_aux_coef} is for a mixture of experts, which "
              f"{model.config.model_type} is not")
-    if args.lora_rank:
-        from peft import LoraConfig
-        torch.manual_seed(args.seed)
-        lora = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        for each in (model, weights) if weights else (model,):
-            each.add_adapter(LoraConfig(**lora))
+    choose_parameters(model, weights, args)
     if args.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance as use_liger
         use_liger(model, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -246,7 +246,7 @@ def token_logps(logits, targets):
 
 def head_pass(hidden, targets, head, config, score):
     """hidden (t, h), targets (t,) -> score(logits, targets), with all that models do to logits."""
-    logits = F.linear(hidden, head.weight, head.bias).float()  # (t, V)
+    logits = head(hidden).float()  # (t, V)
     logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2

@@ -47,16 +47,10 @@ def coefficients(pairs):
 
 
 @functools.cache
-def make_policy(folder, layout, checkpointing=False, compiled=False, lora_rank=0):
+def make_policy(folder, layout, checkpointing=False, compiled=False, lora_rank=0, train_modules=""):
     model, weights, _ = dpo.build_model(types.SimpleNamespace(model=folder, layout=layout))
-    if lora_rank:  # as main() does
-        from peft import LoraConfig
-
-        torch.manual_seed(0)
-        for each in (model, weights):
-            each.add_adapter(
-                LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
-            )
+    chosen = dict(lora_rank=lora_rank, train_modules=train_modules, seed=0)
+    dpo.choose_parameters(model, weights, types.SimpleNamespace(**chosen))
     if checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     return dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"), compiled=compiled)
@@ -348,6 +342,19 @@ def test_lora_starts_as_the_base_model_and_trains_its_adapters_only(tiny_model, 
         assert (weight.grad is not None) == (name in trained), name
         if "lora_B" in name:  # A has gradient 0 while B is 0
             assert weight.grad.full_tensor().norm() > 0, name
+    policy.zero_grad()
+
+
+def test_train_modules_trains_what_it_finds_and_with_the_same_gradient(tiny_model):
+    policy, name = make_policy(tiny_model("llama"), "packed", train_modules=r"layers\.1\..*(down|norm)"), "five unequal pairs"
+    policy(dpo.collate(batch_of(name), "packed"))
+    pairs, truth = batch_of(name), ours_of(tiny_model("llama"), "packed", name)
+    logps, _ = policy(dpo.collate(pairs, "packed"))
+    (logps * coefficients(pairs).to(logps)).sum().backward()
+    found = {key.removeprefix("model."): weight.grad for key, weight in policy.named_parameters() if weight.grad is not None}
+    assert len(found) == 3 and all("layers.1." in key for key in found)
+    for key, grad in found.items():
+        assert torch.equal(grad.full_tensor().double(), truth[1][key]), key
     policy.zero_grad()
 
 
