@@ -3,7 +3,8 @@
 # ./launch.sh test [PYTEST ARGS]  all tests, the fast ones first
 # ./launch.sh SCRIPT.py [ARGS]    a script on every GPU of this node, or of several nodes (below);
 #                                 cache_ref.py runs before it if it needs the reference's log-probs
-# ./launch.sh recipe [NAME]       lists published recipes; prints the commands of one; --run runs them
+# ./launch.sh recipe [NAME]       lists published recipes; prints the commands of one; with --run
+#                                 [FLAGS] runs them, FLAGS added to the training
 # ./launch.sh install             the environment only
 # Relative paths count from this folder, wherever launch.sh is called from. Variables:
 #   PYTHON   interpreter [python3]; if it has the packages (a ROCm or CUDA container, an activated
@@ -17,12 +18,10 @@
 # number themselves). MASTER_PORT [29500] and the port after it must be free on the first node.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-
 say() { echo "[launch, $SECONDS s] $*" >&2; }
 fail() { echo "error: $*" >&2; exit 1; }
 dry() { [ "${DRY_RUN:-0}" = 1 ]; }
-run() {
-  dry || { "$@"; return; }
+run() { dry || { "$@"; return; }
   echo ${OMP_NUM_THREADS:+"OMP_NUM_THREADS=$OMP_NUM_THREADS"} "$(printf '%q ' "$@")"
 }
 
@@ -77,7 +76,7 @@ command_line() {  # PORT_OFFSET SCRIPT ARGS: sets line
     line+=(-m torch.distributed.run --nnodes "$nnodes" --nproc_per_node "$nproc" "${meet[@]}")
   line+=("${@:2}")
 }
-start() { dry || exec "${line[@]}"; run "${line[@]}"; }  # exec: signals reach the process itself
+start() { dry || exec "${line[@]}"; run "${line[@]}"; }  # exec: signals reach the process
 check_flags() {  # SCRIPT ARGS: a wrong flag shows now, not after an hour or once per process
   if dry || ! grep -q 'parse_args(Args)' "$1"; then return; fi
   "$python" -c 'import importlib.util, sys
@@ -87,8 +86,7 @@ spec.loader.exec_module(script)
 del sys.argv[0]; script.parse_args(script.Args)' "$@"
 }
 reference_flags() {  # ARGS: sets flags, those that cache_ref.py has too, and model, data, dtype
-  local known name value
-  known=" $(sed -n 's/^    \([a-z_]*\): .*/--\1/p; /^# ---- /q' cache_ref.py | tr '\n' ' ')"
+  local name value known=" $(sed -n 's/^    \([a-z_]*\): .*/--\1/p; /^# ---- /q' cache_ref.py | tr '\n' ' ')"
   model="" data="" dtype=auto flags=()
   while [ $# -gt 0 ]; do
     name=${1%%=*} value=${1#*=}
@@ -104,16 +102,14 @@ reference_flags() {  # ARGS: sets flags, those that cache_ref.py has too, and mo
 # cache_ref.py must read the model to know that its cache is complete, so it is left out where there
 # is no doubt: a folder --model has a cache in this precision, younger than it and than the data.
 cached() {  # after reference_flags
-  local meta
-  if [ "$dtype" = auto ]; then dtype=float32; [ "$(devices)" = 0 ] || dtype=bfloat16; fi
+  local meta; if [ "$dtype" = auto ]; then dtype=float32; [ "$(devices)" = 0 ] || dtype=bfloat16; fi
   meta=$(grep -lF "\"model\": \"$model\"" "$data"/ref-*/meta.json |
     xargs grep -lF "\"dtype\": \"$dtype\"" | sed -n 1p)
   [ "$nnodes" = 1 ] && [ -d "$model" ] && [ "$meta" ] &&
     [ -z "$(find -L "$model" "$data"/{meta.json,train,val} -newercm "$meta" 2>&1)" ]
 } 2>/dev/null
 script() {  # SCRIPT ARGS
-  local first=0 cores
-  [ -f "$1" ] || fail "there is no script $1; there are: $(echo *.py)"
+  local first=0 cores; [ -f "$1" ] || fail "there is no script $1; there are: $(echo *.py)"
   nodes
   case "$* " in prepare_data.py*|*" -h "*|*" --help "*) nnodes=1 NPROC=1 ;; esac
   environment requirements.txt
@@ -128,51 +124,55 @@ script() {  # SCRIPT ARGS
   if [ "$first$nproc$nnodes" != 011 ]; then check_flags "$@"; fi
   if [ "$first" = 1 ]; then
     say "cache_ref.py runs first: $1 needs the log-probs of the reference $model on $data"
-    command_line 1 cache_ref.py "${flags[@]}"
-    start &
+    command_line 1 cache_ref.py "${flags[@]}"; start &
     trap 'kill -TERM $! 2>/dev/null; wait $! || true; exit 143' TERM INT
     wait $! || exit $?
   fi
   [ "$nnodes" = 1 ] || say "node ${node_rank:-?} of $nnodes: starts when all run this command"
-  command_line 0 "$@"
-  start
+  command_line 0 "$@"; start
 }
 
 # ---- published recipes; all have one epoch, steps of 128 pairs and a warm-up of 0.1
-recipe() {  # [NAME [--run]]
-  local names="" text="" name script model data split length flags
+recipe() {  # [NAME [--run [FLAGS]]]
+  local names="" prepare="" train="" name script model data split length flags
+  case ${1:-} in -*) set -- ;; esac
   while read -r name script model data split length flags; do
     names+=" $name"
     [ "${1:-}" ] || printf '%-17s %-12s %s <- %s\n' "$name" "$script.py" "$model" "$data"
     [ "${1:-}" = "$name" ] || continue
-    [ "$script" != simpo ] || length+=" --score_header"
-    text="[ -d data/$name ] || ./launch.sh prepare_data.py --model $model \\
+    case $script in simpo|wpo) length+=" --score_header" ;; esac
+    prepare="[ -d data/$name ] || ./launch.sh prepare_data.py --model $model \\
     --dataset $data --split $split --max_length $length \\
-    --val_fraction 0.01 --out data/$name
-./launch.sh $script.py --model $model --data data/$name \\
+    --val_fraction 0.01 --out data/$name"
+    train="./launch.sh $script.py --model $model --data data/$name \\
     --out out/$name $flags \\
     --epochs 1 --batch_size 128 --warmup 0.1 --activation_checkpointing --save_every 100 --resume"
   done <<'END'
-tulu3-8b dpo_norm allenai/Llama-3.1-Tulu-3-8B-SFT allenai/llama-3.1-tulu-3-8b-preference-mixture train 2048 --learning_rate 5e-7
-olmo2-7b dpo_norm allenai/OLMo-2-1124-7B-SFT allenai/olmo-2-1124-7b-preference-mix train 2048 --learning_rate 1e-6
-olmo2-13b dpo_norm allenai/OLMo-2-1124-13B-SFT allenai/olmo-2-1124-13b-preference-mix train 2048 --learning_rate 8e-7
+tulu3-8b dpo_norm allenai/Llama-3.1-Tulu-3-8B-SFT allenai/llama-3.1-tulu-3-8b-preference-mixture train 2048 --beta 5 --learning_rate 5e-7 --schedule linear
+olmo2-7b dpo_norm allenai/OLMo-2-1124-7B-SFT allenai/olmo-2-1124-7b-preference-mix train 2048 --beta 5 --learning_rate 1e-6 --schedule linear
+olmo2-13b dpo_norm allenai/OLMo-2-1124-13B-SFT allenai/olmo-2-1124-13b-preference-mix train 2048 --beta 5 --learning_rate 8e-7 --schedule linear
 zephyr-7b dpo alignment-handbook/zephyr-7b-sft-full HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 0.01 --learning_rate 5e-7 --schedule cosine
-simpo-mistral-7b simpo alignment-handbook/zephyr-7b-sft-full HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --gamma_beta_ratio 0.8 --learning_rate 3e-7 --schedule cosine
+simpo-mistral-7b simpo alignment-handbook/zephyr-7b-sft-full HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 2 --gamma_beta_ratio 0.8 --learning_rate 3e-7 --schedule cosine
 simpo-llama3-8b simpo meta-llama/Meta-Llama-3-8B-Instruct princeton-nlp/llama3-ultrafeedback train 2048 --beta 2.5 --gamma_beta_ratio 0.55 --learning_rate 1e-6 --schedule cosine
 simpo-gemma2-9b simpo google/gemma-2-9b-it princeton-nlp/gemma2-ultrafeedback-armorm train 2048 --beta 10 --gamma_beta_ratio 0.5 --learning_rate 8e-7 --schedule cosine
-wpo-mistral-7b wpo HuggingFaceH4/mistral-7b-sft-beta HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --learning_rate 5e-7 --schedule cosine
+wpo-mistral-7b wpo HuggingFaceH4/mistral-7b-sft-beta HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 0.01 --learning_rate 5e-7 --schedule cosine
 END
-  [ "$text" ] || [ -z "${1:-}" ] || fail "there is no recipe $1; there are:$names"
-  case ${2:-} in "") printf %s "${text:+$text$'\n'}" ;; --run) bash -euc "$text" ;; *) fail "$2 is not --run" ;; esac
+  [ "$train" ] || [ -z "${1:-}" ] || fail "there is no recipe $1; there are:$names"
+  case ${2:-} in
+    "") printf %s "${train:+$prepare$'\n'$train$'\n'}" ;;
+    --run) nodes; [ "$nnodes" = 1 ] || [ -d "data/$1" ] || fail "first, on one node:" ${prepare//\\/}
+      bash -euc "$prepare"; exec bash -euc "exec $train \"\$@\"" launch "${@:3}" ;;
+    *) fail "$2 is not --run" ;;
+  esac
 }
 
-step() { say "$*"; run "$python" "$@"; }
 demo() {
-  local name flags world=data/demo_world data=data/demo_world/pairs base=data/demo_world/base
-  local out=out/demo models=$base
+  local name flags world=data/demo_world out=out/demo
+  local data=$world/pairs base=$world/base models=$world/base
   environment requirements.txt requirements-dev.txt
   export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1  # for a model this small more threads only wait
   run rm -rf "$world" "$out"
+  step() { say "$*"; run "$python" "$@"; }
   step tests/demo_world.py --out "$world"
   step prepare_data.py --dataset "$world/pairs.jsonl" --model "$base" --out "$data" --val_fraction 0.2
   step cache_ref.py --model "$base" --data "$data"

@@ -345,7 +345,7 @@ def encode(kit, args, messages: list, answers: list):
         if found:
             drop("special token", found.string[max(0, found.start() - 40):found.end() + 40])
     question, texts, prompt = render(kit, messages, answers)
-    if not all(text[len(prompt):].strip() for text in texts):
+    if not all(text[len(question):].strip() for text in texts):  # a header alone is no response
         drop("empty", f"rendering leaves nothing of a response: {answers}")
     coded = kit.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     sides, offsets = coded["input_ids"], coded["offset_mapping"]

@@ -73,7 +73,7 @@ class Args:
     wandb: str = ""  # Weights & Biases project that gets the log too
     # algorithm
     beta: float = 2.0  # scale of the reward, beta of eq. 4
-    gamma_beta_ratio: float = 0.25  # target margin of the mean log-probs, gamma / beta of eq. 5
+    gamma_beta_ratio: float = 0.25  # target margin gamma of eq. 5, divided by beta
     label_smoothing: float = 0.0  # probability that a preference label is wrong, eps of cDPO
     sft_weight: float = 0.0  # weight of -log pi(y_w|x) / |y_w|, added to the loss as in RPO
     router_aux_coef: float = 0.0  # weight of the load-balancing loss of a mixture of experts

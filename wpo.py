@@ -1,13 +1,13 @@
 """Weighted Preference Optimization (WPO), Zhou et al. 2024, https://arxiv.org/abs/2406.11827
 
-    L = -E w(x, y_w) w(x, y_l) log sigmoid(beta log pi(y_w|x)/ref(y_w|x)
-                                           - beta log pi(y_l|x)/ref(y_l|x))
+    L = -E min(1, w(x, y_w) w(x, y_l)) log sigmoid(beta log pi(y_w|x)/ref(y_w|x)
+                                                   - beta log pi(y_l|x)/ref(y_l|x))
     w(x, y) = exp 1/|y| sum_t [log pi(y_t|x, y_<t) - log sum_v pi(v|x, y_<t)^2]   sampled alignment
 
 Responses of other models are off-policy. WPO makes them resemble on-policy data: every pair counts
 as much as the current policy might have written it. sum_v pi(v)^2 is the expected probability of a
 token that the policy samples itself, so that its own text has a weight near one whatever the
-entropy. The weight of a pair is at most one, has no gradient, and is renewed in every step.
+entropy. The weight of a pair has no gradient, and is computed anew in every step.
 
     python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME

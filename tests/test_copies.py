@@ -130,6 +130,56 @@ def test_no_identifier_or_default_names_an_algorithm(name):
     assert not [word for word in words if re.search("(?<![a-z])(aux)?(dpo|simpo|wpo|compo)(?![a-z])", word, re.I)]
 
 
+def settings(name):
+    """{field: its line in Args} of a script."""
+    args = next(node for node in ast.parse((ROOT / name).read_text()).body if getattr(node, "name", "") == "Args")
+    lines = (ROOT / name).read_text().splitlines()
+    return {field.target.id: lines[field.lineno - 1] for field in args.body}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_setting_of_dpo_means_the_same_in_every_algorithm(name):
+    ours, theirs = settings("dpo.py"), settings(name)
+    assert [field for field in ours if field in theirs and ours[field] != theirs[field]] in ([], ["beta"])
+    order = [field for field in theirs if field in ours]
+    assert order == [field for field in ours if field in theirs] and len(order) > 25
+
+
+MAIN = {  # what main() of dpo.py has to lose, or to say otherwise, in an algorithm
+    "dpo_norm.py": set(),
+    "simpo.py": {"load_reference(args, digest, dtype, splits)", "if step == 0 and args.check_reference: CHECK"},
+    "wpo.py": {"policy = shard(Policy(model), weights, dtype, device, args.cpu_offload, args.compile)",
+               "if step == 0 and args.check_reference: CHECK"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name in MAIN])
+def test_main_is_that_of_dpo_but_for_named_statements(name):
+    def statements(script):
+        main = next(n for n in ast.parse((ROOT / script).read_text()).body if getattr(n, "name", "") == "main")
+        found = []
+
+        def visit(body):
+            for node in body:
+                text = ast.unparse(node)
+                if text.startswith("if step == 0 and args.check_reference"):
+                    found.append("if step == 0 and args.check_reference: CHECK" if script == "dpo.py" else text)
+                elif isinstance(node, (ast.If, ast.For)):
+                    found.append(text.splitlines()[0])
+                    visit(node.body + node.orelse)
+                else:
+                    found.append(text)
+
+        visit(main.body)
+        return found
+
+    ours, theirs = statements("dpo.py"), statements(name)
+    check = next(ast.unparse(n) for n in ast.walk(ast.parse((ROOT / "dpo.py").read_text()))
+                 if isinstance(n, ast.If) and ast.unparse(n).startswith("if step == 0 and args.check_reference"))
+    theirs = ["if step == 0 and args.check_reference: CHECK" if text == check else text for text in theirs]
+    assert {line for line in ours if line not in theirs} == MAIN[name]
+
+
 def readme_row(name):
     """The README's table row of a script -> (everything before the last cell, the last cell)."""
     row = re.search(rf"^(\| \[`{name}`\]\({name}\) .*\| )([^|\n]*) \|$", README.read_text(), re.M)

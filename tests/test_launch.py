@@ -127,6 +127,18 @@ RECIPES = {  # METHODS: learning rate, schedule, tokens of a pair, beta, gamma /
     "wpo-mistral-7b": ("wpo", 5e-7, "cosine", 1024, 0.01, None),
 }
 
+ULTRA = "ultrafeedback_binarized"
+SOURCES = {  # METHODS: model, data
+    "tulu3-8b": ("Llama-3.1-Tulu-3-8B-SFT", "llama-3.1-tulu-3-8b-preference-mixture"),
+    "olmo2-7b": ("OLMo-2-1124-7B-SFT", "olmo-2-1124-7b-preference-mix"),
+    "olmo2-13b": ("OLMo-2-1124-13B-SFT", "olmo-2-1124-13b-preference-mix"),
+    "zephyr-7b": ("zephyr-7b-sft-full", ULTRA),
+    "simpo-mistral-7b": ("zephyr-7b-sft-full", ULTRA),
+    "simpo-llama3-8b": ("Meta-Llama-3-8B-Instruct", "llama3-ultrafeedback"),
+    "simpo-gemma2-9b": ("gemma-2-9b-it", "gemma2-ultrafeedback-armorm"),
+    "wpo-mistral-7b": ("mistral-7b-sft-beta", ULTRA),
+}
+
 def parsed(command, monkeypatch):
     """The arguments that the real script makes of a printed command."""
     words = shlex.split(command)
@@ -135,7 +147,8 @@ def parsed(command, monkeypatch):
     return script, script.parse_args(script.Args)
 
 def test_recipes_are_listed_and_an_unknown_one_is_one_line_with_their_names(root):
-    assert [line.split()[0] for line in launch(root, "recipe")] == list(RECIPES)
+    for args in ([], ["--help"], ["--run"]):
+        assert [line.split()[0] for line in launch(root, "recipe", *args)] == list(RECIPES)
     line, = launch(root, "recipe", "zefyr", rc=1)
     assert line.startswith("error: ") and all(word in line for word in ("zefyr", *RECIPES))
     line, = launch(root, "recipe", "zephyr-7b", "--go", rc=1)
@@ -149,10 +162,12 @@ def test_a_recipe_prints_commands_that_the_scripts_take_with_the_published_numbe
     assert max(map(len, launch(root, "recipe", name))) <= 120
     module, data = parsed(prepare, monkeypatch)
     assert prepare.startswith(f"[ -d {data.out} ] || ./launch.sh prepare_data.py ")  # done once, if preempted
-    assert data.max_length == length and data.score_header == (script == "simpo")
+    assert data.max_length == length and data.score_header == (script in ("simpo", "wpo"))
     assert data.split == ("train_prefs" if "ultrafeedback_binarized" in data.dataset else "train")
     module, args = parsed(train, monkeypatch)
     assert module.__name__ == script and args.data == data.out and args.model == data.model
+    assert (data.model.split("/")[1], data.dataset.split("/")[1]) == SOURCES[name] and data.val_fraction == 0.01
+    assert args.activation_checkpointing and "--beta" in train and "--schedule" in train  # published, so said
     assert (args.learning_rate, args.schedule, args.beta) == (rate, schedule, beta)
     assert (args.batch_size, args.epochs, args.warmup, args.label_smoothing) == (128, 1, 0.1, 0)
     assert getattr(args, "gamma_beta_ratio", None) == ratio
@@ -165,6 +180,16 @@ def test_a_recipe_runs_the_commands_that_it_prints(root):
     assert lines[0].split(" --")[0].endswith("prepare_data.py") and " simpo.py " in lines[1] and len(lines) == 2
     (root / "data/simpo-llama3-8b").mkdir(parents=True)
     assert launch(root, "recipe", "simpo-llama3-8b", "--run", NPROC="8") == lines[1:]
+    line, = launch(root, "recipe", "simpo-llama3-8b", "--run", "--learning_rate", "1 e-7", NPROC="8")
+    assert line == lines[1] + " --learning_rate 1\\ e-7"  # the last one counts
+
+def test_several_nodes_do_not_prepare_the_data_of_a_recipe_at_once(root):
+    nodes = dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="n0", NPROC="8")
+    line, = launch(root, "recipe", "zephyr-7b", "--run", rc=1, **nodes)
+    assert line.startswith("error: ") and "on one node" in line and "prepare_data.py" in line
+    (root / "data/zephyr-7b").mkdir(parents=True)
+    assert [line.split(" --model")[0].split()[-1] for line in launch(root, "recipe", "zephyr-7b", "--run", **nodes)] == [
+        "cache_ref.py", "dpo.py"]
 
 
 # ---- nodes
@@ -258,11 +283,14 @@ def test_the_demo_trains_with_every_algorithm_that_is_there(root):
 
 # ---- for real
 
-def test_signals_and_exit_status_pass_through(root):
-    (root / "wait.py").write_text("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
-                                  "print('ready', flush=True)\ntime.sleep(60)\n")
+@pytest.mark.parametrize("words", [["wait.py"], ["recipe", "zephyr-7b", "--run"]], ids=["a script", "a recipe"])
+def test_signals_and_exit_status_pass_through(root, words):
+    for name in ("wait.py", "dpo.py"):
+        (root / name).write_text("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+                                 "print('ready', flush=True)\ntime.sleep(60)\n")
+    (root / "data/zephyr-7b").mkdir(parents=True)
     env = CLEAN | dict(PYTHON=sys.executable, NPROC="1")
-    process = subprocess.Popen([root / "launch.sh", "wait.py"], env=env, stdout=subprocess.PIPE)
+    process = subprocess.Popen([root / "launch.sh", *words], env=env, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 7

@@ -280,6 +280,15 @@ def test_with_score_header_the_prompt_ends_with_the_question_and_the_response_op
     assert scored[0] + scored[1] == plain[0] + plain[1]  # the same text, cut elsewhere
 
 
+@pytest.mark.parametrize("flags", [[], ["--score_header"]])
+def test_a_response_of_which_the_template_leaves_nothing_is_dropped(flags, tmp_path):
+    template = LLAMA.replace("m['content']", "m['content'].split('</think>')[-1]")
+    model = make_tokenizer(tmp_path / "tokenizer", template, bos=True)
+    row = dict(prompt="Why?", chosen="<think>good</think>", rejected="bad")
+    texts, dropped = one(row, model, tmp_path, *flags)
+    assert not texts and [reason for reason, _ in dropped] == ["empty"]
+
+
 def test_score_header_leaves_the_split_as_it_is_and_needs_a_template(chat, base, tmp_path, capsys):
     path, ids = write(tmp_path / "a.jsonl", ROWS), []
     for i, flags in enumerate(([], ["--score_header"])):

@@ -151,6 +151,9 @@ def test_wpo_is_a_loop_over_the_vocabulary_and_its_weight_has_no_gradient(beta, 
         assert losses.item() == pytest.approx(loss, rel=1e-9)
         assert metrics["weights"].item() == pytest.approx(weight, rel=1e-9)
         assert not metrics["weights"].requires_grad
+        rewards = beta * (scores[:, 0, 0] - ref[:, 0])  # without the weight
+        assert metrics["rewards/chosen"].item() == pytest.approx(rewards[0].item(), rel=1e-9)
+        assert metrics["rewards/margins"].item() == pytest.approx((rewards[0] - rewards[1]).item(), rel=1e-9)
         for z, grad in zip(logits, grads):
             torch.testing.assert_close(z.grad, torch.tensor(grad, dtype=torch.float64), rtol=1e-9, atol=1e-12)
         seen.append(weight)
