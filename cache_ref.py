@@ -5,15 +5,25 @@ constant that the training scripts read, so that the reference is never in memor
 Model, precision and forward function are those of training, whose first batch checks that they are.
 
     python cache_ref.py --model MODEL --data data/NAME
-    torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME
+    torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME [--sketch_dim 4096]
 
 Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats, row i for row i of the
 split; the hash is of weights, tokens and precision. While it runs, each process keeps what it has
 in ref-<hash>.partial/. A killed run takes up the parts it finds, with any number of processes, and
 ends with the same bytes, because what shares a forward pass is a function of the data alone.
+
+For auxdpo.py a second pass adds ref-<hash>/sketch-<hash>/train-sketch.npy, (rows, 2, K): of every
+response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x), so short that all fit on disk
+and such that <sketch(g), sketch(g')> estimates <g, g'> without bias. A weight W (out, in) of a
+linear layer has the gradient sum_t d_t x_t^T, d the gradient of its output and x its input, and
+
+    sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t))
+
+with CS, a count sketch, the sum of the entries with random signs into K buckets. So it takes one
+batched backward pass over frozen weights, and no gradient of a weight is ever formed.
 """
-import argparse, bisect, contextlib, dataclasses, hashlib, inspect, json, math, os, re, shutil
-import sys, time, uuid
+import argparse, bisect, contextlib, dataclasses, functools, hashlib, importlib.util, inspect, json
+import math, os, re, shutil, sys, time, types, uuid
 from pathlib import Path
 
 import datasets
@@ -38,6 +48,13 @@ class Args:
     dtype: str = "auto"  # of the computation: auto (bfloat16 on a GPU) | bfloat16 | float32
     cpu_offload: bool = False  # keep the weights in host memory
     save_seconds: float = 20.0  # at most so much work is lost when the run is killed
+    # sketches for auxdpo.py
+    sketch_dim: int = 0  # K, numbers that stand for the gradient of a response; 0 = no sketches
+    sketch_dtype: str = "float16"  # of the sketches on disk: float16 | float32
+    sketch_modules: str = ""  # regex of parameter names: what the sketches count; empty = all trained
+    lora_rank: int = 0  # as the training will have it, for the sketches; 0 = off
+    train_modules: str = ""  # regex of parameter names, as the training will have it; empty = all
+    seed: int = 0  # as the training will have it: with --lora_rank, of the initial adapters
 
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
@@ -293,6 +310,24 @@ def build_model(args):
     dist.broadcast_object_list(digest, 0)
     return model, weights, digest[0]
 
+def choose_parameters(model, weights, args):
+    """Mark what is trained, in the empty model and in rank 0's weights: --lora_rank adds adapters
+    and freezes the rest, --train_modules freezes what its regex does not find."""
+    for each in (model, weights) if weights else (model,):
+        if args.lora_rank:
+            from peft import LoraConfig
+            torch.manual_seed(args.seed)
+            sizes = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank)
+            each.add_adapter(LoraConfig(**sizes, target_modules="all-linear"))
+        with explain(f"--train_modules {args.train_modules} is not a regular expression ({{}})"):
+            for name, parameter in each.named_parameters():
+                found = parameter.requires_grad and re.search(args.train_modules, name)
+                parameter.requires_grad_(bool(found))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        names = [name for name, _ in model.named_parameters()]
+        fail(f"--train_modules {args.train_modules} finds no parameter to train; there are "
+             f"{names[0]}, {names[len(names) // 2]}, {names[-1]} and the like")
+
 @torch.no_grad()
 def check_forward(weights, plain, args):
     """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
@@ -351,110 +386,277 @@ def reference_folder(args, weights, dtype, splits):
 # ---- end of the helpers ----
 
 
-def merge(logps):
-    """Give every rank what any rank has; NaN where none has anything. {split: float32 (rows, 2)}"""
-    for name, values in logps.items():
-        known = torch.from_numpy(np.nan_to_num(values, nan=-np.inf))
-        dist.all_reduce(known, dist.ReduceOp.MAX)  # equal where two ranks have it
-        logps[name] = np.where(np.isneginf(known.numpy()), np.float32(np.nan), known.numpy())
-    return logps
+def sketch_folder(args, folder):
+    """Where the sketches belong, inside the folder of the log-probs; and what makes them these."""
+    names = ("sketch_dim", "sketch_modules", "train_modules", "lora_rank")
+    key = {name: getattr(args, name) for name in names} | dict(seed=args.lora_rank and args.seed)
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"sketch-{name}", key
 
-def read_parts(folder, splits):
-    """What processes of this run or killed ones have stored, here or on other nodes."""
-    sizes = {name: (len(split["rows"]), 2) for name, split in splits.items()}
-    logps = {name: np.full(size, np.nan, np.float32) for name, size in sizes.items()}
-    for path in folder.glob("part-*.npz"):
-        try:
-            with np.load(path) as part:
-                for name in {key.removesuffix("-rows") for key in part if key.endswith("-rows")}:
-                    logps[name][part[f"{name}-rows"]] = part[f"{name}-logps"]
-        except Exception as error:
-            tqdm.write(f"{path} is damaged ({error}) and will be computed again")
-    return merge(logps)
+def hash_table(name, size, dim, device):
+    """Signs and buckets of `size` entries, random of `name` alone; all buckets are equally full."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+    random = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (size,), generator=random) * 2.0 - 1
+    buckets = torch.randperm(math.ceil(size / dim) * dim, generator=random)[:size] % dim
+    return signs.to(device), buckets.to(device)
 
-def write_part(folder, done):
-    """Store [(split, rows, logps)] under a new name, whole or not at all."""
-    arrays = {}
-    for name in {name for name, _, _ in done}:
-        rows, logps = zip(*[(rows, logps) for split, rows, logps in done if split == name])
-        arrays |= {f"{name}-rows": np.concatenate(rows), f"{name}-logps": np.concatenate(logps)}
-    path = folder / f"part-{uuid.uuid4().hex}.npz"
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        np.savez(file, **arrays)
-    path.with_suffix(".tmp").rename(path)
+def count_sketch(values, table, dim):
+    """values (t, size) -> (t, dim): in each bucket the signed sum of its entries."""
+    signs, buckets = table
+    sums = torch.zeros(len(values), dim, device=values.device)
+    return sums.scatter_add_(1, buckets.expand(len(values), -1), values * signs)
 
-def write_final(folder, logps, key, args):
-    """All files aside, then one rename: a folder with this name is complete."""
-    aside = folder.with_name(f"tmp-{folder.name}.{dist.get_rank()}")  # not ref-*: not yet a cache
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name, values in logps.items():
-        np.save(aside / f"{name}-logps.npy", values)
-    record = dict(key=key, args=dataclasses.asdict(args), torch=torch.__version__,
-                  transformers=transformers.__version__)
-    (aside / "meta.json").write_text(json.dumps(record))
-    aside.rename(folder)
+def is_product(module):
+    """Is the gradient of its weight a sum of outer products, of its input and its output's?"""
+    plain = type(module) in (torch.nn.Linear, torch.nn.Embedding)
+    return plain or type(module).__name__ == "Conv1D" or hasattr(module, "embed_scale")
+
+def watch(model, names, dim, salt=""):
+    """Freeze all weights, and sketch those of `names` in every backward pass -> state of the hooks.
+    Another salt makes another, independent sketch."""
+    state = types.SimpleNamespace(dim=dim, real=None, head=model.get_output_embeddings())
+    state.table = functools.cache(lambda name, *size: hash_table(salt + name, *size))
+    known = {id(weight): name for name, weight in model.named_parameters()}  # tied: one name
+    for module in model.modules():
+        own = {leaf: known[id(weight)] for leaf, weight in module.named_parameters(recurse=False)}
+        own = {leaf: name for leaf, name in own.items() if name in names}
+        for leaf, name in own.items():
+            if not is_product(module) and "Norm" not in type(module).__name__:
+                fail(f"--sketch_dim knows linear layers, embeddings and norms, but not {name} of "
+                     f"{type(module).__name__}: leave it out with --sketch_modules")
+        if own:
+            module.register_forward_hook(functools.partial(remember, state, own))
+    model.requires_grad_(False)
+    return state
+
+def remember(state, own, module, inputs, output):
+    """Forward hook of a layer that counts."""
+    if state.real is not None and torch.is_grad_enabled():
+        if not output.requires_grad:
+            output.requires_grad_()  # the backward pass ends at the first layer that counts
+        output.register_hook(functools.partial(add_share, state, own, module, inputs[0].detach()))
+
+def add_share(state, own, module, x, d):
+    """Backward hook: the share of a layer, x its input and d the gradient of its output."""
+    rows, length = state.real.shape
+    table = lambda leaf, axis, size: state.table(f"{own[leaf]} {axis}", size, state.dim, d.device)
+    name, who, sketch = [*own.values()][0], state.who, functools.partial(count_sketch, dim=state.dim)
+    if module is state.head:  # a chunk of hidden (M, h): a view, which knows where it begins
+        first = x.storage_offset() // x.shape[-1]
+        who = state.responses[first:first + len(x)]
+    elif is_product(module):
+        x, d = x.flatten(0, -2) if x.is_floating_point() else x.flatten(), d.flatten(0, -2)
+        if not len(x) == len(d) == rows * length:
+            fail(f"--sketch_dim cannot tell the sequences of {name} apart: leave it out with "
+                 "--sketch_modules")
+        x, d = x[state.cells], d[state.cells]
+    else:  # a norm: the gradient itself, a vector per row, is small
+        weights = {leaf: getattr(module, leaf).detach().float() for leaf in own}
+        run = lambda x: lambda weights: torch.func.functional_call(module, weights, (x,))
+        one = lambda x, d: torch.func.vjp(run(x), weights)[1](d)[0]
+        real, state.real = state.real, None  # this forward pass is not to be watched
+        for leaf, grads in torch.func.vmap(one)(x.float(), d.float()).items():
+            grads = grads.flatten(1)  # (rows, size)
+            state.sums += sketch(grads, table(leaf, 0, grads.shape[1]))
+        state.real = real
+        return
+    for x, d, who in zip(x.split(1024), d.split(1024), who.split(1024)):
+        if "bias" in own:
+            state.sums.index_add_(0, who, sketch(d, table("bias", 0, d.shape[1])))
+        if "weight" not in own:
+            continue
+        if isinstance(module, torch.nn.Embedding):  # x is the place of the only one in a vector
+            signs, buckets = table("weight", 0, module.num_embeddings)
+            left = d.new_zeros(len(d), state.dim, dtype=torch.float32)
+            left[torch.arange(len(d)), buckets[x]] = signs[x] * (x != module.padding_idx)
+            scale = getattr(module, "embed_scale", 1)  # Gemma
+            right = sketch(scale * d, table("weight", 1, d.shape[1]))
+        else:
+            x, d = (x, d) if type(module).__name__ == "Conv1D" else (d, x)  # GPT-2: (in, out)
+            left = sketch(x, table("weight", 0, x.shape[1]))
+            right = sketch(d, table("weight", 1, d.shape[1]))
+        state.spectrum.index_add_(0, who, torch.fft.rfft(left) * torch.fft.rfft(right))
+
+def sketches(policy, pairs, state, device):
+    """-> float32 (n, 2, dim), the sketched gradients of log pi of both responses of n pairs."""
+    batch, = collate(pairs, "concatenated")  # every sequence is a row of its own
+    state.real = batch["real"].to(device)
+    rows, length = state.real.shape
+    batch["position_ids"] = batch["position_ids"].expand(rows, -1)  # they may be an embedding's
+    state.cells = state.real.flatten().nonzero()[:, 0]
+    state.who = state.cells // length  # (tokens,) the row of each
+    sizes = torch.tensor(batch["sizes"], device=device)
+    state.responses = torch.arange(rows, device=device).repeat_interleave(sizes)
+    state.sums = torch.zeros(rows, state.dim, device=device)
+    state.spectrum = torch.zeros(rows, state.dim // 2 + 1, dtype=torch.complex64, device=device)
+    policy([batch])[0].sum().backward()
+    state.real = None
+    sums = state.sums + torch.fft.irfft(state.spectrum, n=state.dim)
+    return sums.view(2, len(pairs), -1).transpose(0, 1)
 
 
-def main():
-    args = parse_args(Args)
-    rank, world, device, dtype = start_process_group(args.dtype)
-    splits, _ = load_data(args)
-    model, weights, digest = build_model(args)
-    folder, key = reference_folder(args, digest, dtype, splits)
-    partial = folder.with_suffix(".partial")
-    complete = [(folder / "meta.json").is_file()]
-    dist.broadcast_object_list(complete, 0)
-    if complete[0]:
-        print(f"{folder} is complete\n" * (rank == 0), end="")
-        return dist.destroy_process_group()
+def fill(folder, key, splits, kind, compute, shape, dtype, args):
+    """folder/{split}-{kind}.npy: compute(pairs) (n, *shape) for all rows, by all ranks, in parts.
+
+    A part is a file in folder.partial, of this run or of a killed one, here or on other nodes."""
+    rank, world, partial = dist.get_rank(), dist.get_world_size(), folder.with_suffix(".partial")
     try:
         partial.mkdir(exist_ok=True)
-        logps = read_parts(partial, splits)
-
+        parts, known = read_parts(partial, splits, shape)
         plan = []  # micro-batches of windows of 1024 rows: a function of the data alone
         for name, split in splits.items():
             for first in range(0, len(split["rows"]), 1024):
                 rows = np.arange(first, min(first + 1024, len(split["rows"])))
                 lists = micro_batches(rows, split["lengths"], args.layout, args.max_tokens, 1)
                 plan += [(name, part) for part in lists]
-        plan = [(name, part) for name, part in plan if np.isnan(logps[name][part]).any()]
+        plan = [(name, part) for name, part in plan if not known[name][part].all()]
         pairs = sum(len(split["rows"]) for split in splits.values())
         left = sum(len(part) for _, part in plan)
         if rank == 0:
-            print(f"{folder}: {pairs} pairs, of which {pairs - left} are already done in {partial}")
-
-        policy = shard(Policy(model), weights, dtype, device, args.cpu_offload)
-        done, clock = [], time.time()
+            size = pairs * np.dtype(dtype).itemsize * math.prod(shape) / 1e6
+            print(f"{folder}: {pairs} pairs, of which {pairs - left} are already done in {partial};"
+                  f" {size:.3g} MB on disk")
+        done, start, clock = [], time.time(), time.time()
         bar = tqdm(total=left, desc=folder.name, unit=" pairs", disable=rank > 0)
         for i in range(0, len(plan), world):  # FSDP: equally many forward passes per rank
             name, part = plan[min(i + rank, len(plan) - 1)]
-            with torch.no_grad():
-                batches = collate([splits[name]["rows"][int(row)] for row in part], args.layout)
-                values = policy(batches)[0].T.float().cpu().numpy()  # (n, 2)
-            for row in part[~np.isfinite(values).all(1)]:
-                fail(f"pair {splits[name]['rows'][int(row)]['id']} of {name} has a log-prob that "
-                     "is not finite; take it out of the data, or try --dtype float32")
-            logps[name][part] = values
+            pairs = [splits[name]["rows"][int(row)] for row in part]
+            values = compute(pairs).cpu().numpy().astype(dtype)
+            for row in part[~np.isfinite(values).reshape(len(part), -1).all(1)]:
+                fail(f"pair {splits[name]['rows'][int(row)]['id']} of {name} has {kind} that are "
+                     f"not finite in {np.dtype(dtype)}; take it out of the data, or try float32: "
+                     "--dtype, --sketch_dtype")
             done.append((name, part, values))
             bar.update(sum(len(part) for _, part in plan[i:i + world]))
+            if i == 0 and rank == 0:
+                cost = [splits[name]["lengths"][part].sum() for name, part in plan]
+                tqdm.write(f"about {(time.time() - start) * sum(cost) / sum(cost[:world]) / 60:.1f}"
+                           " minutes, if all go like the first")
             if time.time() - clock > args.save_seconds:
-                write_part(partial, done)
+                parts |= write_part(partial, done)
                 done, clock = [], time.time()
         if done:
-            write_part(partial, done)
-        logps = merge(logps)
-        for writer in range(world):  # the folder is shared, or each node keeps its own
-            if rank == writer and int(os.environ.get("LOCAL_RANK", 0)) == 0 and not folder.exists():
-                write_final(folder, logps, key, args)
-            dist.barrier()
+            parts |= write_part(partial, done)
+        bar.close()
+        write_final(folder, key, splits, kind, parts, shape, dtype, args)
     except OSError as error:
         fail(f"{error.filename or folder} cannot be written ({error.strerror}); {partial} is kept")
-    bar.close()
-    if rank == 0:
-        mean = {name: values.mean(0).round(2).tolist() for name, values in logps.items()}
-        print(f"{folder} is complete; mean log-probs of (chosen, rejected): {mean}")
     shutil.rmtree(partial, ignore_errors=True)
+
+def read_parts(folder, splits, shape):
+    """-> {path: {split: its rows}} as seen here, {split: is it known to any rank (rows,)}."""
+    parts, known = {}, {name: np.zeros(len(split["rows"]), bool) for name, split in splits.items()}
+    for path in folder.glob("part-*.npz"):
+        try:
+            with np.load(path) as part:
+                rows = {name: part[f"{name}-rows"] for name in splits if f"{name}-rows" in part}
+                for name in rows:
+                    part[f"{name}-values"].reshape(len(rows[name]), *shape)
+                    known[name][rows[name]] = True
+            parts[path] = rows
+        except Exception as error:
+            tqdm.write(f"{path} is damaged ({error}) and will be computed again")
+    for name, mask in known.items():
+        mask = torch.from_numpy(mask.astype(np.int8))
+        dist.all_reduce(mask, dist.ReduceOp.MAX)
+        known[name] = mask.numpy().astype(bool)
+    return parts, known
+
+def write_part(folder, done):
+    """Store [(split, rows, values)] under a new name, whole or not at all -> {path: {split: rows}}."""
+    arrays, path = {}, folder / f"part-{uuid.uuid4().hex}.npz"
+    for name in {name for name, _, _ in done}:
+        rows, values = zip(*[(rows, values) for split, rows, values in done if split == name])
+        arrays |= {f"{name}-rows": np.concatenate(rows), f"{name}-values": np.concatenate(values)}
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        np.savez(file, **arrays)
+    path.with_suffix(".tmp").rename(path)
+    return {path: {key[:-5]: rows for key, rows in arrays.items() if key.endswith("-rows")}}
+
+def write_final(folder, key, splits, kind, parts, shape, dtype, args):
+    """All files aside, then one rename: a folder with this name is complete. Each node writes, and
+    the last to come finds it there if they share it."""
+    aside = folder.with_name(f"tmp-{folder.name}.{dist.get_rank()}")  # not ref-*: not yet a cache
+    writer = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if writer:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    for name, split in splits.items():
+        size = (len(split["rows"]), *shape)
+        path = aside / f"{name}-{kind}.npy"
+        file = np.lib.format.open_memmap(path, "w+", dtype, size) if writer else None
+        for first in range(0, len(split["rows"]), 1024):  # at no time is all of it in memory
+            window = np.full((min(1024, size[0] - first), *shape), -np.inf, np.float32)
+            for path, rows in parts.items():
+                here = rows.get(name, np.array([], int)) - first
+                inside = (here >= 0) & (here < len(window))
+                if inside.any():
+                    with np.load(path) as part:
+                        window[here[inside]] = part[f"{name}-values"][inside]
+            window = torch.from_numpy(window)
+            dist.all_reduce(window, dist.ReduceOp.MAX)  # equal where two ranks have it
+            if writer:
+                file[first:first + len(window)] = window.numpy()
+        if writer:
+            file.flush()
+    record = dict(key=key, args=dataclasses.asdict(args), torch=torch.__version__,
+                  transformers=transformers.__version__)
+    for turn in range(dist.get_world_size()):
+        if writer and turn == dist.get_rank():
+            (aside / "meta.json").write_text(json.dumps(record))
+            shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
+        dist.barrier()
+
+
+def summary(folder, kind):
+    """Of the training pairs, at most 1024: what a user may recognise."""
+    values = np.load(folder / f"train-{kind}.npy", mmap_mode="r")[:1024].astype(np.float32)
+    what = "log-probs" if kind == "logps" else "gradient norms"
+    values = values if kind == "logps" else np.linalg.norm(values, axis=2)
+    return f"mean {what} of (chosen, rejected): {[round(float(x), 2) for x in values.mean(0)]}"
+
+
+def main():
+    args = parse_args(Args)
+    if args.lora_rank and not importlib.util.find_spec("peft"):
+        fail("--lora_rank needs a package: pip install peft")
+    if not args.sketch_dim and (args.sketch_modules or args.lora_rank or args.train_modules):
+        fail("--sketch_modules, --train_modules and --lora_rank are for sketches: add --sketch_dim")
+    if args.sketch_dim:  # every sequence will have to be a row of its own
+        args = dataclasses.replace(args, layout="concatenated")
+    rank, world, device, dtype = start_process_group(args.dtype)
+    splits, _ = load_data(args)
+    model, weights, digest = build_model(args)
+    folder, key = reference_folder(args, digest, dtype, splits)
+    jobs = [(folder, key, splits, "logps", (2,), "float32")]
+    if args.sketch_dim:
+        train, shape = dict(train=splits["train"]), (2, args.sketch_dim)
+        jobs += [(*sketch_folder(args, folder), train, "sketch", shape, args.sketch_dtype)]
+        choose_parameters(model, weights, args)
+        names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        with explain(f"--sketch_modules {args.sketch_modules} is no regular expression ({{}})"):
+            names = {name for name in names if re.search(args.sketch_modules, name)}
+        if not names:
+            fail(f"--sketch_modules {args.sketch_modules} finds no parameter that is trained")
+        state = watch(model, names, args.sketch_dim)
+    complete = [[(job[0] / "meta.json").is_file() for job in jobs]]
+    dist.broadcast_object_list(complete, 0)
+    if not all(complete[0]):
+        policy = shard(Policy(model), weights, dtype, device, args.cpu_offload)
+    del weights
+
+    def logps(pairs):
+        with torch.no_grad():
+            return policy(collate(pairs, args.layout))[0].T.float()  # (n, 2)
+
+    for (folder, *job), ready in zip(jobs, complete[0]):
+        kind = job[2]
+        compute = logps if kind == "logps" else lambda pairs: sketches(policy, pairs, state, device)
+        if not ready:
+            fill(folder, *job[:3], compute, *job[3:], args)
+        if rank == 0:
+            print(f"{folder} is complete; {summary(folder, kind)}")
     dist.destroy_process_group()
 
 
