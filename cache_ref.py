@@ -51,7 +51,7 @@ class Args:
     # sketches for auxdpo.py
     sketch_dim: int = 0  # K, numbers that stand for the gradient of a response; 0 = no sketches
     sketch_dtype: str = "float16"  # of the sketches on disk: float16 | float32
-    sketch_modules: str = ""  # regex of parameter names: what the sketches count; empty = all trained
+    sketch_modules: str = ""  # sketch only what matches this regex; empty = all that is trained
     lora_rank: int = 0  # as the training will have it, for the sketches; 0 = off
     train_modules: str = ""  # regex of parameter names, as the training will have it; empty = all
     seed: int = 0  # as the training will have it: with --lora_rank, of the initial adapters
@@ -441,7 +441,8 @@ def add_share(state, own, module, x, d):
     """Backward hook: the share of a layer, x its input and d the gradient of its output."""
     rows, length = state.real.shape
     table = lambda leaf, axis, size: state.table(f"{own[leaf]} {axis}", size, state.dim, d.device)
-    name, who, sketch = [*own.values()][0], state.who, functools.partial(count_sketch, dim=state.dim)
+    name, who = [*own.values()][0], state.who
+    sketch = functools.partial(count_sketch, dim=state.dim)
     if module is state.head:  # a chunk of hidden (M, h): a view, which knows where it begins
         first = x.storage_offset() // x.shape[-1]
         who = state.responses[first:first + len(x)]
@@ -564,7 +565,7 @@ def read_parts(folder, splits, shape):
     return parts, known
 
 def write_part(folder, done):
-    """Store [(split, rows, values)] under a new name, whole or not at all -> {path: {split: rows}}."""
+    """Store [(split, rows, values)] in a new file, whole or not at all -> {path: {split: rows}}."""
     arrays, path = {}, folder / f"part-{uuid.uuid4().hex}.npz"
     for name in {name for name, _, _ in done}:
         rows, values = zip(*[(rows, values) for split, rows, values in done if split == name])

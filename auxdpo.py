@@ -1,0 +1,864 @@
+"""AuxDPO, Gopalan, Ray Chowdhury and Banerjee 2025, https://arxiv.org/abs/2510.20413
+
+    L(theta, delta) = -1/N sum_i log sigmoid(m_i + delta_w,i - delta_l,i) + lambda |c / 2N|^2   4.2
+    m_i = beta [log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)]
+    c = sum_i delta_w,i g_w,i + delta_l,i g_l,i,    g = grad log ref(y|x) at the reference
+
+A policy can express few of the rewards that there are. DPO takes the nearest of them to the true
+one, where "near" depends on how often which pair is in the data, and may end up worse than it
+began. Rewards that differ by a delta in the null space of the scores g have the same best policy,
+so each response of the data gets a delta of its own that takes up what the policy cannot express,
+and the penalty keeps it near that null space. delta is thrown away after training.
+
+Here delta is solved for, not learned along: once the margins m of a batch are known, what is left
+is convex in its delta and costs nothing; it is solved before every step of theta, by all ranks
+alike. g is a constant, so cache_ref.py has stored a sketch of it, and c is kept as a running sum:
+the penalty sees the whole dataset, and no reference is in memory.
+
+    python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
+    torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --sketch_dim 4096
+    torchrun --nproc_per_node=8 auxdpo.py --model MODEL --data data/NAME
+
+The authors' notebook: --delta_inside_beta --penalty batch --delta_cap 1 --amplitude 0.1, or so; its
+delta is never updated in a run of one epoch. Differs from dpo.py: delta, its solver and its files.
+
+Symbols: n pairs, N of the dataset, K of the sketch; T tokens of the longest row, L of a
+micro-batch, M of its responses, V vocabulary, h hidden size, H heads, d head size. What stands
+along a first dimension of 2 is (chosen, rejected).
+"""
+import argparse, bisect, contextlib, dataclasses, hashlib, importlib.util, inspect, json
+import math, os, re, resource, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import transformers
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # input and output
+    model: str  # Hugging Face folder or hub name: policy at step 0, and reference if there is one
+    data: str  # folder made by prepare_data.py
+    out: str = f"out/{Path(__file__).stem}"  # the run's args.json, log.jsonl, checkpoints, final/
+    resume: bool = False  # continue from the last checkpoint in --out; begin if there is none
+    save_every: int = 0  # steps between checkpoints; 0 = only one on SIGTERM
+    keep: int = 2  # how many checkpoints stay on disk
+    hub_repo: str = ""  # push final/ to this Hugging Face hub repository
+    # optimisation
+    epochs: int = 1  # passes over the training pairs
+    max_steps: int = 0  # stop after so many optimiser steps; 0 = all epochs
+    batch_size: int = 32  # pairs per optimiser step, over all ranks whatever their number
+    learning_rate: float = 5e-7  # peak, AdamW
+    schedule: str = "linear"  # after warm-up: linear (to zero) | cosine (to zero) | constant
+    warmup: float = 0.1  # fraction of the steps in which the learning rate rises; 0 = none
+    weight_decay: float = 0.0  # AdamW, decoupled
+    max_grad_norm: float = 1.0  # gradient clipping, L2 norm over all parameters
+    seed: int = 0  # order of the pairs, initial LoRA weights
+    # memory and speed
+    layout: str = "packed"  # packed (no padding, each prompt once) | concatenated | separate
+    max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
+    dtype: str = "auto"  # of the computation: auto (bfloat16 on a GPU) | bfloat16 | float32
+    activation_checkpointing: bool = False  # recompute each block in the backward pass
+    compile: bool = False  # torch.compile each block
+    cpu_offload: bool = False  # keep weights, gradients and optimiser state in host memory
+    lora_rank: int = 0  # train LoRA adapters of this rank (peft) instead of all weights; 0 = off
+    train_modules: str = ""  # train only the parameters whose names match this regex; empty = all
+    liger: bool = False  # Liger kernels for norms, rotary embedding and MLP (GPU only)
+    # logging
+    log_every: int = 10  # steps between lines of log.jsonl
+    eval_every: int = 100  # steps between evaluations on val/, also first and last; 0 = never
+    wandb: str = ""  # Weights & Biases project that gets the log too
+    # algorithm
+    beta: float = 0.1  # strength of the pull to the reference
+    penalty_weight: float = 1.0  # lambda, weight of |c / 2N|^2
+    penalty: str = "dataset"  # what c sums: dataset (all N pairs) | batch (n pairs, the notebook's)
+    delta_steps: int = 10  # inner steps on the delta of a batch
+    delta_learning_rate: float = 1.0  # of an inner step, 1 = to the minimum of its upper bound
+    null: str = "soft"  # delta: soft (near the null space, by the penalty) | exact (in it)
+    geometry: str = "scores"  # g of the penalty: scores | random (of the same norms: a plain ridge)
+    amplitude: float = 0.0  # weight of -1/2 mean delta^2 (chosen) - 1/2 mean delta^2 (rejected)
+    delta_cap: float = 0.0  # delta = cap tanh(raw / cap); 0 = no cap
+    delta_inside_beta: bool = False  # multiply delta by beta in the loss
+    sketch_dim: int = 4096  # K, as given to cache_ref.py
+    sketch_modules: str = ""  # as given to cache_ref.py; empty = all that is trained
+    label_smoothing: float = 0.0  # probability that a preference label is wrong, eps of cDPO
+    sft_weight: float = 0.0  # weight of -log pi(y_w|x) / |y_w|, added to the loss as in RPO
+    router_aux_coef: float = 0.0  # weight of the load-balancing loss of a mixture of experts
+    check_reference: bool = True  # stop unless the loss of the first batch is ln 2
+
+
+def preference_loss(logps, known, lengths, args):
+    """The algorithm: log-probs logps (2, n) in nats; known (4, n), the reference's and delta;
+    lengths (2, n) -> losses (n,), per-pair metrics {name: (n,)}; rewards have beta, not delta."""
+    ref_logps, delta = known.split(2)  # (2, n) each
+    rewards = args.beta * (logps - ref_logps)  # (2, n)
+    shifts = delta * (args.beta if args.delta_inside_beta else 1)  # (2, n)
+    margins = rewards[0] - rewards[1] + (shifts[0] - shifts[1])  # (n,) 4.2
+    losses = -(1 - args.label_smoothing) * F.logsigmoid(margins)  # (n,) 4.2
+    losses = losses - args.label_smoothing * F.logsigmoid(-margins)  # (n,) 0 by default
+    metrics = {"delta/chosen": delta[0], "delta/rejected": delta[1]}
+    metrics |= {"delta/accuracies": (margins > 0) + 0.5 * (margins == 0)}  # of reward + delta
+    return losses, reward_metrics(rewards, logps, lengths) | metrics
+
+
+def inner_steps(start, margins, weights, signs, gram, pull, args):
+    """The delta-subproblem: from z = start (q,), lower, for a batch whose margins (n,) are fixed,
+
+        sum_i weight_i loss(margin_i + (signs z)_i) + 1/2 z^T gram z + pull^T z
+
+    signs (n, q), gram (q, q), pull (q,); z is delta, or its coordinates in the null space. A step
+    goes to the minimum of a quadratic that touches the sum from above, as the loss curves by at
+    most tanh(m / 2) / 2m (Jaakkola and Jordan 2000): it cannot overshoot, and needs no tuning. The
+    amplitude term is concave, so its tangent is above it. Only a cap voids the guarantee."""
+    cap, delta = args.delta_cap, start
+    raw = cap * torch.atanh((delta / cap).clamp(-1 + 1e-6, 1 - 1e-6)) if cap else delta
+    for _ in range(args.delta_steps):
+        m = margins + signs @ delta  # (n,)
+        slope = weights * (torch.sigmoid(m) - 1 + args.label_smoothing)  # (n,) d loss / dm
+        bound = weights * torch.where(m.abs() < 1e-4, 0.25, torch.tanh(m / 2) / (2 * m))  # (n,)
+        gradient = signs.T @ slope + gram @ delta + pull - args.amplitude * delta  # (q,)
+        above = signs.T @ (bound[:, None] * signs) + gram  # (q, q)
+        above.diagonal().add_(1e-9 * above.diagonal().max())  # the gradient is in its range
+        slack = 1 - (delta / cap) ** 2 if cap else 1  # d delta / d raw
+        raw = raw - args.delta_learning_rate * torch.linalg.solve(above, slack * gradient)
+        delta = cap * torch.tanh(raw / cap) if cap else raw
+    return delta
+
+
+# ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
+
+
+def fail(message):
+    """End the program with one line on stderr and exit status 1."""
+    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
+    raise SystemExit(f"error: {' '.join(message.split())}")
+
+@contextlib.contextmanager
+def explain(trouble):
+    """Replace any error inside `with` by the line `trouble`, the reason standing for its {}."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # every layer has its own; that of a checkpoint is no Exception
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        fail(trouble.replace("{}", lines[-1 if "Traceback" in lines[0] else 0][:200]))
+
+def parse_args(cls):
+    """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
+    are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
+    for field in dataclasses.fields(cls):
+        default, note = getattr(cls, field.name, None), notes[field.name].replace("%", "%%")
+        words = re.sub(r" \(.*?\)", "", note).split(": ")[-1].split(" | ")
+        kind = dict(type=field.type, choices=words if len(words) > 1 else None)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        note += "" if default is None else f" [{default}]"
+        kind |= dict(default=default, required=default is None, help=note)
+        parser.add_argument(f"--{field.name}", **kind)
+    args = cls(**vars(parser.parse_args()))
+    for name, value in vars(args).items():
+        zero = "0 =" in notes[name] or not getattr(cls, name, 0)
+        if type(value) in (int, float) and not (0 < value < math.inf or zero and value == 0):
+            least = "at least" if zero else "above"
+            fail(f"--{name} {value} must be finite and {least} 0: {notes[name]}")
+    return args
+
+def vocab_hash(tokenizer) -> str:
+    """16 hex digits that change when any token or its id does."""
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
+
+def start_process_group(dtype):
+    """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
+    cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    dtype = dict(auto="bfloat16" if cuda else "float32").get(dtype, dtype)
+    return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
+
+def load_data(args, names=("train", "val")):
+    """{split: dict(rows=dataset, lengths=(rows, 3) of its three columns, hash)}, tokenizer"""
+    data, splits = Path(args.data), {}
+    remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
+    near = Path(args.model).parent
+    if not Path(args.model).exists() and near.is_dir() and near != Path():  # no name on the hub
+        fail(f"--model {args.model} is not there, only its parent {near}; correct the path")
+    with explain(f"--data {data} or the tokenizer of {args.model} cannot be read ({{}}); {remake}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        meta = json.loads((data / "meta.json").read_text())
+        for name in names:
+            rows = datasets.load_from_disk(str(data / name))
+            columns = (rows.data[side] for side in ("prompt", "chosen", "rejected"))
+            lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(int)
+            content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
+            splits[name] = dict(rows=rows, lengths=lengths, hash=content)
+    if vocab_hash(tokenizer) != meta["vocab_hash"]:
+        fail(f"--data {data} holds the tokens of another model than --model {args.model}; {remake}")
+    for name, split in splits.items():
+        if len(split["rows"]) == 0 or split["lengths"].min() == 0:
+            fail(f"{data}/{name} has no pairs, or an empty prompt or response; {remake}")
+        cost = pair_costs(split["lengths"], args.layout)
+        if cost.max() > args.max_tokens:
+            pair = split["rows"][int(cost.argmax())]["id"]
+            fail(f"pair {pair} in {data}/{name} has {cost.max()} tokens, over --max_tokens "
+                 f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
+    return splits, tokenizer
+
+def pair_costs(lengths, layout):
+    """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
+    longest = lengths[:, 0] + lengths[:, 1:].max(1)
+    return {"packed": lengths.sum(1), "concatenated": 2 * longest, "separate": longest}[layout]
+
+def micro_batches(rows, lengths, layout, max_tokens, world):
+    """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
+
+    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it
+    can be: ranks finish together. A list may be empty if there are few rows."""
+    cost, longest = (pair_costs(lengths[rows], name) for name in (layout, "separate"))
+
+    def split(limit):
+        lists, used = [], math.inf
+        for i in np.argsort(-longest, kind="stable"):
+            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padding
+            if used + step > limit:
+                lists.append([])
+                used, step = 0, cost[i]
+            lists[-1].append(i)
+            used += step
+        return lists
+
+    count = math.ceil(len(split(max_tokens)) / world) * world
+    enough = lambda limit: len(split(limit)) <= count
+    lists = split(bisect.bisect_left(range(max_tokens), True, lo=cost.max(), key=enough))
+    while len(lists) < count:
+        big = lists.pop(max(range(len(lists)), key=lambda i: len(lists[i])))
+        lists += [big[:len(big) // 2], big[len(big) // 2:]]
+    return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
+
+def collate(pairs, layout):
+    """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
+
+    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
+    one row (1, L) without padding and second copies of prompts; rows (rows, T) and tokens (L,) lead
+    there and back. source (M,) indexes the flattened input_ids: the token that predicts
+    targets (M,); sizes are the response lengths and sum to M."""
+    batches = []
+    for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
+        texts = [(pair["prompt"], pair[side]) for side in sides for pair in pairs]
+        starts, responses = np.array([[len(x), len(y)] for x, y in texts]).T[:, :, None]
+        columns = np.arange((starts + responses).max())
+        real = columns < starts + responses  # masks come from lengths, never from token ids
+        response = real & (columns >= starts)
+        ids = np.zeros(real.shape, np.int64)
+        ids[real] = np.concatenate([x + y for x, y in texts])
+        cells = np.arange(ids.size).reshape(ids.shape)
+        batch = dict(targets=ids[response], position_ids=columns[None], input_ids=ids, real=real)
+        if layout == "packed":
+            kept = real & (response | (np.arange(len(texts)) < len(pairs))[:, None])
+            tokens = np.flatnonzero(kept)
+            first, second = np.split(np.cumsum(kept).reshape(kept.shape) - 1, 2)
+            cells = np.concatenate([first, np.where(response[len(pairs):], second, first)])
+            batch |= dict(rows=cells, tokens=tokens, input_ids=ids.flatten()[tokens][None],
+                          position_ids=tokens[None] % len(columns))
+        batch["source"] = cells[:, :-1][response[:, 1:]]
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        batches.append(batch | {"sizes": responses[:, 0].tolist()})
+    return batches
+
+def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
+                       rows=None, tokens=None, **kwargs):
+    """Causal attention over right-padded rows that start at position 0: no padding mask is needed.
+
+    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1 and the rows are gathered:
+    rows (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows
+    each token's output is. Returns (b, L, H, d)."""
+    if rows is not None:  # (1, H, L, d) -> (2n, H, T, d)
+        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
+    length, groups, mask = query.shape[2], query.shape[1] // key.shape[1], None
+    own = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # Gemma-2, gpt-oss
+    if own or (sliding_window or length) < length:
+        place = torch.arange(length, device=query.device)
+        distance = place[:, None] - place  # (T, T) how far back the key is
+        mask = (distance >= 0) & (distance < (sliding_window or length))
+    if own:  # what SDPA cannot express is left to the model's own definition
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+        bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
+        kwargs |= dict(scaling=scaling, dropout=0.0)
+        output, _ = attend(module, query, key, value, bias, **kwargs)
+    else:
+        if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)  # (2n, T, H, d)
+    return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
+
+transformers.AttentionInterface.register("gathered", gathered_attention)
+
+def token_logps(logits, targets):
+    """float32 logits (t, V), targets (t,) -> log pi(target) (t,)."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+def head_pass(hidden, targets, head, config, score):
+    """hidden (t, h), targets (t,) -> score(logits, targets), with all that models do to logits."""
+    logits = head(hidden).float()  # (t, V)
+    logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
+    return score(logits if cap is None else cap * torch.tanh(logits / cap), targets)
+
+BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts call it
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head.
+
+    What is summed over each response is score(logits (t, V), targets (t,)), shaped (..., t)."""
+
+    def __init__(self, model, score=token_logps):
+        super().__init__()
+        self.model, self.score = model, score
+
+    def forward(self, batches, router=False, chunk=1024):
+        """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
+
+        Logits exist for `chunk` response tokens at a time; the backward pass makes them again."""
+        sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
+        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        for batch in batches:
+            inputs = {name: batch[name] for name in names if name in batch}
+            inputs |= dict(output_router_logits=True) if router else {}
+            output = self.model.base_model(**inputs, use_cache=False)
+            hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
+            scores = [checkpoint(head_pass, *part, head, config, self.score, use_reentrant=False)
+                      for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
+            if router:
+                balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
+                experts = getattr(config, "num_experts", None) or config.num_local_experts
+                real = None if "rows" in batch else batch["real"]
+                loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
+                router_loss = router_loss + loss / len(batches)
+        return torch.stack(sums).reshape(2, -1, *sums[0].shape).clone(), router_loss
+
+def build_model(args):
+    """-> the model without memory (meta device), its float32 weights on rank 0, and their hash."""
+    transformers.utils.logging.disable_progress_bar()
+    weights, digest = None, hashlib.sha256()
+    auto, plain = transformers.AutoModelForCausalLM, {"full_attention", "sliding_attention"}
+    with explain(f"--model {args.model} cannot be read as a causal language model ({{}})"):
+        config = transformers.AutoConfig.from_pretrained(args.model)
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=torch.float32)
+        if dist.get_rank() == 0:
+            how = dict(dtype=torch.float32, output_loading_info=True)
+            weights, info = auto.from_pretrained(args.model, **how)
+            assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
+            model.generation_config = weights.generation_config
+    plain = set(getattr(config.get_text_config(), "layer_types", None) or plain) <= plain
+    plain = plain and model._supports_attention_backend and not model._is_stateful
+    if args.layout == "packed" and not plain:
+        fail(f"--layout packed needs plain attention, but {config.model_type} mixes tokens "
+             "in other ways too; use --layout concatenated or --layout separate")
+    if plain:
+        model.set_attn_implementation("gathered")
+    if weights:
+        check_forward(weights, plain, args)
+    for key, tensor in sorted(weights.state_dict().items()) if weights else ():
+        values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()  # a sample is enough
+        digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    digest = [digest.hexdigest()[:16]]
+    dist.broadcast_object_list(digest, 0)
+    return model, weights, digest[0]
+
+def choose_parameters(model, weights, args):
+    """Mark what is trained, in the empty model and in rank 0's weights: --lora_rank adds adapters
+    and freezes the rest, --train_modules freezes what its regex does not find."""
+    for each in (model, weights) if weights else (model,):
+        if args.lora_rank:
+            from peft import LoraConfig
+            torch.manual_seed(args.seed)
+            sizes = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank)
+            each.add_adapter(LoraConfig(**sizes, target_modules="all-linear"))
+        with explain(f"--train_modules {args.train_modules} is not a regular expression ({{}})"):
+            for name, parameter in each.named_parameters():
+                found = parameter.requires_grad and re.search(args.train_modules, name)
+                parameter.requires_grad_(bool(found))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        names = [name for name, _ in model.named_parameters()]
+        fail(f"--train_modules {args.train_modules} finds no parameter to train; there are "
+             f"{names[0]}, {names[len(names) // 2]}, {names[-1]} and the like")
+
+@torch.no_grad()
+def check_forward(weights, plain, args):
+    """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
+    ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
+    pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
+    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
+                 "--layout, or adapt Policy and head_pass to it"):
+        if plain:  # before 5.23 the default, SDPA, left out the soft-cap of Gemma-2
+            weights.set_attn_implementation("eager")
+        for text in (ids[:40], ids[:3] + ids[40:]):
+            logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
+            own.append(-F.cross_entropy(logits, torch.tensor(text[3:]), reduction="sum").item())
+        if plain:
+            weights.set_attn_implementation("gathered")
+        ours = Policy(weights)(collate([pair], args.layout))[0].flatten().tolist()
+        agree = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
+        assert agree, f"log-probs {ours}, in its own forward {own}"
+
+def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False):
+    """Split every block and the rest of a Policy over the ranks (FSDP2); rank 0 has the weights."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+    if cpu_offload and device.type == "cuda":
+        rules["offload_policy"] = CPUOffloadPolicy()
+    model = policy.eval().model  # dropout or router noise would make it another one
+    blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    for block in blocks[::-1]:  # blocks within blocks first
+        block.training = getattr(block, "gradient_checkpointing", False)  # the one use of training
+        if compiled:  # inside the hooks of FSDP, which it could not trace
+            block.forward = torch.compile(block.forward, dynamic=True)
+        fully_shard(block, **rules)
+    fully_shard(policy, **rules)
+    whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
+    for key, empty in [*model.named_parameters(), *model.named_buffers()]:
+        tensor = whole[key].detach() if whole else torch.empty(empty.shape, dtype=empty.dtype)
+        tensor = tensor.to(device)
+        if isinstance(empty, torch.nn.Parameter):
+            tensor = distribute_tensor(tensor, mesh, empty.placements)
+            tensor = tensor.cpu() if "offload_policy" in rules else tensor
+            tensor = torch.nn.Parameter(tensor, empty.requires_grad)
+        else:  # rotary frequencies and the like
+            dist.broadcast(tensor, 0)
+        path, _, leaf = key.rpartition(".")
+        setattr(model.get_submodule(path), leaf, tensor)
+    model.tie_weights()
+    return policy
+
+def reference_folder(args, weights, dtype, splits):
+    """Where the log-probs of these weights, in this precision, on these tokens belong; and why."""
+    key = dict(weights=weights, attention="gathered", dtype=str(dtype).removeprefix("torch."))
+    key |= {name: split["hash"] for name, split in splits.items()}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(args.data, f"ref-{name}"), key
+
+def load_reference(args, weights, dtype, splits):
+    """Give each split its float32 (rows, 2) log-probs of cache_ref.py, unless missing or stale."""
+    folder, key = reference_folder(args, weights, dtype, splits)
+    command = f"run: cache_ref.py --model {args.model} --data {args.data} --dtype {args.dtype}"
+    if not (folder / "meta.json").is_file():
+        old = "".join(path.read_text() for path in folder.parent.glob("ref-*/meta.json"))
+        stale = [f", only other {k}" for k, v in key.items() if old and json.dumps(v) not in old]
+        fail(f"{folder}, the reference's log-probs, is missing{''.join(stale)}; {command}")
+    for name, split in splits.items():
+        path, shape = folder / f"{name}-logps.npy", (len(split["rows"]), 2)
+        with explain(f"{path} is damaged ({{}}); delete {folder} and {command}"):
+            split["ref"] = np.load(path).reshape(shape)
+            assert np.isfinite(split["ref"]).all(), "not finite"
+
+def reward_metrics(rewards, logps, lengths):
+    """{name: (n,)} under the names that dashboards know; a tie counts half; all inputs (2, n)."""
+    margins = rewards[0] - rewards[1]
+    accuracies = (margins > 0) + 0.5 * (margins == 0)
+    metrics = {"rewards/accuracies": accuracies, "rewards/margins": margins}
+    for name, values in {"rewards": rewards, "logps": logps, "lengths": lengths}.items():
+        metrics |= {f"{name}/chosen": values[0], f"{name}/rejected": values[1]}
+    return metrics
+
+def pair_losses(policy, part, split, totals, args):
+    """Losses (n,) of a micro-batch as they are optimised; adds its metrics to the sums `totals`."""
+    real = min(len(part), 1)  # 0 for an empty list: the rank computes along, with weight 0
+    part = part if real else [0]
+    pairs = [split["rows"][int(row)] for row in part]
+    logps, router_loss = policy(collate(pairs, args.layout), args.router_aux_coef > 0)
+    lengths = torch.from_numpy(split["lengths"][part].T).to(logps.device)  # (3, n)
+    ref_logps = torch.from_numpy(split["ref"][part].T).to(logps.device) if "ref" in split else None
+    losses, metrics = preference_loss(logps, ref_logps, lengths[1:], args)
+    metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
+    losses = losses * torch.tensor([pair.get("weight", 1.0) for pair in pairs], device=logps.device)
+    losses = losses - args.sft_weight * metrics["logps/chosen"] / lengths[1]
+    if args.router_aux_coef:
+        losses = losses + args.router_aux_coef * router_loss
+        metrics["aux_loss"] = router_loss.expand(len(pairs))
+    metrics["loss"] = losses
+    for name, value in metrics.items():
+        totals[name] = totals.get(name, 0.0) + real * value.detach().double().sum()
+    return real * losses
+
+def mean_over_pairs(totals):
+    """Sums made by pair_losses -> means over the pairs of all ranks; pairs and tokens stay sums."""
+    sums = torch.stack([totals[name] for name in sorted(totals)])
+    dist.all_reduce(sums)
+    sums = dict(zip(sorted(totals), sums.tolist()))
+    return {n: v if n in ("pairs", "tokens") else v / sums["pairs"] for n, v in sums.items()}
+
+def evaluate(policy, split, args):
+    """Metrics of a whole split as {eval/...: mean}, dealt over the ranks."""
+    totals, world, rows = {}, dist.get_world_size(), np.arange(len(split["rows"]))
+    lists = micro_batches(rows, split["lengths"], args.layout, args.max_tokens, world)
+    with torch.no_grad():
+        for part in lists[dist.get_rank()::world]:
+            pair_losses(policy, part, split, totals, args)
+    means = mean_over_pairs(totals)
+    return {f"eval/{k}": v for k, v in means.items() if k not in ("pairs", "tokens")}
+
+def batch_rows(step, pairs, args):
+    """Rows of optimiser step `step`: a function of the seed, so that a resumed run repeats none."""
+    epoch, index = divmod(step, math.ceil(pairs / args.batch_size))
+    order = np.random.default_rng((args.seed, epoch)).permutation(pairs)
+    return order[index * args.batch_size:(index + 1) * args.batch_size]
+
+def learning_rate(step, steps, args):
+    """For optimiser step 0 <= step < steps; neither the first nor the last has a rate of 0."""
+    warmup = int(args.warmup * steps)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / (warmup + 1)
+    left = (steps - step) / (steps - warmup)  # 1 -> 0
+    cosine = 0.5 - 0.5 * math.cos(math.pi * left)
+    return args.learning_rate * dict(linear=left, cosine=cosine, constant=1.0)[args.schedule]
+
+def open_run(args):
+    """Rank 0 opens the run's folder and writes args.json -> step to continue from (0 = afresh)."""
+    step = [0]
+    if dist.get_rank() == 0:
+        with explain(f"--out {args.out}: args.json or log.jsonl cannot be written or read ({{}}); "
+                     "make room, or choose another --out"):
+            step = [prepare_folder(Path(args.out), args)]
+    dist.broadcast_object_list(step, 0)
+    return step[0]
+
+def prepare_folder(out, args):
+    out.mkdir(parents=True, exist_ok=True)
+    new, old = dataclasses.asdict(args), {}
+    if (out / "args.json").exists():
+        old = json.loads((out / "args.json").read_text())["args"]
+        if not args.resume:
+            fail(f"--out {out} holds a run: continue it with --resume, or choose another --out")
+    free = """out resume save_every keep hub_repo layout max_tokens activation_checkpointing compile
+        cpu_offload liger log_every eval_every wandb""".split()  # these change only rounding
+    changed = [k for k in new if k in old and k not in free and old[k] != new[k]]
+    if changed:
+        changed = ", ".join(f"--{k} {old[k]}, now {new[k]}" for k in changed)
+        fail(f"--out {out} holds another run: {changed}; repeat its flags, or choose another --out")
+    step = max([int(path.name[5:]) for path in out.glob("step-*")], default=0)
+    log = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+    log = [line for line in log if line.endswith("}") and json.loads(line)["step"] <= step > 0]
+    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    record = dict(args=new, ranks=dist.get_world_size(),
+                  device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                  commit=subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+                  source=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16])
+    record |= {each.__name__: each.__version__ for each in (torch, transformers, datasets, np)}
+    for name, text in {"log.jsonl": "".join(f"{line}\n" for line in log),  # the rest comes again
+                       "args.json": json.dumps(record, indent=1)}.items():
+        (out / "new.txt").write_text(text)
+        (out / "new.txt").rename(out / name)  # a kill leaves the old file or the new one
+    return step
+
+INTACT = "earlier checkpoints are intact: make room and continue with --resume"
+
+def checkpoint_state(policy, optimizer):
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen: the base of LoRA
+    model, optim = get_state_dict(policy, optimizer, options=options)
+    return dict(model=model, optim=optim, rng=torch.get_rng_state()), options
+
+def save_checkpoint(policy, optimizer, step, args):
+    """out/step-NNNNNN: weights, optimiser, random state; written aside, renamed when complete."""
+    out, state = Path(args.out), checkpoint_state(policy, optimizer)[0]
+    with explain(f"{out}/new.tmp cannot be written ({{}}); {INTACT}"):
+        if dist.get_rank() == 0:
+            shutil.rmtree(out / "new.tmp", ignore_errors=True)
+        dist.barrier()
+        dcp.save(state, checkpoint_id=out / "new.tmp")
+        if dist.get_rank() == 0:
+            (out / "new.tmp").rename(out / f"step-{step:06d}")
+            for path in sorted(out.glob("step-*"))[:-args.keep]:
+                shutil.rmtree(out / "old.tmp", ignore_errors=True)  # left by a kill
+                path.rename(out / "old.tmp")  # first: a kill leaves no half-deleted checkpoint
+                shutil.rmtree(out / "old.tmp")
+    dist.barrier()
+
+def load_checkpoint(policy, optimizer, step, args):
+    state, options = checkpoint_state(policy, optimizer)
+    folder = Path(args.out, f"step-{step:06d}")
+    with explain(f"{folder} is damaged ({{}}); delete it, and --resume finds the one before it"):
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(policy, optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optim"], options=options)
+    torch.set_rng_state(state["rng"])
+
+def save_final(policy, tokenizer, args):
+    """out/final: a Hugging Face folder (LoRA: an adapter) in the precision of --model; hub_repo."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(policy, options=options)
+    if dist.get_rank() == 0:
+        aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
+        dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
+        state = {key.removeprefix("model."): tensor.to(dtype) for key, tensor in state.items()}
+        policy.model.config.dtype = dtype
+        with explain(f"{aside} cannot be written ({{}}); {INTACT}"):
+            policy.model.save_pretrained(aside, state_dict=state)
+            tokenizer.save_pretrained(aside)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+        if args.hub_repo:
+            import huggingface_hub
+            with explain(f"--hub_repo {args.hub_repo} failed ({{}}); the weights are in {final}"):
+                huggingface_hub.create_repo(args.hub_repo, exist_ok=True)
+                huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
+    dist.barrier()
+
+def speed(means, seconds, policy, args):
+    """tokens/s of all ranks, peak memory of this one, MFU (arXiv 2204.02311) of a known GPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peaks = dict(A100=312, H100=989, H200=989, B200=2250, MI300X=1307, L40S=362)  # bf16 TFLOP/s
+    peak = [tera * 1e12 for gpu, tera in peaks.items() if gpu in name and args.dtype != "float32"]
+    memory = torch.cuda.max_memory_allocated() if name else 1024 * resource.getrusage(0).ru_maxrss
+    line = {"tokens/s": means["tokens"] / seconds, "memory/GiB": memory / 2**30}
+    if peak and not args.train_modules:  # the head sees response tokens only, an embedding none
+        model = policy.model
+        tables = [model.get_output_embeddings().weight, model.get_input_embeddings().weight]
+        trunk, head = sum(p.numel() for p in {*model.parameters()} - {*tables}), tables[0].numel()
+        responses = (means["lengths/chosen"] + means["lengths/rejected"]) * means["pairs"]
+        work = (4 if args.lora_rank else 6) * (trunk * means["tokens"] + head * responses)
+        line["mfu"] = work / seconds / dist.get_world_size() / peak[0]
+    return line
+
+def open_log(args):
+    """A function of a dict that, on rank 0, adds it to log.jsonl, the console and maybe wandb."""
+    if args.wandb and dist.get_rank() == 0:
+        import wandb
+        wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args))
+
+    def log(line):
+        if dist.get_rank() == 0:
+            with explain(f"{args.out}/log.jsonl cannot be written ({{}}); {INTACT}"):
+                with open(Path(args.out, "log.jsonl"), "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in line.items()))
+            if args.wandb:
+                wandb.log(line, step=line["step"])
+    return log
+
+
+# ---- end of the helpers ----
+
+
+def sketch_folder(args, folder):
+    """Where the sketches belong, inside the folder of the log-probs; and what makes them these."""
+    names = ("sketch_dim", "sketch_modules", "train_modules", "lora_rank")
+    key = {name: getattr(args, name) for name in names} | dict(seed=args.lora_rank and args.seed)
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"sketch-{name}", key
+
+def load_sketches(args, weights, dtype, splits):
+    """Give the training split the sketches (N, 2, K), and both a delta (rows, 2) beside "ref"."""
+    for split in splits.values():
+        split["ref"] = np.concatenate([split["ref"], np.zeros_like(split["ref"])], 1)  # (rows, 4)
+    train, given = splits["train"], dataclasses.asdict(args)
+    folder, key = sketch_folder(args, reference_folder(args, weights, dtype, splits)[0])
+    path, shape = folder / "train-sketch.npy", (len(train["rows"]), 2, args.sketch_dim)
+    names = [name for name in ("model", "data", "dtype", *key) if given[name]]
+    command = f"run: cache_ref.py {' '.join(f'--{name} {given[name]}' for name in names)}"
+    if not (folder / "meta.json").is_file():
+        fail(f"{folder}, the sketches of the reference's gradients, is missing; {command}")
+    with explain(f"{path} is damaged ({{}}); delete {folder} and {command}"):
+        train["sketch"] = np.load(path, mmap_mode="r").reshape(shape)
+    train["c"] = torch.zeros(args.sketch_dim, dtype=torch.float64)
+    if args.null == "exact":
+        train["basis"] = null_basis(train["sketch"])
+
+def forward_first(policy, parts, split, args):
+    """Margins (rows,) without delta, of the micro-batches `parts` of all ranks; 0 elsewhere. The
+    first is computed last and keeps its graph, so that one micro-batch costs no second pass."""
+    margins = torch.zeros(len(split["rows"]), dtype=torch.float64)
+    for number, part in reversed([*enumerate(parts)]):
+        pairs = [split["rows"][int(row)] for row in part] or [split["rows"][0]]  # computes along
+        with torch.set_grad_enabled(number == 0):
+            output = policy(collate(pairs, args.layout), args.router_aux_coef > 0)
+        ref_logps = torch.from_numpy(split["ref"][part, :2].T)
+        ratios = output[0].detach().double().cpu()[:, :len(part)] - ref_logps
+        margins[part] = args.beta * (ratios[0] - ratios[1])
+    dist.all_reduce(margins)
+    return margins, output
+
+def null_basis(sketch):
+    """sketch (N, 2, K) -> orthonormal basis (N, 2, q) of the delta that make c = 0."""
+    scores = torch.from_numpy(np.array(sketch, np.float64)).flatten(0, 1)
+    values, vectors = torch.linalg.eigh(scores @ scores.T)  # ascending
+    basis = vectors[:, values < 1e-5 * values[-1]].view(len(sketch), 2, -1)
+    if not basis.shape[2]:
+        fail(f"--null exact: the scores of all {len(scores)} responses are independent, so only "
+             "delta = 0 is left; train fewer parameters (--train_modules), or --null soft")
+    return basis
+
+def update_delta(rows, margins, split, args):
+    """Renew the delta of the pairs `rows` in split["ref"], theta fixed; margins (rows of split,)
+    without delta. float64 on the CPU, so that all ranks come to the same."""
+    n, count, table = len(rows), len(split["rows"]), split["ref"][:, 2:]  # (rows, 2), a view
+    inner = args.beta if args.delta_inside_beta else 1.0
+    weights = [split["rows"][int(row)].get("weight", 1.0) for row in rows]
+    batch = margins[rows], torch.tensor(weights, dtype=torch.float64)
+    old = torch.from_numpy(table[rows].astype(np.float64))  # (n, 2)
+    if args.null == "exact":  # every delta of the dataset moves, along the null space
+        basis = split["basis"]  # (N, 2, q)
+        signs = inner * (basis[rows, 0] - basis[rows, 1])  # (n, q)
+        now, none = batch[0] + inner * (old[:, 0] - old[:, 1]), torch.zeros(basis.shape[2]).double()
+        table += (basis @ inner_steps(none, now, batch[1], signs, none.diag(), none, args)).numpy()
+        return
+    scores = torch.from_numpy(split["sketch"][rows].astype(np.float64))  # (n, 2, K)
+    if args.geometry == "random":
+        noise = [np.random.default_rng(int(row)).normal(size=scores.shape[1:]) for row in rows]
+        noise = torch.from_numpy(np.stack(noise))
+        scores = noise * (scores.norm(dim=2) / noise.norm(dim=2))[:, :, None]
+    scores, old = scores.flatten(0, 1), old.flatten()  # (2n, K), (2n,)
+    rest = split["c"] - old @ scores  # (K,) of the other pairs
+    whole = args.penalty == "dataset"
+    scale = args.penalty_weight / (2 * (count if whole else n))  # gradient of n times the loss
+    signs = inner * torch.kron(torch.eye(n), torch.tensor([1.0, -1.0])).double()  # (n, 2n)
+    gram, pull = scale * scores @ scores.T, scale * whole * scores @ rest
+    delta = inner_steps(old, *batch, signs, gram, pull, args)
+    table[rows] = delta.view(n, 2).numpy()
+    split["c"] = rest + torch.from_numpy(table[rows]).double().flatten() @ scores
+
+def delta_metrics(split, args):
+    count = len(split["rows"])
+    penalty = args.penalty_weight * ((split["c"] / (2 * count)) ** 2).sum().item()
+    return {"delta/norm": float(np.linalg.norm(split["ref"][:, 2:])), "penalty": penalty}
+
+def save_delta(split, step, args):
+    """out/delta-NNNNNN.npz, before the checkpoint of that step: a kill leaves one too many."""
+    if dist.get_rank() == 0:
+        with explain(f"{args.out}/delta-{step:06d}.npz cannot be written ({{}}); {INTACT}"):
+            np.savez(Path(args.out, "delta.tmp.npz"), delta=split["ref"][:, 2:], c=split["c"])
+            Path(args.out, "delta.tmp.npz").rename(Path(args.out, f"delta-{step:06d}.npz"))
+            for path in sorted(Path(args.out).glob("delta-*.npz"))[:-args.keep - 1]:
+                path.unlink()
+
+def load_delta(split, step, args):
+    path = Path(args.out, f"delta-{step:06d}.npz")
+    with explain(f"{path} is damaged ({{}}); delete it and step-{step:06d}: --resume takes the one "
+                 "before"), np.load(path) as saved:
+        split["ref"][:, 2:], split["c"] = saved["delta"], torch.from_numpy(saved["c"])
+
+
+def main():
+    args = parse_args(Args)
+    for flag, package in dict(wandb="wandb", lora_rank="peft", liger="liger_kernel").items():
+        if getattr(args, flag) and not importlib.util.find_spec(package):
+            fail(f"--{flag} needs a package: pip install {package.replace('_', '-')}")
+    if args.null == "exact" and (args.delta_cap or args.amplitude or args.geometry == "random"):
+        fail("--null exact leaves no room for --delta_cap, --amplitude or --geometry random")
+    rank, world, device, dtype = start_process_group(args.dtype)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+
+    # what is trained
+    splits, tokenizer = load_data(args)
+    train, pairs = splits["train"], len(splits["train"]["rows"])
+    if args.batch_size > pairs:
+        fail(f"--batch_size {args.batch_size} is more than the {pairs} pairs of {args.data}/train")
+    model, weights, digest = build_model(args)
+    load_reference(args, digest, dtype, splits)
+    load_sketches(args, digest, dtype, splits)
+    if args.router_aux_coef and not hasattr(sys.modules[type(model).__module__], BALANCE):
+        fail(f"--router_aux_coef {args.router_aux_coef} is for a mixture of experts, which "
+             f"{model.config.model_type} is not")
+    choose_parameters(model, weights, args)
+    if args.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance as use_liger
+        use_liger(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    if args.activation_checkpointing:
+        old_name = model.gradient_checkpointing_enable  # until transformers 5.22
+        getattr(model, "activation_checkpointing_enable", old_name)(dict(use_reentrant=False))
+    policy = shard(Policy(model), weights, dtype, device, args.cpu_offload, args.compile)
+    del weights
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay)
+
+    # the run
+    epoch_steps = math.ceil(pairs / args.batch_size)
+    steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
+    start = open_run(args)
+    if start:
+        load_checkpoint(policy, optimizer, start, args)
+        load_delta(train, start, args)
+    log, totals, clock = open_log(args), {}, time.time()
+    if args.eval_every and not start:
+        log({"step": 0} | evaluate(policy, splits["val"], args))
+    for step in tqdm(range(start, steps), args.out, initial=start, total=steps, disable=rank > 0):
+        rows, broken = batch_rows(step, pairs, args), []
+        lists = micro_batches(rows, train["lengths"], args.layout, args.max_tokens, world)
+        margins, output = forward_first(policy, lists[rank::world], train, args)
+        if step == 0 and args.check_reference:  # policy and reference are still one model
+            loss = F.softplus(-margins[rows]).mean().item()  # without delta
+            if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 2e-2):
+                fail(f"the first loss {loss:.6f} is not ln 2, so the cache is not this policy's; "
+                     f"delete {args.data}/ref-*, run cache_ref.py; or say --no-check_reference")
+            tqdm.write(f"first loss {loss:.6f} = ln 2\n" * (rank == 0), end="")
+        if margins.isfinite().all():
+            update_delta(rows, margins, train, args)
+        for number, part in enumerate(lists[rank::world]):
+            run = policy if number else lambda *_: output  # computed already
+            losses = pair_losses(run, part, train, totals, args)
+            (losses.sum() * world / len(rows)).backward()  # FSDP takes the mean over ranks
+            broken += [int(row) for row in part[~losses.isfinite().numpy(force=True)[:len(part)]]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
+        flags = torch.tensor([len(broken) + (not math.isfinite(norm)), len(stop)], device=device)
+        dist.all_reduce(flags)  # a CPU-GPU sync point: the ranks stop together
+        if flags[0]:
+            names = [None] * world
+            dist.all_gather_object(names, [train["rows"][row]["id"] for row in broken])
+            fail(f"step {step}: loss {losses.mean():.4g} or gradient {norm:.4g} is not finite, "
+                 f"pairs {sum(names, []) or 'none alone'}; the checkpoints in {args.out} are good: "
+                 f"take the pairs out, or lower --learning_rate {args.learning_rate}")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        saving = flags[1] or args.save_every and done % args.save_every == 0
+        logging = saving or done % args.log_every == 0 or done == steps
+        if logging:
+            means = mean_over_pairs(totals)
+            line = dict(step=done, epoch=done / epoch_steps, lr=group["lr"], grad_norm=norm)
+            line |= means | delta_metrics(train, args)
+            log(line | speed(means, time.time() - clock, policy, args))
+        if args.eval_every and (done % args.eval_every == 0 or done == steps):
+            log({"step": done} | evaluate(policy, splits["val"], args))
+        if saving:
+            save_delta(train, done, args)
+            save_checkpoint(policy, optimizer, done, args)
+        if logging:
+            totals, clock = {}, time.time()
+        if flags[1]:
+            fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
+    if rank == 0:
+        np.save(Path(args.out, "delta.npy"), train["ref"][:, 2:])  # beside the model, not in it
+    save_final(policy, tokenizer, args)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
