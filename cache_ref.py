@@ -620,10 +620,8 @@ def summary(folder, kind):
 
 def main():
     args = parse_args(Args)
-    if args.lora_rank and not importlib.util.find_spec("peft"):
+    if args.sketch_dim and args.lora_rank and not importlib.util.find_spec("peft"):
         fail("--lora_rank needs a package: pip install peft")
-    if not args.sketch_dim and (args.sketch_modules or args.lora_rank or args.train_modules):
-        fail("--sketch_modules, --train_modules and --lora_rank are for sketches: add --sketch_dim")
     if args.sketch_dim:  # every sequence will have to be a row of its own
         args = dataclasses.replace(args, layout="concatenated")
     rank, world, device, dtype = start_process_group(args.dtype)

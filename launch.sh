@@ -86,16 +86,14 @@ spec.loader.exec_module(script)
 del sys.argv[0]; script.parse_args(script.Args)' "$@"
 }
 reference_flags() {  # ARGS: sets flags, those that cache_ref.py has too, and model, data, dtype
-  local name value known=" $(sed -n 's/^    \([a-z_]*\): .*/--\1/p; /^# ---- /q' cache_ref.py | tr '\n' ' ')"
-  model="" data="" dtype=auto flags=()
+  local name value; model="" data="" dtype=auto flags=(); local known=" $(sed -n 's/^    \([a-z_]*\): .*/--\1/p; /^# ---- /q' cache_ref.py | tr '\n' ' ')"
   while [ $# -gt 0 ]; do
     name=${1%%=*} value=${1#*=}
     case $known in *" ${name/--no-/--} "*)
       flags+=("$1")
       case "${1#"$name"} ${2:---}" in =*|" --"*) ;; *) value=$2; flags+=("$2"); shift ;; esac
       case $name in --model) model=$value ;; --data) data=$value ;; --dtype) dtype=$value ;; esac ;;
-    esac
-    shift
+    esac; shift
   done
 }
 
@@ -109,7 +107,7 @@ cached() {  # after reference_flags
     [ -z "$(find -L "$model" "$data"/{meta.json,train,val} -newercm "$meta" 2>&1)" ]
 } 2>/dev/null
 script() {  # SCRIPT ARGS
-  local first=0 cores; [ -f "$1" ] || fail "there is no script $1; there are: $(echo *.py)"
+  local first=0 cores sketch; [ -f "$1" ] || fail "there is no script $1; there are: $(echo *.py)"
   nodes
   case "$* " in prepare_data.py*|*" -h "*|*" --help "*) nnodes=1 NPROC=1 ;; esac
   environment requirements.txt
@@ -118,35 +116,35 @@ script() {  # SCRIPT ARGS
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
   # seconds for a checkpoint on SIGTERM; before torch 2.13, torchrun always kills after 30
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-  [ -f cache_ref.py ] || fail "there is no cache_ref.py beside $1"
-  reference_flags "${@:2}"
-  if grep -q 'load_reference(' "$1" && [ "$model" ] && [ "$data" ] && ! cached; then first=1; fi
-  if [ "$first$nproc$nnodes" != 011 ]; then check_flags "$@"; fi
+  [ -f cache_ref.py ] || fail "there is no cache_ref.py beside $1"; reference_flags "${@:2}"
+  sketch=$(sed -n 's/^    sketch_dim: int = \([1-9][0-9]*\) .*/\1/p' "$1")  # its default, if it has one
+  [ -z "$sketch" ] || flags=(--sketch_dim "$sketch" "${flags[@]}")
+  if grep -q 'load_reference(' "$1" && [ "$model" ] && [ "$data" ]; then
+    [ -z "$sketch" ] && cached || first=1
+  fi
+  [ "$first$nproc$nnodes" = 011 ] || check_flags "$@"
   if [ "$first" = 1 ]; then
     say "cache_ref.py runs first: $1 needs the log-probs of the reference $model on $data"
     command_line 1 cache_ref.py "${flags[@]}"; start &
-    trap 'kill -TERM $! 2>/dev/null; wait $! || true; exit 143' TERM INT
-    wait $! || exit $?
+    trap 'kill -TERM $! 2>/dev/null; wait $! || true; exit 143' TERM INT; wait $! || exit $?
   fi
   [ "$nnodes" = 1 ] || say "node ${node_rank:-?} of $nnodes: starts when all run this command"
   command_line 0 "$@"; start
 }
 
-# ---- published recipes; all have one epoch, steps of 128 pairs and a warm-up of 0.1
+# ---- published recipes; one epoch, warm-up 0.1, and 128 pairs per step unless told otherwise
 recipe() {  # [NAME [--run [FLAGS]]]
-  local names="" prepare="" train="" name script model data split length flags
-  case ${1:-} in -*) set -- ;; esac
-  while read -r name script model data split length flags; do
-    names+=" $name"
-    [ "${1:-}" ] || printf '%-17s %-12s %s <- %s\n' "$name" "$script.py" "$model" "$data"
+  local names="" prepare="" train="" name script model data split length part batch flags
+  case ${1:-} in -*) set -- ;; esac; while read -r name script model data split length flags; do
+    names+=" $name" part=0.01 batch=128; [ "${1:-}" ] || printf '%-17s %-12s %s <- %s\n' "$name" "$script.py" "$model" "$data"
     [ "${1:-}" = "$name" ] || continue
-    case $script in simpo|wpo) length+=" --score_header" ;; esac
+    case $script in simpo|wpo) length+=" --score_header" ;; auxdpo) part=0.2 batch=4 ;; esac
     prepare="[ -d data/$name ] || ./launch.sh prepare_data.py --model $model \\
     --dataset $data --split $split --max_length $length \\
-    --val_fraction 0.01 --out data/$name"
+    --val_fraction $part --out data/$name"
     train="./launch.sh $script.py --model $model --data data/$name \\
-    --out out/$name $flags \\
-    --epochs 1 --batch_size 128 --warmup 0.1 --activation_checkpointing --save_every 100 --resume"
+    --epochs 1 --batch_size $batch --warmup 0.1 --activation_checkpointing --save_every 100 --resume \\
+    --out out/$name $flags"
   done <<'END'
 tulu3-8b dpo_norm allenai/Llama-3.1-Tulu-3-8B-SFT allenai/llama-3.1-tulu-3-8b-preference-mixture train 2048 --beta 5 --learning_rate 5e-7 --schedule linear
 olmo2-7b dpo_norm allenai/OLMo-2-1124-7B-SFT allenai/olmo-2-1124-7b-preference-mix train 2048 --beta 5 --learning_rate 1e-6 --schedule linear
@@ -156,6 +154,9 @@ simpo-mistral-7b simpo alignment-handbook/zephyr-7b-sft-full HuggingFaceH4/ultra
 simpo-llama3-8b simpo meta-llama/Meta-Llama-3-8B-Instruct princeton-nlp/llama3-ultrafeedback train 2048 --beta 2.5 --gamma_beta_ratio 0.55 --learning_rate 1e-6 --schedule cosine
 simpo-gemma2-9b simpo google/gemma-2-9b-it princeton-nlp/gemma2-ultrafeedback-armorm train 2048 --beta 10 --gamma_beta_ratio 0.5 --learning_rate 8e-7 --schedule cosine
 wpo-mistral-7b wpo HuggingFaceH4/mistral-7b-sft-beta HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 0.01 --learning_rate 5e-7 --schedule cosine
+auxdpo-mmlu-pro auxdpo meta-llama/Llama-3.2-1B TIGER-Lab/MMLU-Pro test 1024 --beta 0.1
+auxdpo-rewardbench2 auxdpo meta-llama/Llama-3.2-1B allenai/reward-bench-2 test 1024 --beta 0.1
+auxdpo-ultrafeedback auxdpo meta-llama/Llama-3.2-1B HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 0.1
 END
   [ "$train" ] || [ -z "${1:-}" ] || fail "there is no recipe $1; there are:$names"
   case ${2:-} in
@@ -170,16 +171,15 @@ demo() {
   local name flags world=data/demo_world out=out/demo
   local data=$world/pairs base=$world/base models=$world/base
   environment requirements.txt requirements-dev.txt
-  export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1  # for a model this small more threads only wait
-  run rm -rf "$world" "$out"
-  step() { say "$*"; run "$python" "$@"; }
-  step tests/demo_world.py --out "$world"
+  run rm -rf "$world" "$out"; export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1  # more would only wait
+  step() { say "$*"; run "$python" "$@"; }; step tests/demo_world.py --out "$world"
   step prepare_data.py --dataset "$world/pairs.jsonl" --model "$base" --out "$data" --val_fraction 0.2
-  step cache_ref.py --model "$base" --data "$data"
+  step cache_ref.py --model "$base" --data "$data" --sketch_dim 1024
   for name in dpo dpo_norm simpo wpo auxdpo compo; do
     [ -f "$name.py" ] || continue
     flags=(--learning_rate 5e-4 --log_every 5 --eval_every 10)
-    case $name in dpo|wpo|auxdpo) flags+=(--beta 0.5) ;; simpo) flags[1]=3e-4 ;; esac
+    case $name in simpo) flags[1]=3e-4 ;; auxdpo) flags+=(--sketch_dim 1024) ;; esac
+    case $name in dpo|wpo|auxdpo) flags+=(--beta 0.5) ;; esac
     step "$name.py" --model "$base" --data "$data" --out "$out/$name" "${flags[@]}"
     models=$models,$out/$name
   done

@@ -88,6 +88,13 @@ def test_cache_ref_runs_first_with_the_flags_that_it_shares(root, flags):
     assert set(" ".join(own).replace("=", " ").split()) == {
         "--model", "some/model", "--data", "data/a", "b", "--dtype", "float32", "--cpu_offload"}
 
+def test_a_script_that_needs_sketches_has_them_made_with_its_own_default_unless_told_otherwise(root):
+    flags = ["--model", "m", "--data", "d", "--train_modules", "norm"]
+    first, second = launch(root, "auxdpo.py", *flags)
+    assert first.endswith("cache_ref.py --sketch_dim 4096 " + " ".join(flags)) and second.endswith(" ".join(flags))
+    first, _ = launch(root, "auxdpo.py", *flags, "--sketch_dim", "64")
+    assert first.endswith("--sketch_dim 64")  # the last one counts
+
 def test_scripts_without_a_reference_and_incomplete_commands_run_no_cache_ref(root):
     (root / "free.py").write_text("print(1)")
     for args in (["free.py", *FLAGS], ["dpo.py", "--model", "m"], ["dpo.py", "--help"], ["dpo.py"]):
@@ -125,6 +132,9 @@ RECIPES = {  # METHODS: learning rate, schedule, tokens of a pair, beta, gamma /
     "simpo-llama3-8b": ("simpo", 1e-6, "cosine", 2048, 2.5, 0.55),
     "simpo-gemma2-9b": ("simpo", 8e-7, "cosine", 2048, 10.0, 0.5),
     "wpo-mistral-7b": ("wpo", 5e-7, "cosine", 1024, 0.01, None),
+    "auxdpo-mmlu-pro": ("auxdpo", 5e-7, "linear", 1024, 0.1, None),  # no rate and schedule are published
+    "auxdpo-rewardbench2": ("auxdpo", 5e-7, "linear", 1024, 0.1, None),
+    "auxdpo-ultrafeedback": ("auxdpo", 5e-7, "linear", 1024, 0.1, None),
 }
 
 ULTRA = "ultrafeedback_binarized"
@@ -137,6 +147,9 @@ SOURCES = {  # METHODS: model, data
     "simpo-llama3-8b": ("Meta-Llama-3-8B-Instruct", "llama3-ultrafeedback"),
     "simpo-gemma2-9b": ("gemma-2-9b-it", "gemma2-ultrafeedback-armorm"),
     "wpo-mistral-7b": ("mistral-7b-sft-beta", ULTRA),
+    "auxdpo-mmlu-pro": ("Llama-3.2-1B", "MMLU-Pro"),
+    "auxdpo-rewardbench2": ("Llama-3.2-1B", "reward-bench-2"),
+    "auxdpo-ultrafeedback": ("Llama-3.2-1B", ULTRA),
 }
 
 def parsed(command, monkeypatch):
@@ -163,13 +176,16 @@ def test_a_recipe_prints_commands_that_the_scripts_take_with_the_published_numbe
     module, data = parsed(prepare, monkeypatch)
     assert prepare.startswith(f"[ -d {data.out} ] || ./launch.sh prepare_data.py ")  # done once, if preempted
     assert data.max_length == length and data.score_header == (script in ("simpo", "wpo"))
-    assert data.split == ("train_prefs" if "ultrafeedback_binarized" in data.dataset else "train")
+    assert data.split == ("train_prefs" if "ultrafeedback_binarized" in data.dataset else
+                          "train" if script != "auxdpo" else "test")
     module, args = parsed(train, monkeypatch)
     assert module.__name__ == script and args.data == data.out and args.model == data.model
-    assert (data.model.split("/")[1], data.dataset.split("/")[1]) == SOURCES[name] and data.val_fraction == 0.01
-    assert args.activation_checkpointing and "--beta" in train and "--schedule" in train  # published, so said
+    assert (data.model.split("/")[1], data.dataset.split("/")[1]) == SOURCES[name]
+    assert args.activation_checkpointing and "--beta" in train  # published, so said
+    assert script == "auxdpo" or "--schedule" in train
+    assert (data.val_fraction, args.batch_size) == ((0.2, 4) if script == "auxdpo" else (0.01, 128))
     assert (args.learning_rate, args.schedule, args.beta) == (rate, schedule, beta)
-    assert (args.batch_size, args.epochs, args.warmup, args.label_smoothing) == (128, 1, 0.1, 0)
+    assert (args.epochs, args.warmup, args.label_smoothing) == (1, 0.1, 0)
     assert getattr(args, "gamma_beta_ratio", None) == ratio
     assert args.resume and args.save_every and args.out == f"out/{name}"
 

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import auxdpo
 import dpo
 import dpo_norm
 import simpo
 import wpo
 from conftest import random_pairs, tiny_policy
 
-SCRIPTS = {script.__name__: script for script in (dpo, dpo_norm, simpo, wpo)}
+SCRIPTS = {script.__name__: script for script in (dpo, dpo_norm, simpo, wpo, auxdpo)}
 PLANS = [
     ("dpo", "llama", "packed"),
     ("dpo", "llama-tied", "packed"),
@@ -52,7 +53,11 @@ def make_split(name="dpo"):
     pairs = random_pairs(SIZES)
     ref = np.random.default_rng(5).normal(-20, 5, (len(pairs), 2)).astype(np.float32)
     rows = [pair | {"weight": 1 + 0.1 * i} for i, pair in enumerate(pairs)]
-    return dict(rows=rows, lengths=np.array(SIZES)) | ({} if name == "simpo" else dict(ref=ref))
+    split = dict(rows=rows, lengths=np.array(SIZES)) | ({} if name == "simpo" else dict(ref=ref))
+    if name == "auxdpo":
+        sketch = np.random.default_rng(6).normal(size=(len(pairs), 2, 24))
+        split |= dict(ref=np.concatenate([ref, 0 * ref], 1), sketch=sketch, c=torch.zeros(24).double())
+    return split
 
 
 def one_step(script, policy, split, layout, count, small):
@@ -68,11 +73,17 @@ def one_step(script, policy, split, layout, count, small):
         label_smoothing=0.1,
         sft_weight=0.2,
         router_aux_coef=0.0,
+        **dict(penalty_weight=3.0, penalty="dataset", delta_steps=10, delta_learning_rate=1.0, null="soft"),
+        **dict(geometry="scores", amplitude=0.0, delta_cap=0.0, delta_inside_beta=False),
     )
     totals, lists = {}, script.micro_batches(rows, split["lengths"], layout, limit, world)
     mine = lists[rank::world]
-    for part in mine:
-        losses = script.pair_losses(policy, part, split, totals, args)
+    if script is auxdpo:
+        margins, output = script.forward_first(policy, mine, split, args)
+        script.update_delta(rows, margins, split, args)
+    for number, part in enumerate(mine):
+        run = policy if number or script is not auxdpo else lambda *_: output
+        losses = script.pair_losses(run, part, split, totals, args)
         (losses.sum() * world / len(rows)).backward()
     dealt = [None] * world
     dist.all_gather_object(dealt, [part.tolist() for part in mine])
@@ -80,6 +91,7 @@ def one_step(script, policy, split, layout, count, small):
     policy.zero_grad()
     means = script.mean_over_pairs(totals)
     return dict(
+        delta=split["ref"][:, 2:].copy() if script is auxdpo else np.zeros(1),
         loss=means["loss"], dealt=dealt, grads=grads, eval=script.evaluate(policy, split, args)
     )
 
@@ -149,6 +161,8 @@ def test_loss_and_gradient_are_the_same_on_one_two_and_four_ranks(shared, alone)
     for key, result in results.items():
         assert result["loss"] == pytest.approx(alone[key]["loss"], rel=1e-6), key
         assert_same_gradients(result["grads"], alone[key]["grads"])
+        np.testing.assert_allclose(result["delta"], alone[key]["delta"], rtol=1e-4, atol=1e-6)
+        assert key[0] != "auxdpo" or np.abs(result["delta"]).max() > 0.1
 
 
 @pytest.mark.torchrun

@@ -19,7 +19,7 @@ from conftest import ROOT, random_pairs
 from safetensors.torch import load_file
 
 STEPS = 144  # 8 epochs of 18 steps
-SCRIPTS = ["simpo.py", "dpo.py", "dpo_norm.py", "wpo.py"]  # the first runs while there is no cache
+SCRIPTS = ["simpo.py", "dpo.py", "dpo_norm.py", "wpo.py", "auxdpo.py"]  # the first runs while there is no cache
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -44,9 +44,10 @@ def finish(script, *flags):
     return output
 
 
-def train_flags(world, out):
+def train_flags(script, world, out):
     model, data = world
-    return ["--model", model, "--data", data, "--out", out, "--batch_size", 4, "--epochs", 8, "--log_every", 5,
+    own = ["--sketch_dim", 32] if script == "auxdpo.py" else []
+    return [*own, "--model", model, "--data", data, "--out", out, "--batch_size", 4, "--epochs", 8, "--log_every", 5,
             "--learning_rate", 1e-3, "--max_tokens", 200, "--eval_every", 20, "--save_every", 1, "--resume"]
 
 
@@ -68,10 +69,10 @@ def script(request):
 def uninterrupted(script, world, tmp_path_factory):
     model, data = world
     if script != "simpo.py":  # which neither needs the reference nor makes it
-        finish("cache_ref.py", "--model", model, "--data", data)
+        finish("cache_ref.py", "--model", model, "--data", data, *(["--sketch_dim", 32] if script == "auxdpo.py" else []))
     assert bool(list(Path(data).glob("ref-*"))) == (script != "simpo.py")
     out = tmp_path_factory.mktemp("uninterrupted")
-    output = finish(script, *train_flags(world, out))
+    output = finish(script, *train_flags(script, world, out))
     assert ("= ln 2" in output) == (script != "simpo.py")
     base = load_file(Path(model) / "model.safetensors")
     assert any(not torch.equal(base[key], tensor) for key, tensor in weights(out).items() if key in base)
@@ -92,7 +93,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bits(script, world, uninterr
     rng, kills = random.Random(0), 0
     while kills < 10:
         before = set(tmp_path.glob("step-*"))
-        process = start(script, *train_flags(world, tmp_path))
+        process = start(script, *train_flags(script, world, tmp_path))
         while process.poll() is None and set(tmp_path.glob("step-*")) <= before:
             time.sleep(0.005)  # until this run has written a checkpoint of its own
         time.sleep(rng.uniform(0, 0.3))
@@ -102,7 +103,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bits(script, world, uninterr
         process.communicate()
         kills += 1
     assert kills == 10, "the run ended before it was killed ten times"
-    finish(script, *train_flags(world, tmp_path))
+    finish(script, *train_flags(script, world, tmp_path))
     assert_same_bits(weights(uninterrupted), weights(tmp_path))
     assert training_lines(uninterrupted) == training_lines(tmp_path)
     assert len(list(tmp_path.glob("step-*"))) == 2  # --keep
@@ -111,7 +112,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bits(script, world, uninterr
 @pytest.mark.slow
 def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_ends_with_the_same_bits(
         script, world, uninterrupted, tmp_path):
-    flags = [flag if flag != 1 else 1000 for flag in train_flags(world, tmp_path)]  # no other checkpoints
+    flags = [flag if flag != 1 else 1000 for flag in train_flags(script, world, tmp_path)]  # no other checkpoints
     process = start(script, *flags)
     while process.poll() is None and not (tmp_path / "log.jsonl").exists():
         time.sleep(0.01)
@@ -129,7 +130,7 @@ def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_ends_with_the_same_
 @pytest.mark.slow
 @pytest.mark.torchrun
 def test_a_checkpoint_of_one_rank_continues_on_two_to_rounding(script, world, uninterrupted, tmp_path):
-    flags = train_flags(world, tmp_path)
+    flags = train_flags(script, world, tmp_path)
     process = start(script, *flags)
     while process.poll() is None and len(list(tmp_path.glob("step-*"))) < 2:
         time.sleep(0.01)
@@ -166,3 +167,44 @@ def test_a_killed_cache_continues_and_its_file_is_equal_to_the_byte(tiny_model, 
     assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == truth
     assert not list(data.glob("*.partial"))
     assert "is complete" in finish("cache_ref.py", *flags)
+
+
+@pytest.mark.slow
+def test_killed_sketches_continue_and_their_file_is_equal_to_the_byte(tiny_model, tiny_data):
+    rng = np.random.default_rng(3)
+    model = tiny_model("llama")
+    data = Path(tiny_data(model, random_pairs(rng.integers(1, 40, (400, 3)).tolist()), random_pairs([(3, 3, 3)], seed=1)))
+    flags = ["--model", model, "--data", data, "--max_tokens", 200, "--save_seconds", 0.01, "--sketch_dim", 48]
+    finish("cache_ref.py", *flags)
+    folder, = data.glob("ref-*/sketch-*")
+    truth = (folder / "train-sketch.npy").read_bytes()
+    folder.rename(data / "truth")
+    for attempt in range(4):
+        parts = len(list(folder.parent.glob("sketch-*.partial/part-*.npz")))
+        process = start("cache_ref.py", *flags)
+        while process.poll() is None and len(list(folder.parent.glob("sketch-*.partial/part-*"))) < parts + 3:
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        assert not (folder / "meta.json").exists()
+    assert "already done" in finish("cache_ref.py", *flags)
+    assert (folder / "train-sketch.npy").read_bytes() == truth and not list(data.rglob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.torchrun
+def test_any_number_of_ranks_makes_the_same_cache_and_sketches(tiny_model, tiny_data):
+    rng = np.random.default_rng(4)
+    model = tiny_model("llama-tied")
+    data = Path(tiny_data(model, random_pairs(rng.integers(1, 30, (53, 3)).tolist()), random_pairs([(3, 3, 3)], seed=1)))
+    flags = ["--model", model, "--data", str(data), "--max_tokens", "200", "--sketch_dim", "48", "--sketch_dtype", "float32"]
+    finish("cache_ref.py", *flags)
+    folder, = data.glob("ref-*")
+    folder.rename(data / "truth")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+               str(ROOT / "cache_ref.py"), *flags]
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.npy"))
+    assert len(files) == 3
+    for path in files:
+        assert np.array_equal(np.load(folder / path), np.load(data / "truth" / path)), path
