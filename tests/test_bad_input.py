@@ -481,6 +481,46 @@ def test_the_other_algorithms_say_the_same(script, what, w):
     message = error_of(w, script, changes)
     assert all(word in message for word in words.split()), message
 
+SKETCH = dict(sketch_dim=16)
+
+@pytest.mark.parametrize("what", [what for what in MAIN + CACHE if "NaN" not in what])
+def test_auxdpo_says_the_same(what, w):
+    run(w, "cache_ref", SKETCH)
+    (breaking, words), = [rest for name, case, *rest in TABLE if (name, case) == ("dpo", what)]
+    message = error_of(w, "auxdpo", SKETCH | (breaking(w) or {}))
+    assert all(word in message for word in words.split()), message
+
+def test_auxdpo_names_pairs_that_are_not_finite(w):
+    changes = weighted(w, float("nan")) or {}
+    run(w, "cache_ref", SKETCH)
+    message = error_of(w, "auxdpo", SKETCH | changes)
+    assert "pair-4" in message and "not finite" in message
+
+def test_auxdpo_without_its_sketches_gives_the_command_that_makes_them(w):
+    w.cache
+    message = error_of(w, "auxdpo", SKETCH | dict(train_modules="norm"))
+    assert all(word in message for word in ("missing", "cache_ref.py", "--sketch_dim 16", "--train_modules norm"))
+    run(w, "cache_ref", SKETCH)
+    assert "--sketch_dim 8" in error_of(w, "auxdpo", dict(sketch_dim=8))  # there is one, of another size
+    path, = w.data.glob("ref-*/sketch-*/train-sketch.npy")
+    cut(path)
+    assert "damaged" in error_of(w, "auxdpo", SKETCH)
+
+@pytest.mark.parametrize("script, changes, words", [
+    ("auxdpo", dict(null="exact", delta_cap=1.0), "--null exact --delta_cap"),
+    ("auxdpo", dict(null="exact"), "--null exact independent --train_modules"),
+    ("auxdpo", dict(penalty="all"), "--penalty dataset batch"),
+    ("dpo", dict(train_modules="nothing"), "--train_modules nothing finds no parameter lm_head"),
+    ("dpo", dict(train_modules="("), "--train_modules ( regular expression"),
+    ("cache_ref", dict(sketch_modules="nothing"), "--sketch_modules nothing finds no"),
+    ("cache_ref", dict(sketch_modules="("), "--sketch_modules ( regular expression")])
+def test_flags_that_do_not_go_together_or_find_nothing(script, changes, words, w):
+    if script != "dpo":
+        run(w, "cache_ref", dict(sketch_dim=64))
+        changes = dict(sketch_dim=64) | changes
+    message = error_of(w, script, changes)
+    assert all(word in message for word in words.split()), message
+
 def test_simpo_has_no_reference_and_says_so(w, capsys):
     delete(w.cache)
     run(w, "simpo", {})

@@ -1,0 +1,147 @@
+"""What AuxDPO costs, and how far its inner steps get: python tests/auxdpo_check.py MODEL DATA [PAIRS]
+
+MODEL a Hugging Face folder, DATA a folder of prepare_data.py for it. Everything in one process, on a batch of PAIRS [16].
+1. The penalty and its gradient in delta by the formula of the public notebook, with two backward passes per pair
+   through the reference and all gradients kept, against the sketches of cache_ref.py: values, seconds, memory.
+2. A training step against one of dpo.py, interleaved: in one micro-batch, and in four.
+3. How much of the way to the minimum of the delta-subproblem 1, 3, 10, 30 inner steps go, for several lambda.
+
+The notebook's formula is written here from METHODS.md 5.2 as the truth to compare with."""
+
+import resource
+import statistics
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import auxdpo
+import cache_ref
+import dpo
+from sketch_check import policy_of
+
+DIM, CPU = 4096, torch.device("cpu")
+DEFAULTS = {name: value for name, value in vars(auxdpo.Args).items() if name in auxdpo.Args.__dataclass_fields__}
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
+
+
+def notebook(model, pairs, deltas, weight):
+    """lambda |1/2B sum delta grad log pi|^2 and its gradient in delta (B, 2): 2B backward passes, all gradients kept."""
+    parameters, grads = list(model.parameters()), []
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            ids, start = torch.tensor(pair["prompt"] + pair[side]), len(pair["prompt"])
+            logps = model(input_ids=ids[None, :-1], use_cache=False).logits[0].log_softmax(-1)
+            grads.append(torch.autograd.grad(logps.gather(1, ids[1:, None])[start - 1:].sum(), parameters))
+    deltas = deltas.clone().requires_grad_()
+    vector = [sum(d * g for d, g in zip(deltas.flatten(), each)) / (2 * len(pairs)) for each in zip(*grads)]
+    penalty = weight * sum(part.square().sum() for part in vector)
+    penalty.backward()
+    return penalty.item(), deltas.grad
+
+
+def penalties(path, pairs):
+    deltas, weight = torch.from_numpy(np.random.default_rng(0).normal(size=(len(pairs), 2)).astype(np.float32)), 1.0
+    policy, state = policy_of(path, DIM)
+    cache_ref.sketches(policy, pairs[:1], state, CPU)  # the hash tables
+    start = time.time()
+    sketch = torch.cat([cache_ref.sketches(policy, [pair], state, CPU) for pair in pairs])
+    once, before = time.time() - start, peak()
+    del policy, state
+    split = dict(rows=pairs, sketch=sketch.numpy(), ref=np.zeros((len(pairs), 4), np.float32),
+                 c=torch.zeros(DIM, dtype=torch.float64))
+    rows, args = np.arange(len(pairs)), types.SimpleNamespace(**DEFAULTS)
+    start = time.time()
+    scores = sketch.flatten(0, 1).double()
+    c = deltas.flatten().double() @ scores
+    ours = weight * (c / (2 * len(pairs))).square().sum().item()
+    slope = (weight / (2 * len(pairs) ** 2) * scores @ c).view(-1, 2)
+    for _ in range(10):
+        auxdpo.update_delta(rows, torch.zeros(len(pairs)).double(), split, args)
+    each, after = (time.time() - start) / 10, peak()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    loaded, start = peak(), time.time()
+    theirs, truth = notebook(model, pairs, deltas, weight)
+    seconds = time.time() - start
+    error = ((slope - truth).norm() / truth.norm()).item()
+    print(f"1. batch of {len(pairs)} pairs: penalty {theirs:.4g} (notebook), {ours:.4g} (sketch of K = {DIM}); gradient in delta "
+          f"differs by {error:.1%}\n   per step: notebook {seconds:.2f} s and {peak() - loaded:.2f} GiB; ours "
+          f"{1000 * each:.1f} ms and {max(0.0, after - before):.2f} GiB, after {once:.2f} s once per dataset for these pairs")
+    return sketch
+
+
+def steps(path, pairs, sketch):
+    lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
+    policy, _ = policy_of(path)
+    rows = np.arange(len(pairs))
+    for parts in (1, 4):
+        limit = 10**6 if parts == 1 else int(lengths.sum() / 3.6)
+        args = types.SimpleNamespace(**DEFAULTS | dict(layout="packed", max_tokens=limit))
+        lists = dpo.micro_batches(rows, lengths, "packed", limit, 1)
+        ref = np.zeros((len(pairs), 2), np.float32)
+        plain = dict(rows=pairs, lengths=lengths, ref=ref)
+        aux = plain | dict(ref=np.concatenate([ref, ref], 1), sketch=sketch.numpy(), c=torch.zeros(DIM).double())
+
+        def ordinary():
+            for part in lists:
+                dpo.pair_losses(policy, part, plain, {}, args).sum().backward()
+
+        def auxiliary():
+            margins, output = auxdpo.forward_first(policy, lists, aux, args)
+            auxdpo.update_delta(rows, margins, aux, args)
+            for number, part in enumerate(lists):
+                auxdpo.pair_losses(policy if number else lambda *_: output, part, aux, {}, args).sum().backward()
+
+        times = {ordinary: [], auxiliary: []}
+        for turn in range(8):
+            for run in (ordinary, auxiliary) if turn % 2 else (auxiliary, ordinary):
+                policy.zero_grad()
+                start = time.time()
+                run()
+                times[run].append(time.time() - start)
+        ratio = statistics.median(b / a for a, b in zip(times[ordinary][1:], times[auxiliary][1:]))
+        print(f"2. a step in {len(lists)} micro-batches: {statistics.median(times[auxiliary]):.2f} s, {ratio:.3f} times that of dpo.py")
+
+
+def subproblem(sketch):
+    """A dataset of these sketches; all pairs are one batch, margins drawn from a normal distribution."""
+    count = len(sketch)
+    margins = torch.from_numpy(np.random.default_rng(0).normal(size=count))
+    rows = [dict(id=str(i)) for i in range(count)]
+    print("\n| lambda | 1 step | 3 | 10 | 30 |\n|---|---|---|---|---|")
+    for weight in (0.1, 1.0, 10.0, 100.0):
+        values = {}
+        for inner in (0, 1, 3, 10, 30, 3000):
+            split = dict(rows=rows, ref=np.zeros((count, 4), np.float32), sketch=sketch.numpy(), c=torch.zeros(DIM).double())
+            args = types.SimpleNamespace(**DEFAULTS | dict(penalty_weight=weight, delta_steps=inner))
+            auxdpo.update_delta(np.arange(count), margins, split, args)
+            delta = split["ref"][:, 2:].astype(np.float64)
+            loss = np.logaddexp(0, -margins.numpy() - delta[:, 0] + delta[:, 1]).sum()
+            values[inner] = loss + count * weight * (split["c"] / (2 * count)).square().sum().item()
+        way = [(values[0] - values[inner]) / (values[0] - values[3000]) for inner in (1, 3, 10, 30)]
+        print(f"| {weight} | " + " | ".join(f"{each:.1%}" for each in way) + " |")
+
+
+def main():
+    path, data, count = sys.argv[1], sys.argv[2], int((sys.argv + ["16"])[3])
+    transformers.utils.logging.disable_progress_bar()
+    cache_ref.start_process_group("float32")
+    args = types.SimpleNamespace(model=path, data=data, layout="concatenated", max_tokens=8192)
+    rows = cache_ref.load_data(args, ["train"])[0]["train"]["rows"]
+    pairs = [rows[i] for i in range(count)]
+    print(f"{Path(path).name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    sketch = penalties(path, pairs)
+    steps(path, pairs, sketch)
+    subproblem(sketch)
+
+
+if __name__ == "__main__":
+    main()
