@@ -19,8 +19,9 @@ the penalty sees the whole dataset, and no reference is in memory.
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --sketch_dim 4096
     torchrun --nproc_per_node=8 auxdpo.py --model MODEL --data data/NAME
 
-The authors' notebook: --delta_inside_beta --penalty batch --delta_cap 1 --amplitude 0.1, or so; its
-delta is never updated in a run of one epoch. Differs from dpo.py: delta, its solver and its files.
+The authors' notebook has delta inside beta, a cap, an amplitude term and the penalty of a batch, all
+of which are flags here; there delta keeps its initial value until the second epoch.
+Differs from dpo.py: delta in the loss, its solver, the sketches, its file beside checkpoints.
 
 Symbols: n pairs, N of the dataset, K of the sketch; T tokens of the longest row, L of a
 micro-batch, M of its responses, V vocabulary, h hidden size, H heads, d head size. What stands
@@ -82,7 +83,7 @@ class Args:
     wandb: str = ""  # Weights & Biases project that gets the log too
     # algorithm
     beta: float = 0.1  # strength of the pull to the reference
-    penalty_weight: float = 1.0  # lambda, weight of |c / 2N|^2
+    penalty_weight: float = 100.0  # lambda, weight of |c / 2N|^2
     penalty: str = "dataset"  # what c sums: dataset (all N pairs) | batch (n pairs, the notebook's)
     delta_steps: int = 10  # inner steps on the delta of a batch
     delta_learning_rate: float = 1.0  # of an inner step, 1 = to the minimum of its upper bound

@@ -1,10 +1,11 @@
-"""What AuxDPO costs, and how far its inner steps get: python tests/auxdpo_check.py MODEL DATA [PAIRS]
+"""What AuxDPO costs: python tests/auxdpo_check.py MODEL DATA [PAIRS]; how far its inner steps get: ... train-sketch.npy
 
 MODEL a Hugging Face folder, DATA a folder of prepare_data.py for it. Everything in one process, on a batch of PAIRS [16].
 1. The penalty and its gradient in delta by the formula of the public notebook, with two backward passes per pair
    through the reference and all gradients kept, against the sketches of cache_ref.py: values, seconds, memory.
 2. A training step against one of dpo.py, interleaved: in one micro-batch, and in four.
-3. How much of the way to the minimum of the delta-subproblem 1, 3, 10, 30 inner steps go, for several lambda.
+With the sketches of a dataset alone: how much of the way to the minimum of the delta-subproblem, as 2000 steps find it, 1, 3,
+10, 30 inner steps go, for several lambda.
 
 The notebook's formula is written here from METHODS.md 5.2 as the truth to compare with."""
 
@@ -111,26 +112,36 @@ def steps(path, pairs, sketch):
         print(f"2. a step in {len(lists)} micro-batches: {statistics.median(times[auxiliary]):.2f} s, {ratio:.3f} times that of dpo.py")
 
 
-def subproblem(sketch):
-    """A dataset of these sketches; all pairs are one batch, margins drawn from a normal distribution."""
-    count = len(sketch)
+def subproblem(sketch, size=32):
+    """A dataset of these sketches (N, 2, K), its first batches one after the other, margins drawn from N(0, 1)."""
+    count, dim = len(sketch), sketch.shape[2]
     margins = torch.from_numpy(np.random.default_rng(0).normal(size=count))
     rows = [dict(id=str(i)) for i in range(count)]
-    print("\n| lambda | 1 step | 3 | 10 | 30 |\n|---|---|---|---|---|")
-    for weight in (0.1, 1.0, 10.0, 100.0):
-        values = {}
-        for inner in (0, 1, 3, 10, 30, 3000):
-            split = dict(rows=rows, ref=np.zeros((count, 4), np.float32), sketch=sketch.numpy(), c=torch.zeros(DIM).double())
+    print("\n| lambda | 1 step | 3 | 10 | 30 | norm of delta |\n|---|---|---|---|---|---|")
+    for weight in (0.1, 1.0, 10.0, 100.0, 1000.0):
+        fell = {}
+        for inner in (1, 3, 10, 30, 2000):
+            split = dict(rows=rows, ref=np.zeros((count, 4), np.float32), sketch=sketch, c=torch.zeros(dim).double())
             args = types.SimpleNamespace(**DEFAULTS | dict(penalty_weight=weight, delta_steps=inner))
-            auxdpo.update_delta(np.arange(count), margins, split, args)
-            delta = split["ref"][:, 2:].astype(np.float64)
-            loss = np.logaddexp(0, -margins.numpy() - delta[:, 0] + delta[:, 1]).sum()
-            values[inner] = loss + count * weight * (split["c"] / (2 * count)).square().sum().item()
-        way = [(values[0] - values[inner]) / (values[0] - values[3000]) for inner in (1, 3, 10, 30)]
-        print(f"| {weight} | " + " | ".join(f"{each:.1%}" for each in way) + " |")
+
+            def value(batch):
+                delta = split["ref"][batch, 2:].astype(np.float64)
+                loss = np.logaddexp(0, -margins[batch].numpy() - delta[:, 0] + delta[:, 1]).sum()
+                return loss + count * weight * (split["c"] / (2 * count)).square().sum().item()
+
+            fell[inner] = 0.0
+            for first in range(0, min(count, 12 * size), size):
+                batch = np.arange(first, min(first + size, count))
+                before = value(batch)
+                auxdpo.update_delta(batch, margins, split, args)
+                fell[inner] += before - value(batch)
+        cells = [f"{fell[inner] / fell[2000]:.1%}" for inner in (1, 3, 10, 30)]
+        print(f"| {weight:g} | {' | '.join(cells)} | {np.linalg.norm(split['ref'][:, 2:]):.2f} |")
 
 
 def main():
+    if sys.argv[1].endswith(".npy"):
+        return subproblem(np.load(sys.argv[1], mmap_mode="r"))
     path, data, count = sys.argv[1], sys.argv[2], int((sys.argv + ["16"])[3])
     transformers.utils.logging.disable_progress_bar()
     cache_ref.start_process_group("float32")
@@ -140,8 +151,6 @@ def main():
     print(f"{Path(path).name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers {transformers.__version__}")
     sketch = penalties(path, pairs)
     steps(path, pairs, sketch)
-    subproblem(sketch)
-
 
 if __name__ == "__main__":
     main()

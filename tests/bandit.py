@@ -3,7 +3,7 @@
 One state, three responses, pi_theta proportional to [e^theta, e^-theta, 1], reference theta = 0, true reward r* = [1, 2, 0],
 preferences of Bradley and Terry, and pair counts n12 : n23 : n31. The policy class is one-dimensional, so it cannot
 express r*, and DPO's answer depends on the counts. Every loss is minimised to its end by inner_steps of auxdpo.py,
-whose unknowns here are theta and the delta of the three responses. Prints a table; draws the figure if asked."""
+whose unknowns here are theta and the delta of the three responses. Prints tables; with a path, writes the first beside the figure that it draws."""
 
 import sys
 import types
@@ -75,9 +75,10 @@ def main():
     counts = (1, 1, 10)
     found = {"base": 0.0, "DPO": dpo(counts), "IPO, tau = 1": ipo(counts), "AuxDPO, exact null space": exact(counts)[0]}
     published = dict(zip(found, (1.0, 0.895, 0.969, 1.199)))
-    print("| method | theta | E[r*] | published |\n|---|---|---|---|")
+    table = "| bandit | θ at the minimum | E[r*] | published E[r*] |\n|---|---|---|---|\n"
     for name, theta in found.items():
-        print(f"| {name} | {theta:.5f} | {expected_reward(theta):.5f} | {published[name]} |")
+        table += f"| {name} | {theta:.5f} | {expected_reward(theta):.5f} | {published[name]} |\n"
+    print(table)
     print("\n| n12 : n23 : n31 | DPO | IPO | AuxDPO |\n|---|---|---|---|")
     for other in [(1, 1, 10), (1, 1, 1), (10, 1, 1), (1, 10, 1), (1, 10, 10)]:
         values = (dpo(other), ipo(other), exact(other)[0])
@@ -89,6 +90,7 @@ def main():
         print(f"| {value:.3g} | {curves['scores'][i]:.4f} | {curves['ridge'][i]:.4f} |")
     if len(sys.argv) > 1:
         draw(sys.argv[1], counts, grid, curves)
+        Path(sys.argv[1]).with_suffix(".md").write_text(table)
 
 
 def draw(path, counts, grid, curves):

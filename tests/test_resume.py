@@ -1,6 +1,6 @@
-"""Claim: preemption changes nothing. A run that is killed at ten random moments, or told to stop by SIGTERM,
+"""Claim: preemption changes nothing. A run that is killed at four to ten random moments, or told to stop by SIGTERM,
 ends with the bits of the run that was left alone, over more than two epochs, with every algorithm; a killed
-cache_ref.py ends with the bytes of an unkilled one. What a kill leaves behind is never taken for a finished
+cache_ref.py ends with the bytes of an unkilled one, log-probs and sketches, on any number of ranks. What a kill leaves behind is never taken for a finished
 checkpoint or cache."""
 import json
 import os
@@ -89,9 +89,10 @@ def training_lines(out):
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_leave_the_same_bits(script, world, uninterrupted, tmp_path):
+def test_kills_at_random_moments_leave_the_same_bits(script, world, uninterrupted, tmp_path):
     rng, kills = random.Random(0), 0
-    while kills < 10:
+    wanted = 10 if script in ("dpo.py", "auxdpo.py") else 4  # the others have no state of their own
+    while kills < wanted:
         before = set(tmp_path.glob("step-*"))
         process = start(script, *train_flags(script, world, tmp_path))
         while process.poll() is None and set(tmp_path.glob("step-*")) <= before:
@@ -102,7 +103,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bits(script, world, uninterr
         process.kill()
         process.communicate()
         kills += 1
-    assert kills == 10, "the run ended before it was killed ten times"
+    assert kills == wanted, "the run ended before it was killed so often"
     finish(script, *train_flags(script, world, tmp_path))
     assert_same_bits(weights(uninterrupted), weights(tmp_path))
     assert training_lines(uninterrupted) == training_lines(tmp_path)
