@@ -7,7 +7,7 @@ in all three layouts, and checks what must hold on every device:
     the first loss is ln 2 (dpo.py stops if it is not); the layouts agree on log-probs and gradient norm;
     a run continued from a checkpoint ends with the weights of the run that was not interrupted.
 
-Prints a Markdown table of tokens/s, MFU and peak memory for each layout, and exits with status 1 if a check fails.
+Prints a Markdown table of tokens/s, MFU and peak memory for each layout of dpo.py and for the other scripts, and exits with status 1 if a check fails.
 Sizes: tiny (2 layers, for CI), 0.5B, 1.5B, 3B, 8B.
 """
 import argparse
@@ -86,6 +86,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=0, help="of the longest prompt + response [2048, tiny: 64]")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--extra", default="", help="flags for every run of dpo.py, e.g. '--compile'")
+    parser.add_argument("--also", default="dpo_norm.py,simpo.py,wpo.py,auxdpo.py", help="timed too, packed")
     args = parser.parse_args()
     tokens = args.tokens or (64 if args.size == "tiny" else 2048)
     cuda, folder, batch = torch.cuda.is_available(), args.folder, 8 if args.size == "tiny" else 32
@@ -97,14 +98,21 @@ def main():
     run("prepare_data.py", "--dataset", folder / "pairs.jsonl", "--model", model, "--out", data, "--plain",
         "--val_fraction", 0.05)
     common = ["--model", model, "--data", data, "--max_tokens", 16 * tokens]
+    sketch = ["--sketch_dim", 64 if args.size == "tiny" else 4096]
     run("cache_ref.py", *common)
+    if "auxdpo.py" in args.also:
+        run("cache_ref.py", *common, *sketch)
     flags = [*common, "--batch_size", batch, "--max_steps", args.steps, "--learning_rate", 1e-5, "--log_every", 1,
              "--eval_every", 1000, *args.extra.split()]
     rows, first = [], {}
-    for layout in ("packed", "concatenated", "separate"):
-        run("dpo.py", *flags, "--layout", layout, "--out", folder / layout)
+    for layout in ("packed", "concatenated", "separate", *filter(None, args.also.split(","))):
+        if layout.endswith(".py"):
+            run(layout, *flags, "--out", folder / layout, *(sketch if layout == "auxdpo.py" else []))
+        else:
+            run("dpo.py", *flags, "--layout", layout, "--out", folder / layout)
         log = lines(folder / layout)
-        first[layout] = log[0] | log[1]  # evaluation at step 0, first step
+        if not layout.endswith(".py"):
+            first[layout] = log[0] | log[1]  # evaluation at step 0, first step
         steady = [line for line in log[3:] if "tokens/s" in line]
         speed = sum(line["tokens/s"] for line in steady) / len(steady)
         mfu = [line["mfu"] for line in steady if "mfu" in line]
@@ -132,7 +140,7 @@ def main():
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if cuda else "CPU"
     print(f"\n{parameters / 1e9:.2f}B parameters, {device}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}, {'bfloat16' if cuda else 'float32'}, {tokens}-token rows {args.extra}\n")
-    print("| layout | tokens/s | MFU % | peak GiB |\n|---|---|---|---|")
+    print("| layout, or script | tokens/s | MFU % | peak GiB |\n|---|---|---|---|")
     for layout, speed, mfu, memory in rows:
         print(f"| {layout} | {speed:,.0f} | {'' if mfu is None else f'{mfu:.1f}'} | {memory:.1f} |")
     shutil.rmtree(folder)
