@@ -46,7 +46,7 @@ def finish(script, *flags):
 
 def train_flags(script, world, out):
     model, data = world
-    own = ["--sketch_dim", 32] if script == "auxdpo.py" else []
+    own = ["--sketch_dim", 32, "--penalty_weight", 0.001] if script == "auxdpo.py" else []
     return [*own, "--model", model, "--data", data, "--out", out, "--batch_size", 4, "--epochs", 8, "--log_every", 5,
             "--learning_rate", 1e-3, "--max_tokens", 200, "--eval_every", 20, "--save_every", 1, "--resume"]
 
