@@ -19,8 +19,8 @@ the penalty sees the whole dataset, and no reference is in memory.
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --sketch_dim 4096
     torchrun --nproc_per_node=8 auxdpo.py --model MODEL --data data/NAME
 
-The authors' notebook has delta inside beta, a cap, an amplitude term and the penalty of a batch, all
-of which are flags here; there delta keeps its initial value until the second epoch.
+The authors' notebook has delta inside beta, a cap, an amplitude term and the penalty of a batch:
+flags, here. There delta keeps its initial value until the second epoch.
 Differs from dpo.py: delta in the loss, its solver, the sketches, its file beside checkpoints.
 
 Symbols: n pairs, N of the dataset, K of the sketch; T tokens of the longest row, L of a
@@ -88,7 +88,7 @@ class Args:
     delta_steps: int = 10  # inner steps on the delta of a batch
     delta_learning_rate: float = 1.0  # of an inner step, 1 = to the minimum of its upper bound
     null: str = "soft"  # delta: soft (near the null space, by the penalty) | exact (in it)
-    geometry: str = "scores"  # g of the penalty: scores | random (of the same norms: a plain ridge)
+    geometry: str = "scores"  # g of the penalty: scores | random (independent, of the same norms)
     amplitude: float = 0.0  # weight of -1/2 mean delta^2 (chosen) - 1/2 mean delta^2 (rejected)
     delta_cap: float = 0.0  # delta = cap tanh(raw / cap); 0 = no cap
     delta_inside_beta: bool = False  # multiply delta by beta in the loss
@@ -101,16 +101,16 @@ class Args:
 
 
 def preference_loss(logps, known, lengths, args):
-    """The algorithm: log-probs logps (2, n) in nats; known (4, n), the reference's and delta;
+    """The algorithm: log-probs logps (2, n) in nats; known (5, n), the reference's, delta, ...;
     lengths (2, n) -> losses (n,), per-pair metrics {name: (n,)}; rewards have beta, not delta."""
-    ref_logps, delta = known.split(2)  # (2, n) each
+    ref_logps, delta = known[:2], known[2:4]  # (2, n) each
     rewards = args.beta * (logps - ref_logps)  # (2, n)
     shifts = delta * (args.beta if args.delta_inside_beta else 1)  # (2, n)
     margins = rewards[0] - rewards[1] + (shifts[0] - shifts[1])  # (n,) 4.2
     losses = -(1 - args.label_smoothing) * F.logsigmoid(margins)  # (n,) 4.2
     losses = losses - args.label_smoothing * F.logsigmoid(-margins)  # (n,) 0 by default
-    metrics = {"delta/chosen": delta[0], "delta/rejected": delta[1]}
-    metrics |= {"delta/accuracies": (margins > 0) + 0.5 * (margins == 0)}  # of reward + delta
+    correct = (margins > 0) + 0.5 * (margins == 0)  # (n,) by reward + delta
+    metrics = {"delta/chosen": delta[0], "delta/rejected": delta[1], "delta/accuracies": correct}
     return losses, reward_metrics(rewards, logps, lengths) | metrics
 
 
@@ -122,7 +122,8 @@ def inner_steps(start, margins, weights, signs, gram, pull, args):
     signs (n, q), gram (q, q), pull (q,); z is delta, or its coordinates in the null space. A step
     goes to the minimum of a quadratic that touches the sum from above, as the loss curves by at
     most tanh(m / 2) / 2m (Jaakkola and Jordan 2000): it cannot overshoot, and needs no tuning. The
-    amplitude term is concave, so its tangent is above it. Only a cap voids the guarantee."""
+    amplitude term is concave, so its tangent is above it. A cap bends delta by at most 0.77 / cap,
+    which is added for it; with a cap the bound holds near the start only."""
     cap, delta = args.delta_cap, start
     raw = cap * torch.atanh((delta / cap).clamp(-1 + 1e-6, 1 - 1e-6)) if cap else delta
     for _ in range(args.delta_steps):
@@ -131,9 +132,12 @@ def inner_steps(start, margins, weights, signs, gram, pull, args):
         bound = weights * torch.where(m.abs() < 1e-4, 0.25, torch.tanh(m / 2) / (2 * m))  # (n,)
         gradient = signs.T @ slope + gram @ delta + pull - args.amplitude * delta  # (q,)
         above = signs.T @ (bound[:, None] * signs) + gram  # (q, q)
-        above.diagonal().add_(1e-9 * above.diagonal().max())  # the gradient is in its range
-        slack = 1 - (delta / cap) ** 2 if cap else 1  # d delta / d raw
-        raw = raw - args.delta_learning_rate * torch.linalg.solve(above, slack * gradient)
+        if cap:
+            slack = 1 - (delta / cap) ** 2  # (q,) d delta / d raw
+            above = slack[:, None] * above * slack + (0.77 / cap * gradient.abs()).diag()
+            gradient = slack * gradient
+        above.diagonal().add_(1e-9 * above.diagonal().max() + 1e-30)  # the gradient is in its range
+        raw = raw - args.delta_learning_rate * torch.linalg.solve(above, gradient)
         delta = cap * torch.tanh(raw / cap) if cap else raw
     return delta
 
@@ -673,9 +677,10 @@ def sketch_folder(args, folder):
     return folder / f"sketch-{name}", key
 
 def load_sketches(args, weights, dtype, splits):
-    """Give the training split the sketches (N, 2, K), and both a delta (rows, 2) beside "ref"."""
+    """Give the training split its sketches (N, 2, K), and both splits, in "ref" beside log-probs of
+    the reference, columns for delta of chosen and rejected and for the margin last seen."""
     for split in splits.values():
-        split["ref"] = np.concatenate([split["ref"], np.zeros_like(split["ref"])], 1)  # (rows, 4)
+        split["ref"] = np.pad(split["ref"], ((0, 0), (0, 3)))  # (rows, 5)
     train, given = splits["train"], dataclasses.asdict(args)
     folder, key = sketch_folder(args, reference_folder(args, weights, dtype, splits)[0])
     path, shape = folder / "train-sketch.npy", (len(train["rows"]), 2, args.sketch_dim)
@@ -705,56 +710,59 @@ def forward_first(policy, parts, split, args):
 
 def null_basis(sketch):
     """sketch (N, 2, K) -> orthonormal basis (N, 2, q) of the delta that make c = 0."""
+    count, _, dim = sketch.shape
+    if count > 4096:
+        fail(f"--null exact is for small data, and {count} pairs are many; use --null soft")
     scores = torch.from_numpy(np.array(sketch, np.float64)).flatten(0, 1)
     values, vectors = torch.linalg.eigh(scores @ scores.T)  # ascending
-    basis = vectors[:, values < 1e-5 * values[-1]].view(len(sketch), 2, -1)
-    if not basis.shape[2]:
-        fail(f"--null exact: the scores of all {len(scores)} responses are independent, so only "
-             "delta = 0 is left; train fewer parameters (--train_modules), or --null soft")
-    return basis
+    null = values < 1e-5 * values[-1]
+    if 2 * count - null.sum() >= min(2 * count, dim):
+        fail(f"--null exact: the scores of {2 * count} responses, or {dim} numbers of sketches, "
+             "are independent; train less (--train_modules), raise --sketch_dim, or --null soft")
+    return vectors[:, null].view(count, 2, -1)
 
 def update_delta(rows, margins, split, args):
     """Renew the delta of the pairs `rows` in split["ref"], theta fixed; margins (rows of split,)
     without delta. float64 on the CPU, so that all ranks come to the same."""
-    n, count, table = len(rows), len(split["rows"]), split["ref"][:, 2:]  # (rows, 2), a view
+    n, count, table = len(rows), len(split["rows"]), split["ref"][:, 2:4]  # (rows, 2), a view
     inner = args.beta if args.delta_inside_beta else 1.0
-    weights = [split["rows"][int(row)].get("weight", 1.0) for row in rows]
-    batch = margins[rows], torch.tensor(weights, dtype=torch.float64)
-    old = torch.from_numpy(table[rows].astype(np.float64))  # (n, 2)
-    if args.null == "exact":  # every delta of the dataset moves, along the null space
-        basis = split["basis"]  # (N, 2, q)
-        signs = inner * (basis[rows, 0] - basis[rows, 1])  # (n, q)
-        now, none = batch[0] + inner * (old[:, 0] - old[:, 1]), torch.zeros(basis.shape[2]).double()
-        table += (basis @ inner_steps(none, now, batch[1], signs, none.diag(), none, args)).numpy()
-        return
-    scores = torch.from_numpy(split["sketch"][rows].astype(np.float64))  # (n, 2, K)
-    if args.geometry == "random":
-        noise = [np.random.default_rng(int(row)).normal(size=scores.shape[1:]) for row in rows]
-        noise = torch.from_numpy(np.stack(noise))
-        scores = noise * (scores.norm(dim=2) / noise.norm(dim=2))[:, :, None]
-    scores, old = scores.flatten(0, 1), old.flatten()  # (2n, K), (2n,)
+    if args.null == "exact":  # every delta moves, along the null space, so every pair has a say
+        split["ref"][rows, 4] = margins[rows]  # the others' are as last seen, at first 0
+        rows, margins = np.arange(count), torch.from_numpy(split["ref"][:, 4].astype(np.float64))
+    weights = torch.tensor([split["rows"][int(row)].get("weight", 1.0) for row in rows]).double()
+    scores = torch.from_numpy(split["sketch"][rows].astype(np.float64)).flatten(0, 1)  # (2n, K)
+    old = torch.from_numpy(table[rows].astype(np.float64)).flatten()  # (2n,)
     rest = split["c"] - old @ scores  # (K,) of the other pairs
-    whole = args.penalty == "dataset"
-    scale = args.penalty_weight / (2 * (count if whole else n))  # gradient of n times the loss
-    signs = inner * torch.kron(torch.eye(n), torch.tensor([1.0, -1.0])).double()  # (n, 2n)
-    gram, pull = scale * scores @ scores.T, scale * whole * scores @ rest
-    delta = inner_steps(old, *batch, signs, gram, pull, args)
-    table[rows] = delta.view(n, 2).numpy()
+    signs = inner * torch.kron(torch.eye(len(rows)), torch.tensor([1.0, -1.0])).double()  # (n, 2n)
+    if args.null == "exact":
+        basis = split["basis"].flatten(0, 1)  # (2N, q)
+        none, now = torch.zeros(basis.shape[1]).double(), margins + signs @ old
+        move = inner_steps(none, now, weights, signs @ basis, none.diag(), none, args)
+        delta = old + basis @ move
+    else:
+        whole = args.penalty == "dataset"
+        scale = args.penalty_weight / (2 * (count if whole else n))  # gradient of n times the loss
+        gram, pull = scale * scores @ scores.T, scale * whole * scores @ rest
+        if args.geometry == "random":  # independent directions of the same norms: a ridge
+            gram, pull = gram.diag().diag(), torch.zeros_like(pull)
+        delta = inner_steps(old, margins[rows], weights, signs, gram, pull, args)
+    table[rows] = delta.view(-1, 2).numpy()
     split["c"] = rest + torch.from_numpy(table[rows]).double().flatten() @ scores
 
 def delta_metrics(split, args):
-    count = len(split["rows"])
-    penalty = args.penalty_weight * ((split["c"] / (2 * count)) ** 2).sum().item()
-    return {"delta/norm": float(np.linalg.norm(split["ref"][:, 2:])), "penalty": penalty}
+    penalty = args.penalty_weight * (split["c"] / (2 * len(split["rows"]))).square().sum().item()
+    return {"delta/norm": float(np.linalg.norm(split["ref"][:, 2:4])), "penalty": penalty}
 
 def save_delta(split, step, args):
-    """out/delta-NNNNNN.npz, before the checkpoint of that step: a kill leaves one too many."""
+    """out/delta-NNNNNN.npz, before the checkpoint of that step; those of none are removed."""
     if dist.get_rank() == 0:
-        with explain(f"{args.out}/delta-{step:06d}.npz cannot be written ({{}}); {INTACT}"):
-            np.savez(Path(args.out, "delta.tmp.npz"), delta=split["ref"][:, 2:], c=split["c"])
-            Path(args.out, "delta.tmp.npz").rename(Path(args.out, f"delta-{step:06d}.npz"))
-            for path in sorted(Path(args.out).glob("delta-*.npz"))[:-args.keep - 1]:
-                path.unlink()
+        out, name = Path(args.out), f"delta-{step:06d}.npz"
+        with explain(f"{out}/{name} cannot be written ({{}}); {INTACT}"):
+            for path in out.glob("delta-*.npz"):
+                if not (out / path.stem.replace("delta", "step")).exists():
+                    path.unlink()
+            np.savez(out / "new-delta.npz", delta=split["ref"][:, 2:], c=split["c"])
+            (out / "new-delta.npz").rename(out / name)
 
 def load_delta(split, step, args):
     path = Path(args.out, f"delta-{step:06d}.npz")
@@ -768,8 +776,9 @@ def main():
     for flag, package in dict(wandb="wandb", lora_rank="peft", liger="liger_kernel").items():
         if getattr(args, flag) and not importlib.util.find_spec(package):
             fail(f"--{flag} needs a package: pip install {package.replace('_', '-')}")
-    if args.null == "exact" and (args.delta_cap or args.amplitude or args.geometry == "random"):
-        fail("--null exact leaves no room for --delta_cap, --amplitude or --geometry random")
+    if args.delta_cap and args.null == "exact" or args.amplitude and not args.delta_cap:
+        fail("--null exact goes without --delta_cap, and --amplitude only with it, lest delta grow "
+             "without end")
     rank, world, device, dtype = start_process_group(args.dtype)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
@@ -811,12 +820,6 @@ def main():
         rows, broken = batch_rows(step, pairs, args), []
         lists = micro_batches(rows, train["lengths"], args.layout, args.max_tokens, world)
         margins, output = forward_first(policy, lists[rank::world], train, args)
-        if step == 0 and args.check_reference:  # policy and reference are still one model
-            loss = F.softplus(-margins[rows]).mean().item()  # without delta
-            if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 2e-2):
-                fail(f"the first loss {loss:.6f} is not ln 2, so the cache is not this policy's; "
-                     f"delete {args.data}/ref-*, run cache_ref.py; or say --no-check_reference")
-            tqdm.write(f"first loss {loss:.6f} = ln 2\n" * (rank == 0), end="")
         if margins.isfinite().all():
             update_delta(rows, margins, train, args)
         for number, part in enumerate(lists[rank::world]):
@@ -824,6 +827,12 @@ def main():
             losses = pair_losses(run, part, train, totals, args)
             (losses.sum() * world / len(rows)).backward()  # FSDP takes the mean over ranks
             broken += [int(row) for row in part[~losses.isfinite().numpy(force=True)[:len(part)]]]
+        if step == 0 and args.check_reference:  # policy and reference are still one model
+            loss = F.softplus(-margins[rows]).mean().item()  # without delta
+            if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 2e-2):
+                fail(f"the first loss {loss:.6f} is not ln 2, so the cache is not this policy's; "
+                     f"delete {args.data}/ref-*, run cache_ref.py; or say --no-check_reference")
+            tqdm.write(f"first loss {loss:.6f} = ln 2\n" * (rank == 0), end="")
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
         flags = torch.tensor([len(broken) + (not math.isfinite(norm)), len(stop)], device=device)
         dist.all_reduce(flags)  # a CPU-GPU sync point: the ranks stop together
@@ -855,8 +864,7 @@ def main():
             totals, clock = {}, time.time()
         if flags[1]:
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
-    if rank == 0:
-        np.save(Path(args.out, "delta.npy"), train["ref"][:, 2:])  # beside the model, not in it
+    save_delta(train, steps, args)  # beside the model, not in it
     save_final(policy, tokenizer, args)
     dist.destroy_process_group()
 

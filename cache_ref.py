@@ -10,7 +10,8 @@ Model, precision and forward function are those of training, whose first batch c
 Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats, row i for row i of the
 split; the hash is of weights, tokens and precision. While it runs, each process keeps what it has
 in ref-<hash>.partial/. A killed run takes up the parts it finds, with any number of processes, and
-ends with the same bytes, because what shares a forward pass is a function of the data alone.
+ends with the same bytes, because what shares a forward pass is a function of the data alone
+(sketches made on a GPU: to rounding).
 
 For auxdpo.py a second pass adds ref-<hash>/sketch-<hash>/train-sketch.npy, (rows, 2, K): of every
 response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x), so short that all fit on disk
@@ -504,7 +505,7 @@ def fill(folder, key, splits, kind, compute, shape, dtype, args):
     rank, world, partial = dist.get_rank(), dist.get_world_size(), folder.with_suffix(".partial")
     try:
         partial.mkdir(exist_ok=True)
-        parts, known = read_parts(partial, splits, shape)
+        parts, known = read_parts(partial, splits, shape, dtype)
         plan = []  # micro-batches of windows of 1024 rows: a function of the data alone
         for name, split in splits.items():
             for first in range(0, len(split["rows"]), 1024):
@@ -545,7 +546,7 @@ def fill(folder, key, splits, kind, compute, shape, dtype, args):
         fail(f"{error.filename or folder} cannot be written ({error.strerror}); {partial} is kept")
     shutil.rmtree(partial, ignore_errors=True)
 
-def read_parts(folder, splits, shape):
+def read_parts(folder, splits, shape, dtype):
     """-> {path: {split: its rows}} as seen here, {split: is it known to any rank (rows,)}."""
     parts, known = {}, {name: np.zeros(len(split["rows"]), bool) for name, split in splits.items()}
     for path in folder.glob("part-*.npz"):
@@ -553,7 +554,8 @@ def read_parts(folder, splits, shape):
             with np.load(path) as part:
                 rows = {name: part[f"{name}-rows"] for name in splits if f"{name}-rows" in part}
                 for name in rows:
-                    part[f"{name}-values"].reshape(len(rows[name]), *shape)
+                    values = part[f"{name}-values"].reshape(len(rows[name]), *shape)
+                    assert values.dtype == dtype, f"{values.dtype}, not {dtype}"
                     known[name][rows[name]] = True
             parts[path] = rows
         except Exception as error:
@@ -597,6 +599,8 @@ def write_final(folder, key, splits, kind, parts, shape, dtype, args):
                         window[here[inside]] = part[f"{name}-values"][inside]
             window = torch.from_numpy(window)
             dist.all_reduce(window, dist.ReduceOp.MAX)  # equal where two ranks have it
+            if not window.isfinite().all():
+                fail(f"{folder}.partial lacks some of {name}; the same command makes them")
             if writer:
                 file[first:first + len(window)] = window.numpy()
         if writer:
@@ -639,9 +643,17 @@ def main():
         if not names:
             fail(f"--sketch_modules {args.sketch_modules} finds no parameter that is trained")
         state = watch(model, names, args.sketch_dim)
-    complete = [[(job[0] / "meta.json").is_file() for job in jobs]]
-    dist.broadcast_object_list(complete, 0)
-    if not all(complete[0]):
+        if rank == 0 and 2 * len(splits["train"]["rows"]) > args.sketch_dim:
+            print(f"--sketch_dim {args.sketch_dim}: of the {2 * len(splits['train']['rows'])} "
+                  "directions of delta, the penalty of auxdpo.py will see only so many")
+    complete = torch.tensor([(job[0] / "meta.json").is_file() for job in jobs]).int()
+    dist.all_reduce(complete, dist.ReduceOp.MIN)  # on every node
+    if complete[-1] and args.sketch_dim:
+        made = json.loads((jobs[-1][0] / "meta.json").read_text())["args"]["sketch_dtype"]
+        if made != args.sketch_dtype:
+            fail(f"{jobs[-1][0]} holds sketches in {made}, not --sketch_dtype {args.sketch_dtype}; "
+                 "delete it to make them anew")
+    if not complete.all():
         policy = shard(Policy(model), weights, dtype, device, args.cpu_offload)
     del weights
 
@@ -649,7 +661,7 @@ def main():
         with torch.no_grad():
             return policy(collate(pairs, args.layout))[0].T.float()  # (n, 2)
 
-    for (folder, *job), ready in zip(jobs, complete[0]):
+    for (folder, *job), ready in zip(jobs, complete):
         kind = job[2]
         compute = logps if kind == "logps" else lambda pairs: sketches(policy, pairs, state, device)
         if not ready:

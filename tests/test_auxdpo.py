@@ -91,7 +91,7 @@ def test_delta_zero_gives_the_gradients_of_dpo_to_the_bit(tiny_model, layout):
     both = {}
     for script in (dpo, auxdpo):
         policy = tiny_policy(script, tiny_model("llama"), layout)
-        known = split | (dict(ref=np.concatenate([split["ref"], 0 * split["ref"]], 1)) if script is auxdpo else {})
+        known = split | (dict(ref=np.pad(split["ref"], ((0, 0), (0, 3)))) if script is auxdpo else {})
         losses = script.pair_losses(policy, np.arange(len(pairs)), known, {}, arguments(layout=layout))
         losses.mean().backward()
         both[script] = losses, {name: weight.grad.full_tensor() for name, weight in policy.named_parameters()}
@@ -103,13 +103,14 @@ def test_delta_zero_gives_the_gradients_of_dpo_to_the_bit(tiny_model, layout):
 # ---- the delta-subproblem
 
 
-def make_split(count=12, dim=40, seed=0, weight=False):
+def make_split(count=12, dim=40, seed=0, weight=False, room=0):
     rng = np.random.default_rng(seed)
     rows = [dict(id=str(i)) | (dict(weight=rng.uniform(0.5, 2)) if weight else {}) for i in range(count)]
     sketch = rng.normal(size=(count, 2, dim)) * rng.uniform(1, 4, (count, 2, 1)) + rng.normal(size=dim)
-    ref = np.concatenate([rng.normal(-5, 1, (count, 2)), rng.normal(0, 0.5, (count, 2))], 1).astype(np.float32)
-    split = dict(rows=rows, ref=ref, sketch=sketch)
-    split["c"] = torch.from_numpy(np.einsum("ns,nsk->k", ref[:, 2:].astype(np.float64), sketch))
+    sketch = np.pad(sketch, ((0, 0), (0, 0), (0, room)))  # numbers that no score fills
+    columns = [rng.normal(-5, 1, (count, 2)), rng.normal(0, 0.5, (count, 2)), np.zeros((count, 1))]
+    split = dict(rows=rows, ref=np.concatenate(columns, 1).astype(np.float32), sketch=sketch)
+    split["c"] = torch.from_numpy(np.einsum("ns,nsk->k", split["ref"][:, 2:4].astype(np.float64), sketch))
     return split, torch.from_numpy(rng.normal(0, 2, count))
 
 
@@ -122,7 +123,7 @@ def objective(delta, rows, margins, split, args):
         m = margins[row].item() + inner * (delta[i, 0] - delta[i, 1])
         eps, weight = args.label_smoothing, split["rows"][row].get("weight", 1.0)
         loss += weight * ((1 - eps) * np.logaddexp(0, -m) + eps * np.logaddexp(0, m))
-    everything = split["ref"][:, 2:].astype(np.float64)
+    everything = split["ref"][:, 2:4].astype(np.float64)
     everything[rows] = delta
     if args.penalty == "dataset":
         c = sum(everything[i, s] * split["sketch"][i, s] for i in range(total) for s in range(2))
@@ -149,9 +150,9 @@ def test_the_inner_steps_never_go_up_and_end_where_every_derivative_vanishes(nam
     split, margins = make_split(weight="weights" in name)
     rows, args = np.array([7, 2, 11, 5]), arguments(**dict(delta_steps=1, penalty_weight=1.0) | CASES[name])
     if args.delta_cap:
-        split["ref"][:, 2:] = split["ref"][:, 2:].clip(-0.9, 0.9)
-        split["c"] = torch.from_numpy(np.einsum("ns,nsk->k", split["ref"][:, 2:].astype(np.float64), split["sketch"]))
-    value = lambda: objective(split["ref"][rows, 2:].astype(np.float64), rows, margins, split, args)
+        split["ref"][:, 2:4] = split["ref"][:, 2:4].clip(-0.9, 0.9)
+        split["c"] = torch.from_numpy(np.einsum("ns,nsk->k", split["ref"][:, 2:4].astype(np.float64), split["sketch"]))
+    value = lambda: objective(split["ref"][rows, 2:4].astype(np.float64), rows, margins, split, args)
     values, others = [value()], np.delete(split["ref"], rows, 0).copy()
     for _ in range(300):
         auxdpo.update_delta(rows, margins, split, args)
@@ -159,7 +160,7 @@ def test_the_inner_steps_never_go_up_and_end_where_every_derivative_vanishes(nam
     assert args.delta_cap or (np.diff(values) < 1e-5).all()  # a cap bends the bound
     assert values[-1] < values[0] - 0.01
     assert np.array_equal(np.delete(split["ref"], rows, 0), others)  # nothing else has moved
-    delta = split["ref"][rows, 2:].astype(np.float64)
+    delta = split["ref"][rows, 2:4].astype(np.float64)
     for i in range(len(rows)):
         for side in (0, 1):
             step = np.zeros_like(delta)
@@ -167,7 +168,7 @@ def test_the_inner_steps_never_go_up_and_end_where_every_derivative_vanishes(nam
             slope = (objective(delta + step, rows, margins, split, args) - objective(delta - step, rows, margins, split, args)) / 2e-4
             slope *= 1 - (delta[i, side] / args.delta_cap) ** 2 if args.delta_cap else 1  # of what is optimised
             assert abs(slope) < 2e-3, (i, side, slope)
-    truth = np.einsum("ns,nsk->k", split["ref"][:, 2:].astype(np.float64), split["sketch"])
+    truth = np.einsum("ns,nsk->k", split["ref"][:, 2:4].astype(np.float64), split["sketch"])
     np.testing.assert_allclose(split["c"], truth, atol=1e-4)  # the running sum
 
 
@@ -175,14 +176,14 @@ def test_ten_steps_are_enough_from_nothing():
     """What is left of the way down after the default number of steps, for weak and strong penalties."""
     for weight in (0.1, 1.0, 10.0, 100.0):
         split, margins = make_split(count=64, dim=300)  # independent scores: the minimum is not at infinity
-        split["ref"][:, 2:], split["c"] = 0, 0 * split["c"]
+        split["ref"][:, 2:4], split["c"] = 0, 0 * split["c"]
         rows = np.arange(32)
         values = []
         for steps in (DEFAULTS["delta_steps"], 2000):
             copy = split | dict(ref=split["ref"].copy(), c=split["c"].clone())
             args = arguments(penalty_weight=weight, delta_steps=steps)
             auxdpo.update_delta(rows, margins, copy, args)
-            values.append(objective(copy["ref"][rows, 2:].astype(np.float64), rows, margins, copy, args))
+            values.append(objective(copy["ref"][rows, 2:4].astype(np.float64), rows, margins, copy, args))
         start = objective(np.zeros((32, 2)), rows, margins, split, args)
         assert start - values[0] > 0.99 * (start - values[1]) > 0, (weight, start, values)
 
@@ -191,48 +192,82 @@ def test_the_larger_lambda_the_smaller_delta_down_to_nothing():
     norms = []
     for weight in (1e-2, 1.0, 1e2, 1e4, 1e8):
         split, margins = make_split(dim=80)  # 24 responses: their scores are independent
-        split["ref"][:, 2:], split["c"] = 0, 0 * split["c"]
+        split["ref"][:, 2:4], split["c"] = 0, 0 * split["c"]
         auxdpo.update_delta(np.arange(12), margins, split, arguments(penalty_weight=weight))
-        norms.append(np.linalg.norm(split["ref"][:, 2:]))
+        norms.append(np.linalg.norm(split["ref"][:, 2:4]))
     assert all(a > b for a, b in zip(norms, norms[1:])) and norms[0] > 1 and norms[-1] < 1e-5
 
 
-def test_random_geometry_keeps_the_norms_and_is_the_same_in_every_step():
-    split, margins = make_split(dim=2000)
-    split["ref"][:, 2:], split["c"] = 0, 0 * split["c"]
-    args = arguments(geometry="random", penalty_weight=10.0)
-    auxdpo.update_delta(np.array([3, 4]), margins, split, args)
-    first = split["c"].clone()
-    delta = split["ref"][[3, 4], 2:].astype(np.float64)
-    squares = (delta**2 * np.linalg.norm(split["sketch"][[3, 4]], axis=2) ** 2).sum()
-    assert first.square().sum() == pytest.approx(squares, rel=0.1)  # directions are nearly orthogonal
-    split["ref"][[3, 4], 2:], split["c"] = 0, 0 * split["c"]
-    auxdpo.update_delta(np.array([3, 4]), margins, split, args)
-    assert torch.equal(split["c"], first)
+def test_random_geometry_is_a_ridge_with_the_norms_of_the_scores():
+    """One pair: with independent directions every delta pays for itself, lambda |g|^2 delta^2 / 4N."""
+    split, margins = make_split(dim=8)
+    split["ref"][:, 2:4], split["c"] = 0, 0 * split["c"]
+    args, rows = arguments(geometry="random", penalty_weight=10.0, delta_steps=200), np.array([3, 4, 9])
+    auxdpo.update_delta(rows, margins, split, args)
+    delta = split["ref"][rows, 2:4].astype(np.float64)
+    slope = -1 / (1 + np.exp(margins[rows].numpy() + delta[:, 0] - delta[:, 1]))
+    pull = 10.0 / (2 * 12) * np.linalg.norm(split["sketch"][rows], axis=2) ** 2 * delta
+    np.testing.assert_allclose(pull, np.stack([-slope, slope], 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("amplitude", [0.0, 0.05])
+@pytest.mark.parametrize("cap", [0.5, 2.0])
+def test_a_cap_holds_also_where_the_scores_of_a_batch_are_dependent(cap, amplitude):
+    """16 responses in 6 dimensions: along the null space only the cap stops delta."""
+    split, margins = make_split(count=8, dim=6)
+    split["ref"][:, 2:4], split["c"] = 0, 0 * split["c"]
+    rows, values = np.arange(8), []
+    args = arguments(delta_cap=cap, amplitude=amplitude, penalty_weight=1.0)
+    for _ in range(40):
+        values.append(objective(split["ref"][rows, 2:4].astype(np.float64), rows, margins, split, args))
+        auxdpo.update_delta(rows, margins, split, args)
+    assert np.isfinite(split["ref"]).all() and np.abs(split["ref"][:, 2:4]).max() <= cap
+    assert values[1] < values[0] - 0.5 and values[-1] <= min(values) + 0.02
+    best, rng = min(values), np.random.default_rng(1)
+    for _ in range(300):  # nothing near is much better
+        near = (split["ref"][rows, 2:4] + rng.normal(0, 0.1 * cap, (8, 2))).clip(-cap, cap)
+        assert objective(near, rows, margins, split, args) > best - 0.2
+
+
+def test_the_margins_of_a_first_pass_are_those_of_the_second(tiny_model):
+    """forward_first, before delta is known, and pair_losses, after, agree; so beta is in both."""
+    pairs, policy = random_pairs(SIZES), tiny_policy(auxdpo, tiny_model("llama"))
+    split = split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1)))
+    split["ref"] = np.pad(split["ref"], ((0, 0), (0, 3)))
+    args, totals = arguments(beta=0.7), {}
+    margins, output = auxdpo.forward_first(policy, [np.array([1, 4, 0]), np.array([2, 3])], split, args)
+    auxdpo.pair_losses(policy, np.arange(5), split, totals, args)
+    assert margins.sum().item() == pytest.approx(totals["rewards/margins"].item(), rel=1e-5) and margins[5] == 0
+    truth = policy(dpo.collate([pairs[i] for i in (1, 4, 0)], "packed"))[0]
+    assert torch.equal(output[0], truth) and output[0].requires_grad
 
 
 # ---- the exact null space
 
 
-def test_the_exact_null_space_keeps_c_at_zero_and_reaches_the_constrained_minimum():
-    split, margins = make_split(count=10, dim=6)  # 20 delta, 6 equations
-    split["ref"][:, 2:], split["c"] = 0, 0 * split["c"]
+@pytest.mark.parametrize("changes", [{}, dict(delta_inside_beta=True, beta=0.5)], ids=["", "inside beta"])
+def test_the_exact_null_space_is_kept_batch_after_batch_and_the_joint_minimum_is_reached(changes):
+    split, margins = make_split(count=10, dim=16, weight=True, room=8)  # 20 delta, 16 equations
+    split["ref"][:, 2:4], split["c"] = 0, 0 * split["c"]
     split["basis"] = auxdpo.null_basis(split["sketch"])
-    assert split["basis"].shape == (10, 2, 14)
-    rows, args = np.array([1, 8, 3]), arguments(null="exact", delta_steps=400)
-    auxdpo.update_delta(rows, margins, split, args)
-    delta = split["ref"][:, 2:].astype(np.float64)
+    assert split["basis"].shape == (10, 2, 4)
+    args, rng = arguments(null="exact", **changes), np.random.default_rng(0)
+    for epoch in range(8):  # batches of two, as in training
+        for rows in rng.permutation(10).reshape(5, 2):
+            auxdpo.update_delta(rows, margins, split, args)
+    delta, inner = split["ref"][:, 2:4].astype(np.float64), 0.5 if changes else 1.0
     assert np.abs(np.einsum("ns,nsk->k", delta, split["sketch"])).max() < 1e-4 * np.abs(delta).sum()
-    assert (np.delete(delta, rows, 0) != 0).any()  # the others move along
-    m = margins[rows].numpy() + delta[rows, 0] - delta[rows, 1]
-    slope = -1 / (1 + np.exp(m))  # of the loss; along the null space nothing is left of it
-    along = (split["basis"][rows, 0] - split["basis"][rows, 1]).numpy()
-    assert np.abs(along.T @ slope).max() < 1e-2
+    assert split["c"].abs().max() < 1e-4 * np.abs(delta).sum()
+    weights = np.array([row["weight"] for row in split["rows"]])
+    m = margins.numpy() + inner * (delta[:, 0] - delta[:, 1])
+    slope = -weights / (1 + np.exp(m))  # of the loss; along the null space nothing is left of it
+    along = (split["basis"][:, 0] - split["basis"][:, 1]).numpy()
+    assert np.abs(delta).max() > 0.05 and np.abs(along.T @ slope).max() < 1e-3
 
 
 def test_the_exact_null_space_is_the_limit_of_the_penalty():
-    split, margins = make_split(count=10, dim=16)  # 4 directions: too few for all 10 pairs
-    split["ref"][:, 2:], split["c"] = 0, 0 * split["c"]
+    split, margins = make_split(count=10, dim=16, room=8)  # 4 directions: too few for all 10 pairs
+    split["ref"][:, 2:4], split["c"] = 0, 0 * split["c"]
     rows, losses = np.arange(10), []
     for changes in (dict(null="exact"), dict(penalty_weight=1e7)):
         copy = split | dict(ref=split["ref"].copy(), c=split["c"].clone(), basis=auxdpo.null_basis(split["sketch"]))
@@ -243,9 +278,10 @@ def test_the_exact_null_space_is_the_limit_of_the_penalty():
 
 
 def test_independent_scores_have_no_null_space_and_the_run_says_so():
-    split, _ = make_split(count=5, dim=40)
-    with pytest.raises(SystemExit, match="10 responses are independent.*--train_modules"):
-        auxdpo.null_basis(split["sketch"])
+    for count, dim in [(5, 40), (30, 16)]:  # too many numbers for 10 responses; 16 numbers that 60 responses fill
+        split, _ = make_split(count=count, dim=dim)
+        with pytest.raises(SystemExit, match="independent; train less .--train_modules"):
+            auxdpo.null_basis(split["sketch"])
 
 
 # ---- the public notebook, from its formula
@@ -269,8 +305,8 @@ def test_penalty_and_gradient_are_those_of_the_notebook_on_a_real_model(tiny_mod
     deltas = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 2)))
     penalty, slope, scores = notebook(tiny_model("llama", num_hidden_layers=1), pairs, deltas, weight)
     rows = [dict(weight=0.0)] * 4
-    split = dict(rows=rows, sketch=scores.numpy(), ref=np.zeros((4, 4)), c=torch.einsum("ns,nsk->k", deltas, scores))
-    split["ref"][:, 2:] = deltas
+    split = dict(rows=rows, sketch=scores.numpy(), ref=np.zeros((4, 5)), c=torch.einsum("ns,nsk->k", deltas, scores))
+    split["ref"][:, 2:4] = deltas
     assert auxdpo.delta_metrics(split, arguments(penalty_weight=weight))["penalty"] == pytest.approx(penalty, rel=1e-9)
     seen = {}
     original, torch.linalg.solve = torch.linalg.solve, lambda a, b: seen.update(gradient=b) or original(a, b)
@@ -279,5 +315,5 @@ def test_penalty_and_gradient_are_those_of_the_notebook_on_a_real_model(tiny_mod
     finally:
         torch.linalg.solve = original
     torch.testing.assert_close(seen["gradient"].view(4, 2) / 4, slope, rtol=1e-7, atol=1e-12)  # ours: of n times the loss
-    assert np.abs(split["ref"][:, 2:]).max() < 1e-3 * deltas.abs().max()  # without preferences, delta goes to 0
+    assert np.abs(split["ref"][:, 2:4]).max() < 1e-3 * deltas.abs().max()  # without preferences, delta goes to 0
 

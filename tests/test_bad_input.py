@@ -508,6 +508,8 @@ def test_auxdpo_without_its_sketches_gives_the_command_that_makes_them(w):
 
 @pytest.mark.parametrize("script, changes, words", [
     ("auxdpo", dict(null="exact", delta_cap=1.0), "--null exact --delta_cap"),
+    ("auxdpo", dict(amplitude=1.0), "--amplitude --delta_cap"),
+    ("cache_ref", dict(sketch_dtype="float32"), "float16 --sketch_dtype float32 delete"),
     ("auxdpo", dict(null="exact"), "--null exact independent --train_modules"),
     ("auxdpo", dict(penalty="all"), "--penalty dataset batch"),
     ("dpo", dict(train_modules="nothing"), "--train_modules nothing finds no parameter lm_head"),

@@ -56,7 +56,7 @@ def make_split(name="dpo"):
     split = dict(rows=rows, lengths=np.array(SIZES)) | ({} if name == "simpo" else dict(ref=ref))
     if name == "auxdpo":
         sketch = np.random.default_rng(6).normal(size=(len(pairs), 2, 24))
-        split |= dict(ref=np.concatenate([ref, 0 * ref], 1), sketch=sketch, c=torch.zeros(24).double())
+        split |= dict(ref=np.pad(ref, ((0, 0), (0, 3))), sketch=sketch, c=torch.zeros(24).double())
     return split
 
 
@@ -91,7 +91,7 @@ def one_step(script, policy, split, layout, count, small):
     policy.zero_grad()
     means = script.mean_over_pairs(totals)
     return dict(
-        delta=split["ref"][:, 2:].copy() if script is auxdpo else np.zeros(1),
+        delta=split["ref"][:, 2:4].copy() if script is auxdpo else np.zeros(1),
         loss=means["loss"], dealt=dealt, grads=grads, eval=script.evaluate(policy, split, args)
     )
 

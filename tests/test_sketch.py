@@ -74,6 +74,25 @@ def test_a_sketch_is_that_of_the_exact_gradient_of_every_parameter(tiny_model, f
         assert (sketch - truth).norm() < 2e-5 * truth.norm()
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_batch_of_more_responses_than_one_chunk_of_the_head(tiny_model, family):
+    """The head runs 1024 tokens at a time, and so do the sketches of all layers."""
+    folder, pairs = tiny_model(family), random_pairs([(9, 60 + i, 70 - i) for i in range(9)])
+    assert sum(len(pair[side]) for pair in pairs for side in ("chosen", "rejected")) > 1100
+    ours = sketcher(folder)(pairs).flatten(0, 1)
+    for sketch, grads in zip(ours, gradients(folder, pairs)):
+        truth = by_definition(grads, DIM)
+        assert (sketch - truth).norm() < 2e-5 * truth.norm()
+
+
+def test_all_buckets_are_equally_full_and_signs_balance():
+    for size, dim in [(50, 64), (1000, 64), (4096, 64)]:
+        signs, buckets = cache_ref.hash_table("w 0", size, dim, torch.device("cpu"))
+        full = torch.bincount(buckets, minlength=dim)
+        assert len(full) == dim and full.max() <= -(-size // dim) and signs.abs().eq(1).all()
+        assert signs.sum().abs() < 5 * size**0.5
+
+
 def test_modules_that_do_not_match_are_left_out(tiny_model):
     folder, pairs = tiny_model("llama"), random_pairs(SIZES[:2])
     for modules, chosen in [("layers.1.*weight", {}), ("", dict(train_modules="layers.1.")), ("norm", dict(train_modules="layers.1."))]:
