@@ -4,8 +4,8 @@ MODEL a Hugging Face folder, DATA a folder of prepare_data.py for it. Everything
 1. The penalty and its gradient in delta by the formula of the public notebook, with two backward passes per pair
    through the reference and all gradients kept, against the sketches of cache_ref.py: values, seconds, memory.
 2. A training step against one of dpo.py, interleaved: in one micro-batch, and in four.
-With the sketches of a dataset alone: how much of the way to the minimum of the delta-subproblem, as 2000 steps find it, 1, 3,
-10, 30 inner steps go, for several lambda.
+With the sketches of a dataset alone: how much of the way to the minimum of the delta-subproblem, as 2000 steps find it,
+1, 3, 10, 30 inner steps go, for several lambda; and what a penalty misses that has fewer numbers than there are delta.
 
 The notebook's formula is written here from METHODS.md 5.2 as the truth to compare with."""
 
@@ -57,7 +57,7 @@ def penalties(path, pairs):
     sketch = torch.cat([cache_ref.sketches(policy, [pair], state, CPU) for pair in pairs])
     once, before = time.time() - start, peak()
     del policy, state
-    split = dict(rows=pairs, sketch=sketch.numpy(), ref=np.zeros((len(pairs), 4), np.float32),
+    split = dict(rows=pairs, sketch=sketch.numpy(), ref=np.zeros((len(pairs), 5), np.float32),
                  c=torch.zeros(DIM, dtype=torch.float64))
     rows, args = np.arange(len(pairs)), types.SimpleNamespace(**DEFAULTS)
     start = time.time()
@@ -89,7 +89,7 @@ def steps(path, pairs, sketch):
         lists = dpo.micro_batches(rows, lengths, "packed", limit, 1)
         ref = np.zeros((len(pairs), 2), np.float32)
         plain = dict(rows=pairs, lengths=lengths, ref=ref)
-        aux = plain | dict(ref=np.concatenate([ref, ref], 1), sketch=sketch.numpy(), c=torch.zeros(DIM).double())
+        aux = plain | dict(ref=np.pad(ref, ((0, 0), (0, 3))), sketch=sketch.numpy(), c=torch.zeros(DIM).double())
 
         def ordinary():
             for part in lists:
@@ -121,7 +121,7 @@ def subproblem(sketch, size=32):
     for weight in (0.1, 1.0, 10.0, 100.0, 1000.0):
         fell = {}
         for inner in (1, 3, 10, 30, 2000):
-            split = dict(rows=rows, ref=np.zeros((count, 4), np.float32), sketch=sketch, c=torch.zeros(dim).double())
+            split = dict(rows=rows, ref=np.zeros((count, 5), np.float32), sketch=sketch, c=torch.zeros(dim).double())
             args = types.SimpleNamespace(**DEFAULTS | dict(penalty_weight=weight, delta_steps=inner))
 
             def value(batch):
@@ -139,9 +139,32 @@ def subproblem(sketch, size=32):
         print(f"| {weight:g} | {' | '.join(cells)} | {np.linalg.norm(split['ref'][:, 2:]):.2f} |")
 
 
+def blind(sketch, count=400, weight=100.0):
+    """What a penalty does not see that has fewer numbers than there are delta: the given sketches stand for the truth."""
+    truth = np.array(sketch[:count], np.float64)
+    margins = torch.from_numpy(np.random.default_rng(0).normal(size=count))
+    print(f"\n{2 * count} delta, lambda {weight:g}\n\n| K | epochs | penalty seen | true | ratio | norm of delta |\n|---|---|---|---|---|---|")
+    for dim in (128, 512):
+        table = cache_ref.hash_table("fold", truth.shape[2], dim, CPU)
+        folded = cache_ref.count_sketch(torch.from_numpy(truth).float().flatten(0, 1), table, dim).view(count, 2, dim).numpy()
+        split = dict(rows=[{}] * count, ref=np.zeros((count, 5), np.float32), sketch=folded, c=torch.zeros(dim).double())
+        args = types.SimpleNamespace(**DEFAULTS | dict(penalty_weight=weight))
+        for epoch in range(1, 21):
+            order = np.random.default_rng(epoch).permutation(count)
+            for first in range(0, count, 32):
+                auxdpo.update_delta(order[first:first + 32], margins, split, args)
+            if epoch in (1, 20):
+                delta = split["ref"][:, 2:4].astype(np.float64)
+                seen = weight * (split["c"] / (2 * count)).square().sum().item()
+                true = weight * np.square(np.einsum("ns,nsk->k", delta, truth) / (2 * count)).sum()
+                print(f"| {dim} | {epoch} | {seen:.4f} | {true:.4f} | {true / seen:.0f} | {np.linalg.norm(delta):.1f} |")
+
+
 def main():
     if sys.argv[1].endswith(".npy"):
-        return subproblem(np.load(sys.argv[1], mmap_mode="r"))
+        sketch = np.load(sys.argv[1], mmap_mode="r")
+        subproblem(sketch)
+        return blind(sketch)
     path, data, count = sys.argv[1], sys.argv[2], int((sys.argv + ["16"])[3])
     transformers.utils.logging.disable_progress_bar()
     cache_ref.start_process_group("float32")
