@@ -83,7 +83,7 @@ class Args:
     wandb: str = ""  # Weights & Biases project that gets the log too
     # algorithm
     beta: float = 0.1  # strength of the pull to the reference
-    penalty_weight: float = 100.0  # lambda, weight of |c / 2N|^2
+    penalty_weight: float = 1.0  # lambda, weight of |c / 2N|^2
     penalty: str = "dataset"  # what c sums: dataset (all N pairs) | batch (n pairs, the notebook's)
     delta_steps: int = 10  # inner steps on the delta of a batch
     delta_learning_rate: float = 1.0  # of an inner step, 1 = to the minimum of its upper bound

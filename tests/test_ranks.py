@@ -162,7 +162,7 @@ def test_loss_and_gradient_are_the_same_on_one_two_and_four_ranks(shared, alone)
         assert result["loss"] == pytest.approx(alone[key]["loss"], rel=1e-6), key
         assert_same_gradients(result["grads"], alone[key]["grads"])
         np.testing.assert_allclose(result["delta"], alone[key]["delta"], rtol=1e-4, atol=1e-6)
-        assert key[0] != "auxdpo" or np.abs(result["delta"]).max() > 0.1
+        assert key[0] != "auxdpo" or "seven" not in key[3] or np.abs(result["delta"]).max() > 0.1
 
 
 @pytest.mark.torchrun
