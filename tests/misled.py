@@ -85,11 +85,11 @@ def main():
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
         return f"{statistics.mean(values):.3f} ± {error:.3f}"
 
-    table = "| model | true reward | of it gloves | to DPO |\n|---|---|---|---|\n"
+    table = "| model | true reward | to DPO | of it gloves | to DPO |\n|---|---|---|---|---|\n"
     for name, values in found.items():
-        reward, gloves = zip(*values)
-        gain = [a[1] - b[1] for a, b in zip(values, found["DPO"])]
-        table += f"| {name} | {cell(reward)} | {cell(gloves)} | {cell(gain)} |\n"
+        gains = [[a - b for a, b in zip(*pair)] for pair in zip(values, found["DPO"])]
+        columns = zip(*[(value[0], gain[0], value[1], gain[1]) for value, gain in zip(values, gains)])
+        table += f"| {name} | {' | '.join(map(cell, columns))} |\n"
     print(f"\n{table}\n{args.seeds} worlds, {args.epochs} epochs at {args.learning_rate}, beta {args.beta}, "
           f"trained: {args.train_modules}; mean ± standard error over worlds, differences paired")
     (args.out / "table.md").write_text(table)
