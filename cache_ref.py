@@ -475,9 +475,9 @@ def add_share(state, own, module, x, d):
             scale = getattr(module, "embed_scale", 1)  # Gemma
             right = sketch(scale * d, table("weight", 1, d.shape[1]))
         else:
-            x, d = (x, d) if type(module).__name__ == "Conv1D" else (d, x)  # GPT-2: (in, out)
-            left = sketch(x, table("weight", 0, x.shape[1]))
-            right = sketch(d, table("weight", 1, d.shape[1]))
+            sides = (x, d) if type(module).__name__ == "Conv1D" else (d, x)  # GPT-2: (in, out)
+            left, right = (sketch(side, table("weight", axis, side.shape[1]))
+                           for axis, side in enumerate(sides))
         state.spectrum.index_add_(0, who, torch.fft.rfft(left) * torch.fft.rfft(right))
 
 def sketches(policy, pairs, state, device):

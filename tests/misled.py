@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def main():
         found.setdefault("untrained", []).append(rewards(base, seed, args.repeat))
         for name, (script, *flags) in VARIANTS.items():
             folder = world / "-".join([script, *flags]).replace(".py", "").replace("--", "")
-            subprocess.run(["rm", "-rf", folder])
+            shutil.rmtree(folder, ignore_errors=True)
             common = ["--model", base, "--data", data, "--out", folder, "--train_modules", args.train_modules, "--seed", seed,
                       "--learning_rate", args.learning_rate, "--epochs", args.epochs, "--beta", args.beta, "--eval_every", 0]
             run(script, *common, *(["--sketch_dim", args.sketch_dim] if script == "auxdpo.py" else []), *flags)
