@@ -22,6 +22,10 @@ linear layer has the gradient sum_t d_t x_t^T, d the gradient of its output and 
 
 with CS, a count sketch, the sum of the entries with random signs into K buckets. So it takes one
 batched backward pass over frozen weights, and no gradient of a weight is ever formed.
+
+With --noise_margin 3 (nats), as in ComPO (Chen et al. 2025, https://arxiv.org/abs/2505.05465), the
+pairs that the reference can hardly tell apart, |log ref(y_w|x) - log ref(y_l|x)| <= 3, go to
+data/NAME/noisy, the others to data/NAME/clean: data folders for every script, with their log-probs.
 """
 import argparse, bisect, contextlib, dataclasses, functools, hashlib, importlib.util, inspect, json
 import math, os, re, shutil, sys, time, types, uuid
@@ -49,6 +53,7 @@ class Args:
     dtype: str = "auto"  # of the computation: auto (bfloat16 on a GPU) | bfloat16 | float32
     cpu_offload: bool = False  # keep the weights in host memory
     save_seconds: float = 20.0  # at most so much work is lost when the run is killed
+    noise_margin: float = 0.0  # delta, nats: also split the data into noisy and clean/; 0 = no
     # sketches for auxdpo.py
     sketch_dim: int = 0  # K, numbers that stand for the gradient of a response; 0 = no sketches
     sketch_dtype: str = "float16"  # of the sketches on disk: float16 | float32
@@ -614,6 +619,59 @@ def write_final(folder, key, splits, kind, parts, shape, dtype, args):
         dist.barrier()
 
 
+def split_by_margin(folder, splits, dtype, args):
+    """data/{noisy,clean}: the pairs whose |log ref(y_w|x) - log ref(y_l|x)| is at most noise_margin,
+    and the others, each with its part of the cache `folder`; a histogram of the margins."""
+    logps = {name: np.load(folder / f"{name}-logps.npy") for name in splits}
+    margins = {name: np.abs(values[:, 0] - values[:, 1]) for name, values in logps.items()}
+    record, rank = json.loads((folder / "meta.json").read_text()), dist.get_rank()
+    origin = dict(reference=folder.name, noise_margin=args.noise_margin)
+    if rank == 0:
+        edges = args.noise_margin * np.array([0, 0.25, 0.5, 1, 2, 4, 8, 16, np.inf])
+        counts = np.histogram(np.concatenate([*margins.values()]), edges)[0]
+        for low, high, count in zip(edges, edges[1:], counts):
+            print(f"|margin| {low:7.2f} to {high:7.2f} nats {count:7} pairs "
+                  + "#" * round(50 * count / counts.sum()))
+    for kind in ("noisy", "clean"):
+        kept = {name: np.flatnonzero((values <= args.noise_margin) == (kind == "noisy"))
+                for name, values in margins.items()}
+        sizes = ", ".join(f"{len(rows)} of {len(margins[name])} in {name}"
+                          for name, rows in kept.items())
+        if not all(map(len, kept.values())):
+            fail(f"--noise_margin {args.noise_margin}: {kind} pairs are {sizes}, and each must have"
+                 " some; choose another margin, or prepare the data with a larger --val_fraction")
+        data = Path(args.data, kind)
+        aside = data.with_name(f"tmp-{kind}.{rank}")
+        with explain(f"{data} cannot be written or read ({{}}); make room, or delete it"):
+            if (data / "meta.json").is_file():
+                made = json.loads((data / "meta.json").read_text()).get("origin")
+                assert made == origin, f"it holds the split {made}, not {origin}"
+            elif int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                meta = json.loads(Path(args.data, "meta.json").read_text()) | dict(origin=origin)
+                for name, rows in kept.items():
+                    splits[name]["rows"].select(rows).save_to_disk(str(aside / name))
+                    meta["counts"][name] = len(rows)
+                    content = json.dumps([meta["content_hash"][name], kind, origin, len(rows)])
+                    content = hashlib.sha256(content.encode()).hexdigest()[:16]
+                    meta["content_hash"][name] = content
+                (aside / "meta.json").write_text(json.dumps(meta, indent=1))
+                here = dataclasses.replace(args, data=str(aside))
+                part, _ = load_data(here, tuple(splits))
+                own, key = reference_folder(here, record["key"]["weights"], dtype, part)
+                own.mkdir()
+                for name, rows in kept.items():
+                    np.save(own / f"{name}-logps.npy", logps[name][rows])
+                given = record["args"] | dict(data=str(data))
+                (own / "meta.json").write_text(json.dumps(record | dict(key=key, args=given)))
+            for turn in range(dist.get_world_size()):  # on every node, as in write_final
+                if aside.exists() and turn == rank:
+                    shutil.rmtree(aside) if data.exists() else aside.rename(data)
+                dist.barrier()
+        if rank == 0:
+            print(f"{data}: {sizes}")
+
+
 def summary(folder, kind):
     """Of the training pairs, at most 1024: what a user may recognise."""
     values = np.load(folder / f"train-{kind}.npy", mmap_mode="r")[:1024].astype(np.float32)
@@ -668,6 +726,8 @@ def main():
             fill(folder, *job[:3], compute, *job[3:], args)
         if rank == 0:
             print(f"{folder} is complete; {summary(folder, kind)}")
+    if args.noise_margin:
+        split_by_margin(jobs[0][0], splits, dtype, args)
     dist.destroy_process_group()
 
 

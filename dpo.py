@@ -52,7 +52,7 @@ class Args:
     warmup: float = 0.1  # fraction of the steps in which the learning rate rises; 0 = none
     weight_decay: float = 0.0  # AdamW, decoupled
     max_grad_norm: float = 1.0  # gradient clipping, L2 norm over all parameters
-    seed: int = 0  # order of the pairs, initial LoRA weights
+    seed: int = 0  # of all that is random
     # memory and speed
     layout: str = "packed"  # packed (no padding, each prompt once) | concatenated | separate
     max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
@@ -560,21 +560,25 @@ def save_final(policy, tokenizer, args):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)
     if dist.get_rank() == 0:
-        aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
         dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
         state = {key.removeprefix("model."): tensor.to(dtype) for key, tensor in state.items()}
         policy.model.config.dtype = dtype
-        with explain(f"{aside} cannot be written ({{}}); {INTACT}"):
-            policy.model.save_pretrained(aside, state_dict=state)
-            tokenizer.save_pretrained(aside)
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-        if args.hub_repo:
-            import huggingface_hub
-            with explain(f"--hub_repo {args.hub_repo} failed ({{}}); the weights are in {final}"):
-                huggingface_hub.create_repo(args.hub_repo, exist_ok=True)
-                huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
+        save_folder(policy.model, state, tokenizer, args)
     dist.barrier()
+
+def save_folder(model, state, tokenizer, args):
+    """Rank 0: a model with the weights `state` as out/final, whole or not at all; hub_repo."""
+    aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
+    with explain(f"{aside} cannot be written ({{}}); {INTACT}"):
+        model.save_pretrained(aside, state_dict=state)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+    if args.hub_repo:
+        import huggingface_hub
+        with explain(f"--hub_repo {args.hub_repo} failed ({{}}); the weights are in {final}"):
+            huggingface_hub.create_repo(args.hub_repo, exist_ok=True)
+            huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
 
 def speed(means, seconds, policy, args):
     """tokens/s of all ranks, peak memory of this one, MFU (arXiv 2204.02311) of a known GPU."""
