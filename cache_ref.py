@@ -651,7 +651,7 @@ def split_by_margin(folder, splits, dtype, args):
                 meta = json.loads(Path(args.data, "meta.json").read_text()) | dict(origin=origin)
                 for name, rows in kept.items():
                     splits[name]["rows"].select(rows).save_to_disk(str(aside / name))
-                    meta["counts"][name] = len(rows)
+                    meta.setdefault("counts", {})[name] = len(rows)
                     content = json.dumps([meta["content_hash"][name], kind, origin, len(rows)])
                     content = hashlib.sha256(content.encode()).hexdigest()[:16]
                     meta["content_hash"][name] = content

@@ -519,7 +519,7 @@ def make_tail(policy, tail, device, args):
     whole on every rank, the head untied. -> parameters that are perturbed"""
     (frozen, last), head = blocks_of(tail, args.last_layers), tail.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach())
-    for module in tail.requires_grad_(False) and [*last, head]:
+    for module in tail.eval().requires_grad_(False) and [*last, head]:
         if module is not head and not hasattr(module, "mlp"):
             fail(f"--last_layers {args.last_layers}: a {type(module).__name__} has no mlp; use 0")
         getattr(module, "mlp", head.weight).requires_grad_(True)
