@@ -134,17 +134,25 @@ script() {  # SCRIPT ARGS
 
 # ---- published recipes; one epoch, warm-up 0.1, and 128 pairs per step unless told otherwise
 recipe() {  # [NAME [--run [FLAGS]]]
-  local names="" prepare="" train="" name script model data split length part batch flags
+  local names="" prepare="" train="" name script model data split length part batch clean flags
   case ${1:-} in -*) set -- ;; esac; while read -r name script model data split length flags; do
-    names+=" $name" part=0.01 batch=128; [ "${1:-}" ] || printf '%-17s %-12s %s <- %s\n' "$name" "$script.py" "$model" "$data"
+    names+=" $name" part=0.01 batch=128 clean=""
+    [ "${1:-}" ] || printf '%-22s %-11s %s <- %s\n' "$name" "$script" "$model" "$data"
     [ "${1:-}" = "$name" ] || continue
-    case $script in simpo|wpo) length+=" --score_header" ;; auxdpo) part=0.2 batch=4 ;; esac
+    case $script in simpo*|wpo) length+=" --score_header" ;; auxdpo) part=0.2 batch=4 ;; esac
+    case $script in *+compo) clean=clean part=0.05 ;; esac
     prepare="[ -d data/$name ] || ./launch.sh prepare_data.py --model $model \\
     --dataset $data --split $split --max_length $length \\
     --val_fraction $part --out data/$name"
-    train="./launch.sh $script.py --model $model --data data/$name \\
+    train="./launch.sh ${script%+*}.py --model $model --data data/$name${clean:+/clean} \\
     --epochs 1 --batch_size $batch --warmup 0.1 --activation_checkpointing --save_every 100 --resume \\
-    --out out/$name $flags"
+    --out out/$name${clean:+-clean} ${flags% + *}"
+    [ "$clean" ] || continue  # else that was for the clean pairs, and the noisy ones follow
+    prepare+=$'\n'"[ -d data/$name/clean ] || ./launch.sh cache_ref.py --model $model \\
+    --data data/$name --noise_margin 3"$'\n'"[ -d out/$name-clean/final ] ||
+$train"
+    train="./launch.sh compo.py --model out/$name-clean/final --data data/$name/noisy \\
+    --save_every 10 --resume --out out/$name ${flags#* + }"
   done <<'END'
 tulu3-8b dpo_norm allenai/Llama-3.1-Tulu-3-8B-SFT allenai/llama-3.1-tulu-3-8b-preference-mixture train 2048 --beta 5 --learning_rate 5e-7 --schedule linear
 olmo2-7b dpo_norm allenai/OLMo-2-1124-7B-SFT allenai/olmo-2-1124-7b-preference-mix train 2048 --beta 5 --learning_rate 1e-6 --schedule linear
@@ -157,12 +165,17 @@ wpo-mistral-7b wpo HuggingFaceH4/mistral-7b-sft-beta HuggingFaceH4/ultrafeedback
 auxdpo-mmlu-pro auxdpo meta-llama/Llama-3.2-1B TIGER-Lab/MMLU-Pro test 1024 --beta 0.1
 auxdpo-rewardbench2 auxdpo meta-llama/Llama-3.2-1B allenai/reward-bench-2 test 1024 --beta 0.1
 auxdpo-ultrafeedback auxdpo meta-llama/Llama-3.2-1B HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 0.1
+compo-mistral-7b dpo+compo mistralai/Mistral-7B-Instruct-v0.2 HuggingFaceH4/ultrafeedback_binarized train_prefs 1536 --beta 0.01 --learning_rate 5e-7 --schedule cosine + --perturbations 1600 --radius 5e-4 --entry_threshold 2.2e-4
+compo-llama3-8b dpo+compo meta-llama/Meta-Llama-3-8B-Instruct HuggingFaceH4/ultrafeedback_binarized train_prefs 1536 --beta 0.01 --learning_rate 5e-7 --schedule cosine + --perturbations 1800 --radius 7.5e-4 --entry_threshold 8e-5
+simpo-compo-mistral-7b simpo+compo mistralai/Mistral-7B-Instruct-v0.2 HuggingFaceH4/ultrafeedback_binarized train_prefs 1536 --beta 2 --gamma_beta_ratio 0.8 --learning_rate 3e-7 --schedule cosine + --perturbations 1600 --radius 5e-4 --entry_threshold 2.2e-4
 END
   [ "$train" ] || [ -z "${1:-}" ] || fail "there is no recipe $1; there are:$names"
   case ${2:-} in
     "") printf %s "${train:+$prepare$'\n'$train$'\n'}" ;;
     --run) nodes; [ "$nnodes" = 1 ] || [ -d "data/$1" ] || fail "first, on one node:" ${prepare//\\/}
-      bash -euc "$prepare"; exec bash -euc "exec $train \"\$@\"" launch "${@:3}" ;;
+      set -m; bash -euc "trap : TERM; $prepare" &  # in a group of its own, so that TERM reaches all
+      trap 'kill -TERM -- -$!; wait $!; exit 143' TERM; wait $! || exit $?; trap - TERM; set +m
+      exec bash -euc "exec $train \"\$@\"" launch "${@:3}" ;;
     *) fail "$2 is not --run" ;;
   esac
 }
@@ -174,15 +187,17 @@ demo() {
   run rm -rf "$world" "$out"; export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1  # more would only wait
   step() { say "$*"; run "$python" "$@"; }; step tests/demo_world.py --out "$world"
   step prepare_data.py --dataset "$world/pairs.jsonl" --model "$base" --out "$data" --val_fraction 0.2
-  step cache_ref.py --model "$base" --data "$data" --sketch_dim 1024
-  for name in dpo dpo_norm simpo wpo auxdpo compo; do
-    [ -f "$name.py" ] || continue
+  step cache_ref.py --model "$base" --data "$data" --sketch_dim 1024 --noise_margin 0.5
+  for name in dpo dpo_norm simpo wpo auxdpo; do
     flags=(--learning_rate 5e-4 --log_every 5 --eval_every 10)
     case $name in simpo) flags[1]=3e-4 ;; auxdpo) flags+=(--sketch_dim 1024) ;; esac
     case $name in dpo|wpo|auxdpo) flags+=(--beta 0.5) ;; esac
     step "$name.py" --model "$base" --data "$data" --out "$out/$name" "${flags[@]}"
     models=$models,$out/$name
   done
+  step dpo.py --model "$base" --data "$data/clean" --out "$out/clean" --learning_rate 5e-4 --beta 0.5
+  step compo.py --model "$out/clean/final" --data "$data/noisy" --out "$out/compo"
+  models=$models,$out/clean/final,$out/compo/final  # their curves are of other pairs: not in the plot
   step evaluate.py --models "$models" --reference "$base" --data "$data" --out "$out" \
     --samples 400 --reward tests/demo_world.py:true_reward --table "$out/table.md" --plot "$out/plot.png"
   say "done: the table above is $out/table.md, the curves are $out/plot.png"

@@ -3,7 +3,8 @@
     python tests/compo_check.py --model data/SmolLM2-135M-Instruct --data data/polite/noisy
 
 The definition is a loop, `slow_votes`: it adds r z to the weight of the whole model's head, runs the model on the
-chosen and on the rejected response, and compares. Prints two Markdown tables; --plot draws the second.
+chosen and on the rejected response, and compares. Prints two Markdown tables; --out FOLDER keeps them as time.md and
+cosine.md, and draws the second as cosine.png.
 
 1. m perturbations of one pair of median length by the loop (timed on a few of them) and by compo.py, and how many
    of the same z get the same vote.
@@ -160,6 +161,13 @@ def cosines(folder, data, counts, pairs):
     return {key: np.array(values) for key, values in found.items()}
 
 
+def keep(folder, name, lines):
+    print("\n".join(lines), flush=True)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("\n".join([f"<!-- {' '.join(sys.argv)} -->", "", *lines]) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -168,27 +176,28 @@ def main():
     parser.add_argument("--sample", type=int, default=40, help="perturbations of the loop that are timed")
     parser.add_argument("--pairs", type=int, default=10, help="for the second table; 0 = leave it out")
     parser.add_argument("--counts", default="100,450,1800,7200,28800")
-    parser.add_argument("--plot", help="PNG to draw")
+    parser.add_argument("--out", type=Path, help="folder for the tables and the plot")
     args = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.set_flush_denormal(True)
     if args.sample:
-        print("\n".join(timing(args.model, args.data, args.m, args.sample)), flush=True)
+        keep(args.out, "time.md", timing(args.model, args.data, args.m, args.sample))
     if not args.pairs:
         return
     counts = [int(m) for m in args.counts.split(",")]
     found = cosines(args.model, args.data, counts, args.pairs)
-    print(f"\nMean cosine with the exact direction, {args.pairs} pairs (in brackets: expected); p by votes and by angle")
-    print(f"\n| estimator | D | {' | '.join(f'm = {m}' for m in counts)} |")
-    print("|---|---|" + "---|" * len(counts))
+    lines = [f"{Path(args.model).name}: mean cosine with the exact direction in %, {args.pairs} pairs (in brackets: theory)",
+             "", f"| estimator | numbers drawn | {' | '.join(f'm = {m}' for m in counts)} |",
+             "|---|---|" + "---|" * len(counts)]
     for estimator in ("gaussian", "span", "span --baseline"):
         rows = [found[estimator, m] for m in counts]
-        cells = [f"{100 * r[:, 0].mean():.2f} ± {100 * r[:, 0].std(ddof=1) / math.sqrt(len(r)):.2f} % "
+        cells = [f"{100 * r[:, 0].mean():.2f} ± {100 * r[:, 0].std(ddof=1) / math.sqrt(len(r)):.2f} "
                  f"({100 * r[:, 1].mean():.2f})" for r in rows]
-        print(f"| `{estimator}` | {rows[0][:, 2].mean():,.0f} | {' | '.join(cells)} |")
+        lines.append(f"| `{estimator}` | {rows[0][:, 2].mean():,.0f} | {' | '.join(cells)} |")
     last = found["span", counts[-1]]
-    print(f"\np over m = {counts[-1]} votes: mean {last[:, 4].mean():.4f}, angle / 2 pi: {last[:, 5].mean():.4f}")
-    if args.plot:
+    lines += ["", f"p over m = {counts[-1]} votes: mean {last[:, 4].mean():.4f}; angle / 2 pi: {last[:, 5].mean():.4f}"]
+    keep(args.out, "cosine.md", lines)
+    if args.out:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
@@ -202,7 +211,7 @@ def main():
                  title=f"{Path(args.model).name}, head of {last[0, 2]:,.0f} visible numbers")
         axes.legend()
         figure.tight_layout()
-        figure.savefig(args.plot, dpi=110)
+        figure.savefig(args.out / "cosine.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,24 @@ in all three layouts, and checks what must hold on every device:
     the first loss is ln 2 (dpo.py stops if it is not); the layouts agree on log-probs and gradient norm;
     a run continued from a checkpoint ends with the weights of the run that was not interrupted.
 
-Prints a Markdown table of tokens/s, MFU and peak memory for each layout of dpo.py and for the other scripts, and exits with status 1 if a check fails.
+Prints a Markdown table of tokens/s, MFU and peak memory for each layout of dpo.py and for the other scripts, one of
+seconds per pair of compo.py for a head of Mistral's shape, and exits with status 1 if a check fails.
 Sizes: tiny (2 layers, for CI), 0.5B, 1.5B, 3B, 8B.
 """
 import argparse
+import dataclasses
 import json
+import math
 import random
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -77,6 +82,45 @@ def run(script, *flags):
 
 def lines(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def head_times(vocabulary, width, tokens, perturbations):
+    """Seconds per pair from hidden states to u, by compo.py on one device, as rows of a table. Logits are spread like a
+    language model's: standard deviation 3, and the targets among the likely tokens."""
+    sys.path.insert(0, str(ROOT))
+    import compo
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0,
+                                world_size=1)
+    random = torch.Generator(device).manual_seed(0)
+    head = torch.nn.Linear(width, vocabulary, bias=False, device=device)
+    head.weight.data.normal_(0, 3 / math.sqrt(width), generator=random)
+    hidden = torch.randn(tokens, width, device=device, generator=random)
+    chosen = (hidden @ head.weight.T).detach().topk(20)[1][torch.arange(tokens), torch.arange(tokens) % 20].tolist()
+    pair = dict(chosen=chosen[:tokens // 2], rejected=chosen[tokens // 2:])
+    tail = SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace(get_text_config=SimpleNamespace))
+    split, rows = dict(entries=[hidden], rows=[pair]), []
+    base = compo.Args(model="", data="", perturbations=perturbations)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for estimator, rare in (("gaussian", 1e-4), ("span", 1e-4), ("gaussian", 0.0), ("span", 0.0), ("exact", 1e-4)):
+        args, seconds = dataclasses.replace(base, estimator=estimator, rare=rare), []
+        for step in range(3):
+            synchronize()
+            start = time.time()
+            before, *where = compo.mean_logps(tail, split, [0], args)
+            a, b = (torch.autograd.grad(each, [head.weight], retain_graph=True) for each in before)
+            with torch.no_grad():
+                if estimator == "exact":
+                    u = [y / compo.inner(b, b) ** 0.5 - x / compo.inner(a, a) ** 0.5 for x, y in zip(a, b)]
+                else:
+                    where = [each.detach() for each in where]
+                    u, _ = compo.estimate(head.weight, compo.view_of(*where, tail, args), 0.0, step, args)
+                compo.sparse(u, args)
+            synchronize()
+            seconds.append(time.time() - start)
+        rows.append((estimator, rare, sorted(seconds)[1]))
+    return rows
 
 
 def main():
@@ -144,6 +188,13 @@ def main():
     for layout, speed, mfu, memory in rows:
         print(f"| {layout} | {speed:,.0f} | {'' if mfu is None else f'{mfu:.1f}'} | {memory:.1f} |")
     shutil.rmtree(folder)
+    shape = (32000, 4096, 400, 1800) if cuda else (2000, 256, 40, 200)
+    print("\nHead {} x {}, {} response tokens, {} perturbations\n".format(*shape))
+    print("| estimator | --rare | seconds per pair |\n|---|---|---|")
+    for estimator, rare, seconds in head_times(*shape):
+        print(f"| {estimator} | {rare:g} | {seconds:.3f} |")
+    if cuda:
+        print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if failures:
         raise SystemExit("error: " + "; ".join(failures))
     print("\nall checks passed")

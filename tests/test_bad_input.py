@@ -84,6 +84,7 @@ class World:
         data = self.data if script == "cache_ref" else self.paths["data"]  # which it would write to
         return {"prepare_data": dict(dataset=self.rows, model=self.kit.chat, out=out, num_proc=1),
                 "cache_ref": dict(model=model, data=data),
+                "compo": dict(model=model, data=data, out=out, perturbations=8, eval_every=0),
                 "evaluate": dict(models=model, data=data, out=out, max_new_tokens=2)}.get(
                     script, dict(model=model, data=data, out=out, batch_size=2, max_steps=2, eval_every=0, log_every=1))
 
@@ -522,6 +523,37 @@ def test_flags_that_do_not_go_together_or_find_nothing(script, changes, words, w
         changes = dict(sketch_dim=64) | changes
     message = error_of(w, script, changes)
     assert all(word in message for word in words.split()), message
+
+@pytest.mark.parametrize("what", [what for what in MAIN if not any(w in what for w in ("beta", "lora", "batch", "weight"))])
+def test_compo_says_the_same(what, w):
+    (breaking, words), = [rest for name, case, *rest in TABLE if (name, case) == ("dpo", what)]
+    message = error_of(w, "compo", breaking(w) or {})
+    assert all(word in message for word in words.split()), message
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(last_layers=1, estimator="span"), "--last_layers span gaussian exact"),
+    (dict(keep_fraction=1.2), "--keep_fraction shares"),
+    (dict(gate=20), "--gate shares"),
+    (dict(radius=-1e-4), "--radius above 0"),
+    (dict(estimator="best"), "--estimator gaussian span exact"),
+    (dict(pairs_per_step=7), "--pairs_per_step 7 6"),
+    (dict(max_pairs=2, pairs_per_step=3), "--pairs_per_step 3 2"),
+    (dict(beta=0.1), "--beta"),
+    (dict(step_size=3e38, estimator="exact", gate=0, keep_fraction=1), "not finite --step_size")])
+def test_compo_refuses_flags_that_make_no_sense(changes, words, w):
+    message = error_of(w, "compo", changes)
+    assert all(word in message for word in words.split()), message
+
+def test_compo_says_which_pair_and_weights_are_not_finite(w):
+    model = tiny_hf_model("llama")
+    model.lm_head.weight.data[3:40] = float("nan")
+    w.new_model(model)
+    assert "add up to nan" in error_of(w, "compo", {})
+
+def test_compo_needs_an_mlp_to_perturb(w):
+    w.new_model(tiny_hf_model("mamba"))
+    message = error_of(w, "compo", dict(last_layers=1, layout="concatenated"))
+    assert "--last_layers 1" in message and "mlp" in message
 
 def test_simpo_has_no_reference_and_says_so(w, capsys):
     delete(w.cache)

@@ -4,6 +4,7 @@ Most tests read the commands that DRY_RUN=1 prints, in a copy of the repository'
 stands in for Python where a machine is needed that this one is not: with GPUs, or without any package."""
 import importlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -135,6 +136,14 @@ RECIPES = {  # METHODS: learning rate, schedule, tokens of a pair, beta, gamma /
     "auxdpo-mmlu-pro": ("auxdpo", 5e-7, "linear", 1024, 0.1, None),  # no rate and schedule are published
     "auxdpo-rewardbench2": ("auxdpo", 5e-7, "linear", 1024, 0.1, None),
     "auxdpo-ultrafeedback": ("auxdpo", 5e-7, "linear", 1024, 0.1, None),
+    "compo-mistral-7b": ("dpo+compo", 5e-7, "cosine", 1536, 0.01, None),  # rate and beta of the first stage: as zephyr
+    "compo-llama3-8b": ("dpo+compo", 5e-7, "cosine", 1536, 0.01, None),
+    "simpo-compo-mistral-7b": ("simpo+compo", 3e-7, "cosine", 1536, 2.0, 0.8),
+}
+COMPO = {  # METHODS 6: r, m, lambda_g; lambda and gamma are the defaults
+    "compo-mistral-7b": (5e-4, 1600, 2.2e-4),
+    "compo-llama3-8b": (7.5e-4, 1800, 8e-5),
+    "simpo-compo-mistral-7b": (5e-4, 1600, 2.2e-4),
 }
 
 ULTRA = "ultrafeedback_binarized"
@@ -150,6 +159,9 @@ SOURCES = {  # METHODS: model, data
     "auxdpo-mmlu-pro": ("Llama-3.2-1B", "MMLU-Pro"),
     "auxdpo-rewardbench2": ("Llama-3.2-1B", "reward-bench-2"),
     "auxdpo-ultrafeedback": ("Llama-3.2-1B", ULTRA),
+    "compo-mistral-7b": ("Mistral-7B-Instruct-v0.2", ULTRA),
+    "compo-llama3-8b": ("Meta-Llama-3-8B-Instruct", ULTRA),
+    "simpo-compo-mistral-7b": ("Mistral-7B-Instruct-v0.2", ULTRA),
 }
 
 def parsed(command, monkeypatch):
@@ -170,24 +182,40 @@ def test_recipes_are_listed_and_an_unknown_one_is_one_line_with_their_names(root
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_prints_commands_that_the_scripts_take_with_the_published_numbers(root, name, monkeypatch):
     script, rate, schedule, length, beta, ratio = RECIPES[name]
-    text = "\n".join(launch(root, "recipe", name)).replace("\\\n", " ")
-    prepare, train = text.splitlines()
+    text = "\n".join(launch(root, "recipe", name)).replace("\\\n", " ").replace("||\n", "|| ")
+    prepare, *middle, train = text.splitlines()
+    first = script.split("+")[0]
+    if name in COMPO:  # split, the clean pairs first, then the noisy ones
+        split, clean, noisy = *middle, train
+        _, args = parsed(split, monkeypatch)
+        assert (args.data, args.noise_margin) == (f"data/{name}", 3) and split.startswith(f"[ -d data/{name}/clean ] || ")
+        assert clean.startswith(f"[ -d out/{name}-clean/final ] || ") and "launch.sh compo.py" in noisy
+        _, args = parsed(noisy, monkeypatch)
+        assert (args.radius, args.perturbations, args.entry_threshold) == COMPO[name]
+        assert (args.gate, args.step_size, args.max_pairs, args.pairs_per_step) == (0.2, 0.035, 100, 1)
+        assert (args.model, args.data) == (f"out/{name}-clean/final", f"data/{name}/noisy")
+        assert args.resume and args.save_every and args.out == f"out/{name}" and args.estimator == "gaussian"
+        train = clean
+    else:
+        assert not middle
+    kind = "clean" if name in COMPO else ""
     assert max(map(len, launch(root, "recipe", name))) <= 120
     module, data = parsed(prepare, monkeypatch)
     assert prepare.startswith(f"[ -d {data.out} ] || ./launch.sh prepare_data.py ")  # done once, if preempted
-    assert data.max_length == length and data.score_header == (script in ("simpo", "wpo"))
+    assert data.max_length == length and data.score_header == (first in ("simpo", "wpo"))
     assert data.split == ("train_prefs" if "ultrafeedback_binarized" in data.dataset else
                           "train" if script != "auxdpo" else "test")
     module, args = parsed(train, monkeypatch)
-    assert module.__name__ == script and args.data == data.out and args.model == data.model
+    assert module.__name__ == first and Path(args.data) == Path(data.out, kind) and args.model == data.model
     assert (data.model.split("/")[1], data.dataset.split("/")[1]) == SOURCES[name]
     assert args.activation_checkpointing and "--beta" in train  # published, so said
     assert script == "auxdpo" or "--schedule" in train
-    assert (data.val_fraction, args.batch_size) == ((0.2, 4) if script == "auxdpo" else (0.01, 128))
+    assert (data.val_fraction, args.batch_size) == (
+        (0.2, 4) if script == "auxdpo" else (0.05, 128) if kind else (0.01, 128))
     assert (args.learning_rate, args.schedule, args.beta) == (rate, schedule, beta)
     assert (args.epochs, args.warmup, args.label_smoothing) == (1, 0.1, 0)
     assert getattr(args, "gamma_beta_ratio", None) == ratio
-    assert args.resume and args.save_every and args.out == f"out/{name}"
+    assert args.resume and args.save_every and args.out == f"out/{name}" + "-clean" * bool(kind)
 
 def test_a_recipe_runs_the_commands_that_it_prints(root):
     lines = launch(root, "recipe", "wpo-mistral-7b", "--run")
@@ -298,6 +326,27 @@ def test_the_demo_trains_with_every_algorithm_that_is_there(root):
 
 
 # ---- for real
+
+def test_a_recipe_in_stages_begins_where_it_was_left(root):
+    name = "compo-mistral-7b"
+    scripts = lambda: [re.search(r"\S+\.py", line)[0] for line in launch(root, "recipe", name, "--run", "--seed", "3")]
+    assert scripts() == ["prepare_data.py", "cache_ref.py", "cache_ref.py", "dpo.py", "compo.py"]
+    (root / f"data/{name}/clean").mkdir(parents=True)
+    assert scripts() == ["cache_ref.py", "dpo.py", "compo.py"]
+    (root / f"out/{name}-clean/final").mkdir(parents=True)
+    line, = launch(root, "recipe", name, "--run", "--seed", "3")
+    assert " compo.py " in line and line.endswith(" --seed 3")
+
+def test_a_term_signal_reaches_the_first_stage_of_a_recipe_and_the_next_does_not_begin(root):
+    (root / "data/compo-mistral-7b/clean").mkdir(parents=True)
+    (root / "dpo.py").write_text("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved', flush=True)))\n"
+                                 "print('ready', flush=True)\ntime.sleep(60)\n")
+    env = CLEAN | dict(PYTHON=sys.executable, NPROC="1")
+    process = subprocess.Popen([root / "launch.sh", "recipe", "compo-mistral-7b", "--run"], env=env, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=20)
+    assert process.returncode == 143 and rest == b"saved\n"
 
 @pytest.mark.parametrize("words", [["wait.py"], ["recipe", "zephyr-7b", "--run"]], ids=["a script", "a recipe"])
 def test_signals_and_exit_status_pass_through(root, words):
