@@ -30,7 +30,7 @@ C tokens that may be likely, q bundles of the others, B perturbations of a batch
 longest row, L of a micro-batch, M of its responses, H heads, d head size. What stands along a first
 dimension of 2 is (chosen, rejected).
 """
-import argparse, contextlib, copy, dataclasses, hashlib, importlib.util, inspect, json
+import argparse, contextlib, copy, dataclasses, gc, hashlib, importlib.util, inspect, json
 import math, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def sparse(u, args):
         floor = float(np.partition(entries.numpy(), -count)[-count])
     for x in u:
         x *= x.abs() >= floor  # |g| is below 1 then
-    return (entries >= floor).double().mean().item()
+    return (entries >= floor).count_nonzero().item() / len(entries)
 
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
@@ -512,7 +512,7 @@ def blocks_of(model, last):
     """-> its blocks, the `last` ones apart."""
     name = lambda module: type(module).__name__.removeprefix("FSDP")
     blocks = [module for module in model.modules() if name(module) in model._no_split_modules]
-    return blocks[:len(blocks) - last], blocks[len(blocks) - last:]
+    return blocks[:-last or len(blocks)], blocks[-last or len(blocks):]
 
 def make_tail(policy, tail, device, args):
     """Fill `tail`, a model without memory, with what is perturbed and what comes after it: float32,
@@ -520,8 +520,8 @@ def make_tail(policy, tail, device, args):
     (frozen, last), head = blocks_of(tail, args.last_layers), tail.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach())
     for module in tail.eval().requires_grad_(False) and [*last, head]:
-        if module is not head and not hasattr(module, "mlp"):
-            fail(f"--last_layers {args.last_layers}: a {type(module).__name__} has no mlp; use 0")
+        if len(last) < args.last_layers or module is not head and not hasattr(module, "mlp"):
+            fail(f"--last_layers {args.last_layers}: {len(last)} blocks, or without mlp; use 0")
         getattr(module, "mlp", head.weight).requires_grad_(True)
     freed = [*frozen, tail.get_input_embeddings()] if last else [tail.base_model]
     freed = {id(parameter) for module in freed for parameter in module.parameters()}
@@ -550,8 +550,7 @@ def cache_entries(policy, splits, args):
         split |= dict(entries=[], logps=torch.zeros(len(split["rows"]), 2))
         for row in tqdm(range(len(split["rows"])), f"trunk, {name}", disable=dist.get_rank() > 0):
             seen.clear()
-            logps, _ = policy(collate([split["rows"][row]], args.layout))
-            split["logps"][row] = logps[:, 0].cpu()
+            split["logps"][row] = policy(collate([split["rows"][row]], args.layout))[0].T
             split["entries"].append([*seen] if args.last_layers else torch.cat(seen))
 
 def replay(tail, entries, pair, args):
@@ -679,17 +678,19 @@ def save_tail(tail, tokenizer, args):
     if dist.get_rank() == 0:
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model)
         for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings, config.dtype = False, torch.float32
-        state = {name: p.detach().cpu() for name, p in tail.named_parameters() if p.requires_grad}
-        save_folder(model, model.state_dict() | state, tokenizer, args)
+            config.tie_word_embeddings = False
+        state = model.state_dict() | {
+            name: p.detach().cpu() for name, p in tail.named_parameters() if p.requires_grad}
+        save_folder(model.float(), state, tokenizer, args)  # float: how it is to be read
     dist.barrier()
 
 
 @torch.no_grad()
 def main():
     args = parse_args(Args)
-    if args.wandb and not importlib.util.find_spec("wandb"):
-        fail("--wandb needs a package: pip install wandb")
+    for flag, package in dict(wandb="wandb").items():
+        if getattr(args, flag) and not importlib.util.find_spec(package):
+            fail(f"--{flag} needs a package: pip install {package.replace('_', '-')}")
     if args.last_layers and args.estimator == "span":
         fail("--estimator span is for the head alone; with --last_layers use gaussian or exact")
     if max(args.keep_fraction, args.gate, args.rare) > 1:
@@ -711,12 +712,14 @@ def main():
     del weights
     parameters = make_tail(policy, tail, device, args)
     cache_entries(policy, splits, args)
-    del policy, model  # the trunk is not needed any more
+    del policy, model  # the trunk is not needed any more, but FSDP's modules are in cycles
+    gc.collect()
     for name, split in splits.items():
         logps, slack = all_logps(tail, split, args), 1e-4 if dtype == torch.float32 else 2e-2
-        if not torch.allclose(logps, split["logps"], slack, 100 * slack):
-            fail(f"the log-probs of {name} add up to {split['logps'].sum():.6g} in {args.model} and to"
-                 f" {logps.sum():.6g} from what --last_layers {args.last_layers} keeps of it")
+        for row, (ours, own) in enumerate(zip(logps, split["logps"])):
+            if not torch.allclose(ours, own, slack, 100 * slack):
+                fail(f"pair {split['rows'][row]['id']} of {name} has log-probs {own.tolist()} by "
+                     f"{args.model}, by its last {args.last_layers} layers {ours.tolist()}")
         split["logps"] = logps
 
     # the run

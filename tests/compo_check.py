@@ -187,7 +187,7 @@ def main():
     counts = [int(m) for m in args.counts.split(",")]
     found = cosines(args.model, args.data, counts, args.pairs)
     lines = [f"{Path(args.model).name}: mean cosine with the exact direction in %, {args.pairs} pairs (in brackets: theory)",
-             "", f"| estimator | numbers drawn | {' | '.join(f'm = {m}' for m in counts)} |",
+             "", f"| estimator | numbers of noise | {' | '.join(f'm = {m}' for m in counts)} |",
              "|---|---|" + "---|" * len(counts)]
     for estimator in ("gaussian", "span", "span --baseline"):
         rows = [found[estimator, m] for m in counts]

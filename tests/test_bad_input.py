@@ -548,12 +548,17 @@ def test_compo_says_which_pair_and_weights_are_not_finite(w):
     model = tiny_hf_model("llama")
     model.lm_head.weight.data[3:40] = float("nan")
     w.new_model(model)
-    assert "add up to nan" in error_of(w, "compo", {})
+    message = error_of(w, "compo", {})
+    assert "nan" in message and "pair-" in message and str(w.paths["model"]) in message
 
 def test_compo_needs_an_mlp_to_perturb(w):
     w.new_model(tiny_hf_model("mamba"))
     message = error_of(w, "compo", dict(last_layers=1, layout="concatenated"))
     assert "--last_layers 1" in message and "mlp" in message
+
+def test_compo_knows_how_many_layers_there_are(w):
+    message = error_of(w, "compo", dict(last_layers=3))
+    assert "--last_layers 3" in message and "2 blocks" in message
 
 def test_simpo_has_no_reference_and_says_so(w, capsys):
     delete(w.cache)

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from statistics import NormalDist
 
@@ -367,6 +368,37 @@ def test_what_is_read_back_from_final_has_the_changes_that_were_reported(family,
     head.data = head.data.bfloat16().float()
     rounded = [run.export[f"export/bfloat16/{name}"] for name in names]
     assert rounded == pytest.approx(changes(), rel=1e-3, abs=1e-4) and rounded != pytest.approx(full, rel=1e-4)
+
+
+def test_a_bfloat16_model_keeps_its_trunk_and_is_read_back_with_the_float32_head(pairs, tmp_path):
+    """Read as it is, without dtype=, as users do: a head rounded to bfloat16 would have lost nearly all of the step."""
+    model, data = pairs("llama-tied")
+    half = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "half")
+    run = Run(tmp_path / "half", data, tmp_path / "run", estimator="exact", gate=0, keep_fraction=1, step_size=1e-4)
+    stored = load_file(tmp_path / "run/final/model.safetensors")
+    assert stored.pop("lm_head.weight").dtype == torch.float32 and {x.dtype for x in stored.values()} == {torch.bfloat16}
+    final = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/final")
+    moved = final.get_output_embeddings().weight - run.head(tmp_path / "half")
+    assert final.dtype == torch.float32 and (moved != 0).double().mean() > 0.5 and moved.norm() < 1e-3
+    rounded = final.get_output_embeddings().weight.bfloat16().float() - run.head(tmp_path / "half")
+    assert (rounded != 0).double().mean() < 0.1
+
+
+def test_the_trunk_is_freed_before_the_first_step(pairs, tmp_path, monkeypatch):
+    alive, cache_entries, open_run = [], compo.cache_entries, compo.open_run
+
+    def watch(policy, *args):
+        alive.extend(weakref.ref(p) for p in policy.parameters())
+        return cache_entries(policy, *args)
+
+    def check(args):
+        assert alive and not [ref for ref in alive if ref() is not None]
+        return open_run(args)
+    monkeypatch.setattr(compo, "cache_entries", watch)
+    monkeypatch.setattr(compo, "open_run", check)
+    Run(*pairs(), tmp_path, estimator="exact", max_pairs=1, eval_every=0)
 
 
 def test_evaluation_begins_at_no_displacement_with_ties(pairs, tmp_path):
