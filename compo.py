@@ -502,8 +502,7 @@ def inner(xs, ys):
 
 def subspace(rows, floor=1e-5):
     """rows (t, n) -> left (t, k), basis (k, n) orthonormal, rows = left @ basis, k their rank."""
-    rows = rows.double()
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    values, vectors = torch.linalg.eigh((rows := rows.double()) @ rows.T)
     kept = values > floor**2 * values[-1]
     sizes, vectors = values[kept].sqrt(), vectors[:, kept]
     return (vectors * sizes).float(), ((vectors / sizes).T @ rows).float()
@@ -770,8 +769,8 @@ def main():
         done = step + 1
         saving = flags[1] or args.save_every and done % args.save_every == 0
         tail.moved += torch.tensor([*realised, accepted])
-        line = dict(step=done, epoch=done / epoch_steps, p=p, angle=math.degrees(angle),
-                    cosine=cosine, kept=kept, accepted=int(accepted), total=int(tail.moved[2]))
+        line = dict(step=done, epoch=done / epoch_steps, accepted_steps=int(tail.moved[2]), p=p,
+                    angle=math.degrees(angle), cosine=cosine, kept=kept, accepted=int(accepted))
         for i, side in enumerate(("chosen", "rejected")):
             line |= {f"predicted/{side}": predicted[i], f"realised/{side}": realised[i].item(),
                      f"displacement/{side}": tail.moved[i].item()}
@@ -787,7 +786,8 @@ def main():
     for kind in ("float32", "bfloat16"):  # what is left of it if final/ is read in this precision
         for w in parameters:
             w.copy_(w.to(getattr(torch, kind)))
-        log({"step": steps} | displacement(tail, splits.get("val", train), f"export/{kind}", args))
+        line = dict(step=steps, accepted_steps=int(tail.moved[2]))
+        log(line | displacement(tail, splits.get("val", train), f"export/{kind}", args))
     dist.destroy_process_group()
 
 

@@ -30,7 +30,9 @@ from compo_check import exact_directions, load, slow_votes, whole_logps, whole_m
 from conftest import ROOT, random_pairs
 from safetensors.torch import load_file
 
+import cache_ref
 import compo
+import dpo
 
 SIZES = [(4, 5, 6), (3, 7, 2), (6, 2, 9), (2, 8, 8), (5, 1, 4)]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -213,7 +215,7 @@ def test_exact_is_the_gradient_of_the_whole_model(family, layers, layout, world)
 
 @torch.no_grad()
 def test_the_last_layers_are_perturbed_as_by_the_definition(world):
-    tail, parameters, split, args, folder = made = world("llama", last_layers=1, radius=1e-2, perturbations=30)
+    tail, parameters, split, args, folder = world("llama", last_layers=1, radius=1e-2, perturbations=30)
     (u, p), start = compo.estimate_whole(
         parameters, lambda: compo.mean_logps(tail, split, [0], args)[0], 0.25, 3, args), [p.clone() for p in parameters]
     model, names = whole_model(folder), {id(p): name for name, p in tail.named_parameters()}
@@ -260,21 +262,26 @@ def test_keep_fraction_keeps_the_largest_entries_as_they_are(process_group):
 # ---- main()
 
 
+def run_main(script, *words):
+    """main() of a script in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+        patch.setattr(script, "start_process_group", lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
+        patch.setattr(script.dist, "destroy_process_group", lambda: None)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            script.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+
 class Run:
-    """compo.py in this process, on a tiny model; its log, and its head before and after."""
+    """compo.py on a tiny model; its log, and its head before and after."""
 
     def __init__(self, model, data, out, **flags):
         self.out, self.model = Path(out), model
         words = [f"--{name}={value}" if value is not True else f"--{name}" for name, value in flags.items()]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["compo.py", f"--model={model}", f"--data={data}", f"--out={out}", *words])
-            patch.setattr(compo, "start_process_group", lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
-            patch.setattr(compo.dist, "destroy_process_group", lambda: None)
-            handler = signal.getsignal(signal.SIGTERM)
-            try:
-                compo.main()
-            finally:
-                signal.signal(signal.SIGTERM, handler)
+        run_main(compo, f"--model={model}", f"--data={data}", f"--out={out}", *words)
         self.lines = [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines()]
         self.steps = [line for line in self.lines if "p" in line]
         self.export = {key: value for line in self.lines for key, value in line.items() if key.startswith("export")}
@@ -320,7 +327,7 @@ def test_the_gate_skips_a_pair_whose_share_of_votes_is_not_above_it(pairs, tmp_p
         assert step["accepted"] == (step["p"] > gate)
         assert step["accepted"] or step["realised/chosen"] == step["realised/rejected"] == 0
     none = Run(*pairs(), tmp_path / "none", gate=0.999, eval_every=0, perturbations=200)
-    assert none.moved.abs().max() == 0 and none.steps[-1]["total"] == 0 and 0 < run.steps[-1]["total"] < 5
+    assert none.moved.abs().max() == 0 and none.steps[-1]["accepted_steps"] == 0 and 0 < run.steps[-1]["accepted_steps"] < 5
 
 
 def test_the_acceptance_test_refuses_a_step_that_harms_and_leaves_the_head_as_it_was(pairs, tmp_path):
@@ -491,16 +498,13 @@ def split(tiny_model, tiny_data, process_group, tmp_path_factory):
     return model, Path(data)
 
 
-def cache(model, data, *flags, fails=False):
-    command = [sys.executable, str(ROOT / "cache_ref.py"), "--model", str(model), "--data", str(data), *map(str, flags)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def test_noise_margin_splits_by_the_reference_and_keeps_each_pair_once(split):
+def test_noise_margin_splits_by_the_reference_and_keeps_each_pair_once(split, capsys):
     model, data = split
-    output = cache(model, data, "--noise_margin", 8)
+
+    def cache(folder, *flags):
+        run_main(cache_ref, "--model", model, "--data", folder, *flags)
+        return capsys.readouterr().out
+    output = cache(data, "--noise_margin", 8)
     reference, = data.glob("ref-*")
     for name, total in dict(train=40, val=12).items():
         logps, found = np.load(reference / f"{name}-logps.npy"), {}
@@ -517,21 +521,17 @@ def test_noise_margin_splits_by_the_reference_and_keeps_each_pair_once(split):
     histogram = [int(line.partition("nats")[2].split()[0]) for line in output.splitlines() if line.startswith("|margin|")]
     assert sum(histogram) == 52 and sum(histogram[:3]) == sum(
         len(datasets.load_from_disk(str(data / "noisy" / name))) for name in ("train", "val"))
-    assert "are already done" not in cache(model, data / "noisy")  # its log-probs came along
-    assert "noisy: " in cache(model, data, "--noise_margin", 8)  # again: it is there
-    message = cache(model, data, "--noise_margin", 7, fails=True).splitlines()[-1]
-    assert message.startswith("error: ") and "8.0" in message and "7.0" in message and "delete it" in message
-    with pytest.MonkeyPatch.context() as patch:  # usable by another script, whose first loss is ln 2
-        import dpo
-        patch.setattr(sys, "argv", ["dpo.py", f"--model={model}", f"--data={data / 'clean'}", f"--out={data / 'out'}",
-                                    "--batch_size=4", "--max_steps=1"])
-        patch.setattr(dpo, "start_process_group", lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
-        patch.setattr(dpo.dist, "destroy_process_group", lambda: None)
-        dpo.main()
+    assert "are already done" not in cache(data / "noisy")  # its log-probs came along
+    assert "noisy: " in cache(data, "--noise_margin", 8)  # again: it is there
+    with pytest.raises(SystemExit, match="^error: .*noise_margin': 8.0.*noise_margin': 7.0.*delete it"):
+        cache(data, "--noise_margin", 7)
+    run_main(dpo, "--model", model, "--data", data / "clean", "--out", data / "out", "--batch_size", 4, "--max_steps", 1)
+    assert "= ln 2" in capsys.readouterr().out  # usable by another script
 
 
-def test_a_split_without_pairs_on_one_side_is_refused_with_the_counts(tiny_model, tiny_data):
+def test_a_split_without_pairs_on_one_side_is_refused_with_the_counts(tiny_model, tiny_data, process_group):
     model = tiny_model("llama")
     data = tiny_data(model, random_pairs(SIZES), random_pairs(SIZES[:2], seed=1))
-    message = cache(model, data, "--noise_margin", 1e6, fails=True).splitlines()[-1]
-    assert message.startswith("error: --noise_margin 1000000.0: clean pairs are 0 of 5 in train, 0 of 2 in val")
+    counts = "clean pairs are 0 of 5 in train, 0 of 2 in val"
+    with pytest.raises(SystemExit, match=f"^error: --noise_margin 1000000.0: {counts}"):
+        run_main(cache_ref, "--model", model, "--data", data, "--noise_margin", 1e6)
