@@ -14,6 +14,7 @@ s = log pi(y|x) in nats, summed over the response by the forward pass of trainin
     gain       accuracy less the first model's, ± the error of this paired difference
     length, ended, reward   of --samples: tokens; has an end token; what --reward FILE.py:FUNCTION
                             returns for (prompt text, response text), both without special tokens
+    KL   of --samples at temperature 1: s - s_ref of the answers, whose mean is KL(pi || ref), nats
 
 results/ gets evaluation.json, samples.jsonl and logps.npz: every s, so that another question needs
 no model. Each process holds whole models; torchrun deals pairs and prompts over several.
@@ -40,6 +41,7 @@ class Args:
     models: str  # folders, hub names or runs, separated by commas; gains are over the first
     data: str = ""  # folder made by prepare_data.py; without it only --plot is drawn
     split: str = "val"  # which folder of the data
+    limit: int = 0  # only the first so many pairs of the split; 0 = all
     reference: str = ""  # model that changes are measured from; without it those columns are blank
     out: str = "results"  # folder for evaluation.json, logps.npz and samples.jsonl
     table: str = ""  # Markdown file that gets the printed table
@@ -59,7 +61,8 @@ class Args:
 COLUMNS = {  # metric: its heading; per cent, nats or tokens
     "accuracy": "accuracy %", "accuracy/token": "per token %", "accuracy/ref": "to ref %",
     "gain": "gain %", "margin": "margin", "margin/ref": "margin to ref", "chosen/ref": "chosen",
-    "rejected/ref": "rejected", "length": "length", "ended": "ended %", "reward": "reward"}
+    "rejected/ref": "rejected", "length": "length", "ended": "ended %", "reward": "reward",
+    "kl": "KL"}
 
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
@@ -374,7 +377,8 @@ def sample(model, tokenizer, rows, reward, name, args):
             texts = [tokenizer.decode(x, skip_special_tokens=True)
                      for x in (prompts[row], tokens[:length or None])]
             records.append(dict(model=name, id=rows[row]["id"], prompt=texts[0], response=texts[1],
-                                tokens=length or len(tokens), ended=length > 0))
+                                tokens=length or len(tokens), ended=length > 0,
+                                ids=(prompts[row], tokens[:length or None])))
             try:
                 if reward:
                     records[-1]["reward"] = float(reward(*texts))
@@ -385,6 +389,16 @@ def sample(model, tokenizer, rows, reward, name, args):
     gathered = [None] * world
     dist.all_gather_object(gathered, records)
     return sorted(sum(gathered, []), key=lambda record: record["id"])
+
+def score_answers(model, records, name, args):
+    """log pi (n,) of sampled answers; the second of a pair, which score wants, is one token."""
+    rows = [dict(id=record["id"], prompt=prompt, chosen=answer, rejected=answer[:1])
+            for record in records for prompt, answer in [record["ids"]]]
+    lengths = np.array([[len(row[side]) for side in ("prompt", "chosen", "rejected")]
+                        for row in rows])
+    limit = max(args.max_tokens, int(pair_costs(lengths, args.layout).max()))
+    args = dataclasses.replace(args, max_tokens=limit)
+    return score(model, dict(rows=rows, lengths=lengths), f"{name} answers", args)[:, 0]
 
 def load_reward(spec):
     """The function that --reward FILE.py:FUNCTION names."""
@@ -503,16 +517,31 @@ def main():
         place = dict(model=folder, data=args.data, layout=args.layout, max_tokens=args.max_tokens)
         splits, tokenizer = load_data(SimpleNamespace(**place), [args.split])
         split = splits[args.split]
+        split["rows"] = split["rows"].select(range(min(args.limit or 10**9, len(split["rows"]))))
+        split["lengths"] = split["lengths"][:len(split["rows"])]
         try:
             model, attention = load_model(folder, args, dtype, device)
             logps[name] = score(model, split, name, args).astype(float)
             if args.samples and name in names:
+                training = model.config._attn_implementation
                 model.set_attn_implementation(attention)
                 samples[name] = sample(model, tokenizer, split["rows"], reward, name, args)
+                model.set_attn_implementation(training)
+                for record, logp in zip(samples[name], score_answers(
+                        model, samples[name], name, args).tolist()):
+                    record["logp"] = logp
         except torch.OutOfMemoryError:
             fail(f"{name} runs out of memory: lower --max_tokens {args.max_tokens}")
         del model
         seconds[name] = time.time() - clock
+
+    if samples and args.reference and args.temperature == 1:  # answers of pi, not of another
+        model, _ = load_model(folders[args.reference], args, dtype, device)
+        for name, records in samples.items():
+            ref_logps = score_answers(model, records, f"reference, {name}", args).tolist()
+            for record, ref_logp in zip(records, ref_logps):
+                record["kl"] = record["logp"] - ref_logp
+        del model
 
     # means over all pairs and over each subset
     rows, lengths, results = split["rows"], split["lengths"][:, 1:], []
@@ -525,7 +554,8 @@ def main():
             means = {key: mean_and_error(values[group]) for key, values in metrics.items()}
             results.append(dict(model=name, subset=subset, pairs=int(group.sum()), metrics=means))
             if name in samples and not subset:
-                for key, heading in dict(tokens="length", ended="ended", reward="reward").items():
+                for key, heading in dict(tokens="length", ended="ended", reward="reward",
+                                         kl="kl").items():
                     values = [record[key] for record in samples[name] if key in record]
                     means |= {heading: mean_and_error(values)} if values else {}
 
@@ -547,7 +577,9 @@ def main():
             np.savez(out / "logps.npz", models=list(logps), logps=np.float32(list(logps.values())),
                      ids=rows["id"][:], lengths=split["lengths"])
             with open(out / "samples.jsonl", "w") as file:
-                file.writelines(json.dumps(x) + "\n" for name in samples for x in samples[name])
+                for answer in sum(samples.values(), []):
+                    del answer["ids"]
+                    file.write(json.dumps(answer) + "\n")
             if args.table:
                 Path(args.table).write_text(table + "\n")
             (out / "evaluation.json").write_text(json.dumps(record, indent=1))

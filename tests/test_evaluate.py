@@ -134,6 +134,38 @@ def test_subsets_have_rows_of_their_own(run, world):
         assert means(record, world["one"], subset)["margin"] == pytest.approx(truth, abs=2e-4)
 
 
+def test_kl_is_the_mean_log_ratio_of_sampled_answers_by_hf_and_zero_for_the_reference(run, world, tmp_path):
+    flags = ["--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 6, "--max_new_tokens", 9]
+    record = run(*flags, "--reference", world["one"])
+    assert means(record, world["one"])["kl"] == [0, 0]
+    answers = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    answers = [answer for answer in answers if answer["model"] == world["two"]]
+    pairs = {pair["id"]: pair for pair in world["pairs"]}
+    found, truth = [answer["kl"] for answer in answers], []
+    for answer in answers:
+        response = [int(word[1:]) if word[0] == "w" else {"<unk>": 0, "<s>": 1}[word] for word in answer["response"].split()]
+        response += [2] * answer["ended"]
+        if len(response) != answer["tokens"]:  # special tokens are not in the text
+            found[len(truth)] = None
+        pair = dict(prompt=pairs[answer["id"]]["prompt"], chosen=response or [3], rejected=[3])
+        truth.append((hf_logps(world["two"], [pair]) - hf_logps(world["one"], [pair]))[0, 0])
+    kept = [(x, y) for x, y in zip(found, truth) if x is not None]
+    assert len(kept) >= 4 and len(answers) == 6
+    assert [x for x, _ in kept] == pytest.approx([y for _, y in kept], abs=1e-3)
+    assert means(record, world["two"])["kl"] == pytest.approx(by_hand([a["kl"] for a in answers])) and "KL" in record["printed"]
+    assert "kl" not in means(run(*flags), world["two"])  # relative to what?
+    cold = run(*flags, "--reference", world["one"], "--temperature", 0.5)
+    assert "kl" not in means(cold, world["two"])  # those answers are not drawn from pi
+
+
+def test_limit_takes_the_first_pairs(run, world):
+    record = run("--models", world["one"], "--data", world["data"], "--limit", 3)
+    logps = hf_logps(world["one"], world["pairs"][:3])
+    assert means(record, world["one"])["margin"] == pytest.approx(by_hand((logps[:, 0] - logps[:, 1]).tolist()), abs=2e-4)
+    assert [row["pairs"] for row in record["results"]] == [3, 2, 1]
+    assert run("--models", world["one"], "--data", world["data"], "--limit", 99)["results"][0]["pairs"] == 8
+
+
 # ---- files
 
 
