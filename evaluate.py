@@ -12,6 +12,8 @@ s = log pi(y|x) in nats, summed over the response by the forward pass of trainin
     per token  the same for s / length                margin to ref  the same for s - s_ref
     to ref     the same for s - s_ref                 chosen, rejected   the change s - s_ref itself
     gain       accuracy less the first model's, ± the error of this paired difference
+    best, best to ref   of chosen responses in several pairs (multiple choice, RewardBench-2): its s
+                        (s - s_ref) exceeds that of each rejected one, a tie of k = 1/k
     length, ended, reward   of --samples: tokens; has an end token; what --reward FILE.py:FUNCTION
                             returns for (prompt text, response text), both without special tokens
     KL   of --samples at temperature 1: s - s_ref of the answers, whose mean is KL(pi || ref), nats
@@ -60,7 +62,8 @@ class Args:
 
 COLUMNS = {  # metric: its heading; per cent, nats or tokens
     "accuracy": "accuracy %", "accuracy/token": "per token %", "accuracy/ref": "to ref %",
-    "gain": "gain %", "margin": "margin", "margin/ref": "margin to ref", "chosen/ref": "chosen",
+    "gain": "gain %", "best": "best %", "best/ref": "best to ref %",
+    "margin": "margin", "margin/ref": "margin to ref", "chosen/ref": "chosen",
     "rejected/ref": "rejected", "length": "length", "ended": "ended %", "reward": "reward",
     "kl": "KL"}
 
@@ -428,6 +431,20 @@ def measure(logps, lengths, ref_logps=None, first_logps=None):
         metrics["chosen/ref"], metrics["rejected/ref"] = change.T
     return metrics
 
+def best_of(values, keys):
+    """Is a chosen response better than all of its rejected ones? values (rows, 2), one key per row
+    -> an entry per key that has several rows. Responses of equal value share the point. Empty
+    where few rows are such: then the data are pairs, and some of them happen to share a side."""
+    groups, shares = {}, []
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    groups = [rows for rows in groups.values() if len(rows) > 1]
+    for rows in groups if 2 * sum(map(len, groups)) > len(values) else ():
+        chosen, rejected = values[rows].max(0)
+        ties = (values[rows, 1] == chosen).sum()  # the chosen one is the same in all rows
+        shares.append(0.0 if rejected > chosen else 1 / (1 + ties))
+    return np.array(shares)
+
 def mean_and_error(values):
     """(mean, its standard error) of independent values (n,); of one value the error is unknown."""
     values = np.asarray(values, float)
@@ -436,7 +453,7 @@ def mean_and_error(values):
 def make_table(results):
     """results, dicts of model, subset, pairs and metrics -> Markdown, aligned to be read as is."""
     used = {name for result in results for name in result["metrics"]}
-    names = [name for name in COLUMNS if name in used or "/ref" in name]
+    names = [name for name in COLUMNS if name in used or "/ref" in name and name != "best/ref"]
     cells = [["model", "subset", "pairs"] + [COLUMNS[name] for name in names]]
     for result in results:
         cells.append([result["model"], result["subset"] or "all", str(result["pairs"])])
@@ -546,12 +563,18 @@ def main():
     # means over all pairs and over each subset
     rows, lengths, results = split["rows"], split["lengths"][:, 1:], []
     subsets = np.array(rows["subset"][:] if "subset" in rows.column_names else [""] * len(rows))
+    keys = np.array([str(both) for both in zip(rows["prompt"][:], rows["chosen"][:])])
     groups = {"": subsets == subsets} | {str(x): subsets == x for x in np.unique(subsets) if x}
     for name in names:
         first = logps[names[0]] if name != names[0] else None
         metrics = measure(logps[name], lengths, logps.get(args.reference), first)
         for subset, group in groups.items():
             means = {key: mean_and_error(values[group]) for key, values in metrics.items()}
+            change = logps[name] - logps[args.reference] if args.reference else None
+            for key, values in {"best": logps[name], "best/ref": change}.items():
+                if values is not None:
+                    shares = best_of(values[group], keys[group])
+                    means |= {key: mean_and_error(shares)} if len(shares) else {}
             results.append(dict(model=name, subset=subset, pairs=int(group.sum()), metrics=means))
             if name in samples and not subset:
                 for key, heading in dict(tokens="length", ended="ended", reward="reward",

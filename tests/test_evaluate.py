@@ -158,6 +158,28 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers_by_hf_and_zero_for_the_refe
     assert "kl" not in means(cold, world["two"])  # those answers are not drawn from pi
 
 
+def test_best_of_several_pairs_of_a_prompt_by_hand():
+    values = np.array([[3.0, 1], [3, 2], [3, -1], [1, 5], [1, 0], [4, 0], [2, 2], [2, 1], [0, 9]])
+    keys = ["a", "a", "a", "b", "b", "alone", "tie", "tie", "also alone"]
+    assert evaluate.best_of(values, keys).tolist() == [1, 0, 0.5]
+    assert len(evaluate.best_of(values[:1], ["a"])) == 0
+    assert len(evaluate.best_of(values, [*"aabcdefgh"])) == 0  # pairs, two of which share a side
+
+
+def test_multiple_choice_counts_questions_not_pairs(run, world, tiny_data):
+    question = dict(prompt=[5, 6, 7], chosen=[8, 9], source="", subset="maths")
+    pairs = [question | dict(rejected=wrong, id=f"q-{i}") for i, wrong in enumerate([[3], [4, 5], [6]])]
+    pairs += [pair | dict(prompt=[9, 9], subset="law", id=f"law-{i}") for i, pair in enumerate(pairs[:2])]
+    data = tiny_data(world["one"], pairs, pairs)
+    record = run("--models", f"{world['one']},{world['two']}", "--reference", world["one"], "--data", data)
+    logps, ref = (hf_logps(world[name], pairs) for name in ("two", "one"))
+    for key, values in {"best": logps, "best/ref": logps - ref}.items():
+        truth = [float(values[0, 0] > values[:3, 1].max()), float(values[3, 0] > values[3:, 1].max())]
+        assert means(record, world["two"])[key] == pytest.approx(by_hand(truth))
+        assert [means(record, world["two"], subset)[key][0] for subset in ("maths", "law")] == truth
+    assert means(record, world["one"])["best/ref"] == [pytest.approx((1 / 4 + 1 / 3) / 2), pytest.approx(1 / 24)]  # ties
+
+
 def test_limit_takes_the_first_pairs(run, world):
     record = run("--models", world["one"], "--data", world["data"], "--limit", 3)
     logps = hf_logps(world["one"], world["pairs"][:3])
