@@ -3,6 +3,7 @@
     python evaluate.py --models MODEL,out/dpo,out/simpo --data data/NAME --reference MODEL
     python evaluate.py --models MODEL,out/dpo --data data/NAME --samples 200 --reward my.py:score
     python evaluate.py --models out/dpo,out/simpo --plot runs.png          (no --data: plot only)
+    python evaluate.py --models out/dpo --prompts alpaca_eval.json         (answers for a judge)
 
 A model is a Hugging Face folder, a hub name, a LoRA adapter or a run (out/dpo means out/dpo/final).
 s = log pi(y|x) in nats, summed over the response by the forward pass of training; s_ref is that of
@@ -48,6 +49,7 @@ class Args:
     out: str = "results"  # folder for evaluation.json, logps.npz and samples.jsonl
     table: str = ""  # Markdown file that gets the printed table
     plot: str = ""  # image file (.png, .svg, .pdf) for the curves of those models that are runs
+    prompts: str = ""  # AlpacaEval's or Arena-Hard's questions; answers go to --out/answers/
     # samples
     samples: int = 0  # prompts of the split, drawn by seed, that every model answers; 0 = off
     max_new_tokens: int = 256  # an answer is cut off there
@@ -393,6 +395,48 @@ def sample(model, tokenizer, rows, reward, name, args):
     dist.all_gather_object(gathered, records)
     return sorted(sum(gathered, []), key=lambda record: record["id"])
 
+def load_prompts(path, tokenizer):
+    """AlpacaEval's questions (objects with instruction), or Arena-Hard's (question_id or uid, and
+    prompt or turns) -> the objects, each with its text, and rows as `sample` wants them."""
+    with explain(f"--prompts {path} is no list or lines of JSON objects that have an instruction, "
+                 "a prompt or turns ({})"):
+        text = Path(path).read_text()
+        lines = text.splitlines()
+        items = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(x) for x in lines]
+        rows = []
+        for number, item in enumerate(items):
+            asked = item.get("instruction") or item.get("prompt") or item["turns"][0]["content"]
+            turn, plain = [dict(role="user", content=asked)], not tokenizer.chat_template
+            shown = asked if plain else tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(shown, add_special_tokens=plain)["input_ids"]
+            rows.append(dict(id=str(number), prompt=ids, chosen=[tokenizer.eos_token_id]))
+        assert rows, "it is empty"
+    return items, datasets.Dataset.from_list(rows)
+
+def write_answers(model, tokenizer, name, args):
+    """out/answers/NAME.json, AlpacaEval's model outputs, or .jsonl, Arena-Hard's model answers."""
+    items, rows = load_prompts(args.prompts, tokenizer)
+    given = dataclasses.replace(args, samples=len(rows))
+    records = {tuple(record["ids"][0]): record
+               for record in sample(model, tokenizer, rows, None, name, given)}
+    answers = []
+    for item, row in zip(items, rows):
+        answer = records[tuple(row["prompt"])]
+        turn = dict(content=answer["response"], token_len=answer["tokens"])
+        key = next((key for key in ("question_id", "uid") if key in item), None)
+        alpaca = {k: v for k, v in item.items() if k in ("instruction", "dataset")}
+        answers.append(alpaca | dict(output=answer["response"], generator=name) if not key else {
+            key: item[key], "answer_id": f"{name}-{item[key]}", "model_id": name,
+            "choices": [dict(index=0, turns=[turn])], "tstamp": time.time()})
+    path = Path(args.out, "answers", name.replace("/", "_") + (".jsonl" if key else ".json"))
+    if dist.get_rank() == 0:
+        with explain(f"{path} cannot be written ({{}})"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            path.write_text(lines if key else json.dumps(answers, indent=1, ensure_ascii=False))
+        print(f"{path}: {len(answers)} answers")
+
 def score_answers(model, records, name, args):
     """log pi (n,) of sampled answers; the second of a pair, which score wants, is one token."""
     rows = [dict(id=record["id"], prompt=prompt, chosen=answer, rejected=answer[:1])
@@ -505,8 +549,9 @@ def main():
     args = parse_args(Args)
     names = list(dict.fromkeys(filter(None, map(str.strip, args.models.split(",")))))
     runs = [name for name in names if Path(name, "log.jsonl").is_file()]
-    if not names or not (args.data or args.plot):
-        fail("nothing to do: give --models A,B with --data data/NAME, or with --plot FILE.png")
+    if not names or not (args.data or args.plot or args.prompts):
+        fail("nothing to do: give --models A,B with --data data/NAME, or with --plot FILE.png, or "
+             "with --prompts alpaca_eval.json")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs a package: pip install matplotlib")
     if args.plot and not runs:
@@ -523,6 +568,12 @@ def main():
             print(f"{args.plot}: the curves of {', '.join(runs)}")
     except (OSError, ValueError) as error:
         fail(f"cannot write --out {args.out}, --table {args.table} or --plot {args.plot} ({error})")
+    for name in names if args.prompts else ():
+        folder = model_folder(name)
+        model, attention = load_model(folder, args, dtype, device)
+        model.set_attn_implementation(attention)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        write_answers(model, tokenizer, name, args)
     if not args.data:
         return dist.destroy_process_group()
 

@@ -188,6 +188,42 @@ def test_limit_takes_the_first_pairs(run, world):
     assert run("--models", world["one"], "--data", world["data"], "--limit", 99)["results"][0]["pairs"] == 8
 
 
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}w9 {{ m.content }} w8{% endfor %}"])
+def test_answers_to_alpaca_eval_and_arena_hard_have_the_keys_of_their_files(template, run, world, tmp_path):
+    folder = shutil.copytree(world["one"], tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    asked = ["w4 w5 w6", "w7", "w4 w5 w6"]
+    alpaca = [dict(instruction=text, dataset="helpful", output="reference", generator="other") for text in asked]
+    (tmp_path / "alpaca.json").write_text(json.dumps(alpaca))
+    arena = [dict(question_id="a1", turns=[dict(content=asked[0])]), dict(uid="b2", prompt=asked[1])]
+    (tmp_path / "arena.jsonl").write_text("\n".join(map(json.dumps, arena)) + "\n")
+    flags = ["--models", folder, "--temperature", 0, "--max_new_tokens", 5]
+    run(*flags, "--prompts", tmp_path / "alpaca.json")
+    run(*flags, "--prompts", tmp_path / "arena.jsonl")
+    model, truth = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), []
+    for text in asked:
+        text = text if template is None else f"w9 {text} w8"
+        ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        output = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=2)[0, ids["input_ids"].shape[1]:]
+        truth.append(tokenizer.decode(output, skip_special_tokens=True))
+    name, place = str(folder), tmp_path / "out/answers"
+    answers = json.loads((place / (name.replace("/", "_") + ".json")).read_text())
+    assert answers == [dict(instruction=a, dataset="helpful", output=b, generator=name) for a, b in zip(asked, truth)]
+    answers = [json.loads(line) for line in (place / (name.replace("/", "_") + ".jsonl")).read_text().splitlines()]
+    assert [a["choices"][0]["turns"][0]["content"] for a in answers] == truth[:2]
+    assert answers[0]["question_id"] == "a1" and answers[1]["uid"] == "b2" and answers[0]["model_id"] == name
+    assert all(0 < a["choices"][0]["turns"][0]["token_len"] <= 5 and a["tstamp"] > 0 for a in answers)
+
+
+def test_prompts_that_are_none_are_one_line(run, world, tmp_path):
+    for text in ('[{"question": "?"}]', "no json", "[]"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(SystemExit, match="^error: --prompts .*bad.json"):
+            run("--models", world["one"], "--prompts", tmp_path / "bad.json")
+
+
 # ---- files
 
 
