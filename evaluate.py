@@ -4,6 +4,7 @@
     python evaluate.py --models MODEL,out/dpo --data data/NAME --samples 200 --reward my.py:score
     python evaluate.py --models out/dpo,out/simpo --plot runs.png          (no --data: plot only)
     python evaluate.py --models out/dpo --prompts alpaca_eval.json         (answers for a judge)
+    python evaluate.py --models out/dpo --choices mmlu_pro.jsonl           (answers by a letter)
 
 A model is a Hugging Face folder, a hub name, a LoRA adapter or a run (out/dpo means out/dpo/final).
 s = log pi(y|x) in nats, summed over the response by the forward pass of training; s_ref is that of
@@ -49,6 +50,7 @@ class Args:
     out: str = "results"  # folder for evaluation.json, logps.npz and samples.jsonl
     table: str = ""  # Markdown file that gets the printed table
     plot: str = ""  # image file (.png, .svg, .pdf) for the curves of those models that are runs
+    choices: str = ""  # questions in the layout of MMLU-Pro or ARC, answered greedily by a letter
     prompts: str = ""  # AlpacaEval's or Arena-Hard's questions; answers go to --out/answers/
     # samples
     samples: int = 0  # prompts of the split, drawn by seed, that every model answers; 0 = off
@@ -395,34 +397,82 @@ def sample(model, tokenizer, rows, reward, name, args):
     dist.all_gather_object(gathered, records)
     return sorted(sum(gathered, []), key=lambda record: record["id"])
 
-def load_prompts(path, tokenizer):
-    """AlpacaEval's questions (objects with instruction), or Arena-Hard's (question_id or uid, and
-    prompt or turns) -> the objects, each with its text, and rows as `sample` wants them."""
-    with explain(f"--prompts {path} is no list or lines of JSON objects that have an instruction, "
-                 "a prompt or turns ({})"):
+def read_items(path, what):
+    """The objects of a JSON list or of JSON lines."""
+    with explain(f"{what} {path} is no list or lines of JSON objects ({{}})"):
         text = Path(path).read_text()
-        lines = text.splitlines()
+        lines = filter(None, map(str.strip, text.splitlines()))
         items = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(x) for x in lines]
-        rows = []
-        for number, item in enumerate(items):
-            asked = item.get("instruction") or item.get("prompt") or item["turns"][0]["content"]
-            turn, plain = [dict(role="user", content=asked)], not tokenizer.chat_template
-            shown = asked if plain else tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(shown, add_special_tokens=plain)["input_ids"]
-            rows.append(dict(id=str(number), prompt=ids, chosen=[tokenizer.eos_token_id]))
-        assert rows, "it is empty"
-    return items, datasets.Dataset.from_list(rows)
+        assert items and all(isinstance(item, dict) for item in items), "no objects"
+    return items
 
-def write_answers(model, tokenizer, name, args):
-    """out/answers/NAME.json, AlpacaEval's model outputs, or .jsonl, Arena-Hard's model answers."""
-    items, rows = load_prompts(args.prompts, tokenizer)
+def ask(tokenizer, texts):
+    """One user turn per text -> rows as `sample` wants them."""
+    rows, plain = [], not tokenizer.chat_template
+    for number, text in enumerate(texts):
+        shown = text if plain else tokenizer.apply_chat_template(
+            [dict(role="user", content=text)], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(shown, add_special_tokens=plain)["input_ids"]
+        rows.append(dict(id=str(number), prompt=ids, chosen=[tokenizer.eos_token_id]))
+    return datasets.Dataset.from_list(rows)
+
+def answers_of(model, tokenizer, rows, name, args):
+    """A record of `sample` for every row, equal ones for equal prompts."""
     given = dataclasses.replace(args, samples=len(rows))
     records = {tuple(record["ids"][0]): record
                for record in sample(model, tokenizer, rows, None, name, given)}
+    return [records[tuple(prompt)] for prompt in rows["prompt"][:]]
+
+def letter_of(text, count):
+    """The option that an answer names, 0 to count - 1; None if it names none, or not one.
+
+    In this order: what the last "answer is (B)", "Answer: B" and the like says; "B", "B." or "(B)"
+    at the beginning, which "A good question" is not; the only "(B)" in the text. None if there
+    are several letters in brackets."""
+    last = chr(64 + count)
+    said = re.findall(rf"(?i:answer)(?i:\s+is|\s*:)*\s*[*(\[]*([A-{last}])\b(?!')", text)
+    first = re.match(rf"\W*([A-{last}])(?:[.):\]*]|\s*$|\s*\n)", text)
+    only = set(re.findall(rf"\(([A-{last}])\)", text))
+    found = said[-1:] or ([first[1]] if first else sorted(only)) * (len(only) < 2)
+    return ord(found[0]) - 65 if found else None
+
+def multiple_choice(model, tokenizer, name, args):
+    """--choices -> [(subject, questions, accuracy, share of answers that name an option)]."""
+    texts, right, subjects, counts = [], [], [], []
+    for item in read_items(args.choices, "--choices"):
+        with explain(f"--choices {args.choices}: {str(item)[:80]} lacks question, options and an "
+                     "answer among them ({})"):
+            options = item.get("options") or item["choices"]
+            letters = [chr(65 + i) for i in range(len(options))]
+            answer = item["answer"]
+            right.append(letters.index(answer) if answer in letters else int(answer))
+            assert 0 <= right[-1] < len(options), f"{answer}"
+            lines = [f"{letter}. {option}" for letter, option in zip(letters, options)]
+            ask_for = "Answer with the letter of the right option."
+            texts.append("\n".join([item["question"], *lines, ask_for]))
+            counts.append(len(options))
+            subjects.append(str(item.get("category") or item.get("subject") or ""))
+    args = dataclasses.replace(args, temperature=0.0)
+    rows = ask(tokenizer, texts[:args.limit or None])
+    given = [letter_of(record["response"], count) for record, count in zip(
+        answers_of(model, tokenizer, rows, name, args), counts)]
+    results, subjects = [], np.array(subjects[:len(given)])
+    for subject in ["", *sorted(set(subjects) - {""})]:
+        group = np.flatnonzero((subjects == subject) | (not subject))
+        hits = [given[i] == right[i] for i in group]
+        parsed = [given[i] is not None for i in group]
+        results.append((subject, len(group), mean_and_error(hits), mean_and_error(parsed)))
+    return results
+
+def write_answers(model, tokenizer, name, args):
+    """AlpacaEval's questions (objects with instruction) to out/answers/NAME.json, model outputs;
+    Arena-Hard's (question_id or uid, and prompt or turns) to NAME.jsonl, its model answers."""
+    items = read_items(args.prompts, "--prompts")
+    with explain(f"--prompts {args.prompts}: an object lacks instruction, prompt or turns ({{}})"):
+        rows = ask(tokenizer, [item.get("instruction") or item.get("prompt")
+                               or item["turns"][0]["content"] for item in items])
     answers = []
-    for item, row in zip(items, rows):
-        answer = records[tuple(row["prompt"])]
+    for item, answer in zip(items, answers_of(model, tokenizer, rows, name, args)):
         turn = dict(content=answer["response"], token_len=answer["tokens"])
         key = next((key for key in ("question_id", "uid") if key in item), None)
         alpaca = {k: v for k, v in item.items() if k in ("instruction", "dataset")}
@@ -549,9 +599,9 @@ def main():
     args = parse_args(Args)
     names = list(dict.fromkeys(filter(None, map(str.strip, args.models.split(",")))))
     runs = [name for name in names if Path(name, "log.jsonl").is_file()]
-    if not names or not (args.data or args.plot or args.prompts):
-        fail("nothing to do: give --models A,B with --data data/NAME, or with --plot FILE.png, or "
-             "with --prompts alpaca_eval.json")
+    if not names or not (args.data or args.plot or args.prompts or args.choices):
+        fail("nothing to do: give --models A,B with --data data/NAME, --plot FILE.png, --prompts "
+             "alpaca_eval.json or --choices mmlu_pro.jsonl")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs a package: pip install matplotlib")
     if args.plot and not runs:
@@ -560,6 +610,7 @@ def main():
         fail(f"--reward {args.reward} scores samples: add --data data/NAME --samples N")
     reward = load_reward(args.reward) if args.reward else None
     rank, world, device, dtype = start_process_group(args.dtype)
+    choices = []
     try:
         for path in filter(None, (args.data and f"{args.out}/x", args.table, args.plot)):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -568,12 +619,26 @@ def main():
             print(f"{args.plot}: the curves of {', '.join(runs)}")
     except (OSError, ValueError) as error:
         fail(f"cannot write --out {args.out}, --table {args.table} or --plot {args.plot} ({error})")
-    for name in names if args.prompts else ():
+    for name in names if args.prompts or args.choices else ():
         folder = model_folder(name)
         model, attention = load_model(folder, args, dtype, device)
         model.set_attn_implementation(attention)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        write_answers(model, tokenizer, name, args)
+        if args.prompts:
+            write_answers(model, tokenizer, name, args)
+        for subject, count, *shares in (
+                multiple_choice(model, tokenizer, name, args) if args.choices else ()):
+            choices.append([name, subject or "all", str(count)] + [
+                " ± ".join(f"{100 * x:.1f}" for x in share if x is not None) for share in shares])
+        del model
+    if choices and rank == 0:
+        heading = ["model", "subject", "questions", "right %", "named an option %"]
+        lines = [" | ".join(row) for row in [heading, ["---"] * 5, *choices]]
+        lines = "".join(f"| {line} |\n" for line in lines)
+        with explain(f"--out {args.out}/choices.md cannot be written ({{}})"):
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            Path(args.out, "choices.md").write_text(lines)
+        print(lines, end="")
     if not args.data:
         return dist.destroy_process_group()
 

@@ -217,6 +217,39 @@ def test_answers_to_alpaca_eval_and_arena_hard_have_the_keys_of_their_files(temp
     assert all(0 < a["choices"][0]["turns"][0]["token_len"] <= 5 and a["tstamp"] > 0 for a in answers)
 
 
+@pytest.mark.parametrize("text, letter", [
+    ("B", "B"), ("B.", "B"), ("(C)", "C"), ("C) because it is", "C"), ("D\nThe others are wrong", "D"), ("**B**", "B"),
+    ("The answer is (D).", "D"), ("Answer: B", "B"), ("the correct answer is C because A is wrong", "C"),
+    ("At first A. But the answer is B.", "B"), ("The answer is A... no, the answer is (C)", "C"), ("answer is **D**", "D"),
+    ("It must be (B), I think", "B"), ("(A) or (B)", None), ("A good question has many sides", None), ("", None),
+    ("I do not know", None), ("E", None), ("The answer is E", None), ("the answer is b", None), ("[B]", "B")])
+def test_the_letter_of_an_answer(text, letter):
+    found = evaluate.letter_of(text, 4)
+    assert (found if found is None else "ABCD"[found]) == letter
+
+
+def test_multiple_choice_by_letters_counts_right_and_unreadable_answers_per_subject(run, world, tmp_path, monkeypatch):
+    rows = [dict(question=f"w{5 + i}", options=["w3", "w4", "w5"], answer=answer, category=subject) for i, (answer, subject) in
+            enumerate([("A", "law"), ("B", "law"), (2, "maths"), ("C", "maths"), ("A", "maths")])]
+    (tmp_path / "mc.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said, asked = ["A", "The answer is C", "(C)", "no idea", "B"], []
+
+    def answers_of(model, tokenizer, rows, name, args):
+        asked.extend(tokenizer.batch_decode(rows["prompt"][:]))
+        assert args.temperature == 0
+        return [dict(response=text) for text in said[:len(rows)]]
+    monkeypatch.setattr(evaluate, "answers_of", answers_of)
+    printed = run("--models", world["one"], "--choices", tmp_path / "mc.jsonl")["printed"]
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in printed.splitlines()[2:]]
+    assert cells == [["all", "5", "40.0 ± 24.5", "80.0 ± 20.0"], ["law", "2", "50.0 ± 50.0", "100.0 ± 0.0"],
+                     ["maths", "3", "33.3 ± 33.3", "66.7 ± 33.3"]]
+    assert printed == (tmp_path / "out/choices.md").read_text() and asked[1].startswith("w6")
+    assert "| 2 |" in run("--models", world["one"], "--choices", tmp_path / "mc.jsonl", "--limit", 2)["printed"]
+    (tmp_path / "mc.jsonl").write_text(json.dumps(rows[0] | dict(answer="D")))
+    with pytest.raises(SystemExit, match="^error: --choices .*w5.*answer"):
+        run("--models", world["one"], "--choices", tmp_path / "mc.jsonl")
+
+
 def test_prompts_that_are_none_are_one_line(run, world, tmp_path):
     for text in ('[{"question": "?"}]', "no json", "[]"):
         (tmp_path / "bad.json").write_text(text)
