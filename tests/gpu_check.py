@@ -84,7 +84,10 @@ def lines(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def head_times(vocabulary, width, tokens, perturbations):
+VARIANTS = ("gaussian", 1e-4), ("span", 1e-4), ("gaussian", 0.0), ("span", 0.0), ("exact", 1e-4)  # estimator, --rare
+
+
+def head_times(vocabulary, width, tokens, perturbations, variants=VARIANTS):
     """Seconds per pair from hidden states to u, by compo.py on one device, as rows of a table. Logits are spread like a
     language model's: standard deviation 3, and the targets among the likely tokens."""
     sys.path.insert(0, str(ROOT))
@@ -103,7 +106,7 @@ def head_times(vocabulary, width, tokens, perturbations):
     split, rows = dict(entries=[hidden], rows=[pair]), []
     base = compo.Args(model="", data="", perturbations=perturbations)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for estimator, rare in (("gaussian", 1e-4), ("span", 1e-4), ("gaussian", 0.0), ("span", 0.0), ("exact", 1e-4)):
+    for estimator, rare in variants:
         args, seconds = dataclasses.replace(base, estimator=estimator, rare=rare), []
         for step in range(3):
             synchronize()
