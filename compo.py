@@ -79,7 +79,7 @@ class Args:
     perturbations: int = 1800  # m
     radius: float = 5e-4  # r, of a perturbation
     gate: float = 0.2  # lambda: a pair is skipped unless a larger share of the votes is -1; 0 = no
-    keep_fraction: float = 0.012  # so many entries of g are kept unless entry_threshold is set
+    keep_fraction: float = 0.012  # share of the entries of g that is kept, if entry_threshold is 0
     entry_threshold: float = 0.0  # lambda_g, absolute: 2.2e-4 for Mistral-7B; 0 = not set
     baseline: bool = False  # u = sum (y - c) z with c = E[y]: a quarter less variance
     accept_step: float = 0.0  # skip unless a step of this size helps both sides; 0 = no such test
@@ -514,11 +514,11 @@ def blocks_of(model, last):
     return blocks[:-last or len(blocks)], blocks[-last or len(blocks):]
 
 def make_tail(policy, tail, device, args):
-    """Fill `tail`, a model without memory, with what is perturbed and what comes after it: float32,
-    whole on every rank, the head untied. -> parameters that are perturbed"""
+    """Fill `tail`, a frozen model without memory, with what is perturbed and what comes after it:
+    float32, whole on every rank, the head untied. -> parameters that are perturbed"""
     (frozen, last), head = blocks_of(tail, args.last_layers), tail.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach())
-    for module in tail.eval().requires_grad_(False) and [*last, head]:
+    for module in [*last, head]:
         if len(last) < args.last_layers or module is not head and not hasattr(module, "mlp"):
             fail(f"--last_layers {args.last_layers}: {len(last)} blocks, or without mlp; use 0")
         getattr(module, "mlp", head.weight).requires_grad_(True)
@@ -591,18 +591,23 @@ def displacement(tail, split, name, args):
     return {f"{name}/{key}": value.double().mean().item() for key, value in metrics.items()}
 
 def view_of(hidden, targets, weights, tail, args):
-    """What the oracle sees of a perturbation of the head, at hidden (t, h)."""
+    """What the oracle sees of a perturbation z of the head, at hidden (t, h).
+
+    z changes the logits by r hidden z^T = r left (z span^T)^T, so (V, k) of its numbers count. And
+    log sum_v p_v exp(s_v), s the change of the logits, has of unlikely tokens v little but the sum
+    of p_v s_v, linear in z: q <= t combinations of their rows count. Their second order, p_v s_v^2
+    / 2 summed, hardly fluctuates and is replaced by its expectation, `drift`."""
     head, config = tail.get_output_embeddings(), tail.config.get_text_config()
     logits_of = lambda raw: head_pass(raw, None, torch.nn.Identity(), config, lambda x, _: x)
     capped = getattr(config, "final_logit_softcapping", None)
     raw = head(hidden)  # (t, V)
     probs = logits_of(raw).softmax(-1)
     left, span = subspace(hidden)  # (t, k), (k, h)
-    reach = args.radius * left if capped else logits_of(args.radius * left)
-    likely = (probs >= (0 if capped else args.rare)).any(0)  # (V,)
+    reach = args.radius * left if capped else logits_of(args.radius * left)  # (t, k) scaled
+    likely = (probs >= (0 if capped else args.rare)).any(0)  # (V,) a cap is not linear: all are
     likely[targets] = True
     loads, bundles = subspace(probs[:, ~likely])  # (t, q), (q, V - C)
-    drift = probs[:, ~likely].sum(1) * (reach.square().sum(1) / 2).expm1()  # (t,) its expectation
+    drift = probs[:, ~likely].sum(1) * (reach.square().sum(1) / 2).expm1()  # (t,)
     return argparse.Namespace(
         likely=likely, probs=probs[:, likely].T.contiguous(), reach=reach, span=span, loads=loads.T,
         bundles=bundles, drift=drift, places=(likely.cumsum(0) - 1)[targets], weights=weights,
@@ -626,8 +631,8 @@ def narrow(wide, view):
 
 def widen(part, view):
     """(C + q, k) -> (V, k), the transpose of `narrow` but for a product with span (k, h)."""
-    wide, (likely, bundled) = part.new_empty(len(view.likely), part.shape[1]), part.split(
-        [len(view.probs), len(view.bundles)])
+    likely, bundled = part.split([len(view.probs), len(view.bundles)])
+    wide = part.new_empty(len(view.likely), part.shape[1])
     wide[view.likely], wide[~view.likely] = likely, view.bundles.T @ bundled
     return wide
 
@@ -706,7 +711,7 @@ def main():
         fail(f"--pairs_per_step {args.pairs_per_step} is more than the {pairs} pairs to train on")
     train |= dict(rows=train["rows"].select(range(pairs)), lengths=train["lengths"][:pairs])
     model, weights, digest = build_model(args)
-    tail = copy.deepcopy(model)
+    tail = copy.deepcopy(model).eval().requires_grad_(False)
     policy = shard(Policy(model), weights, dtype, device, args.cpu_offload)
     del weights
     parameters = make_tail(policy, tail, device, args)

@@ -34,7 +34,7 @@ def load(model, data, names=("train",), **flags):
     args = compo.Args(model=str(model), data=str(data), **flags)
     splits, tokenizer = compo.load_data(args, names)
     model, weights, _ = compo.build_model(args)
-    tail = compo.copy.deepcopy(model)
+    tail = compo.copy.deepcopy(model).eval().requires_grad_(False)
     policy = compo.shard(compo.Policy(model), weights, torch.float32, torch.device("cpu"))
     parameters = compo.make_tail(policy, tail, torch.device("cpu"), args)
     compo.cache_entries(policy, splits, args)
