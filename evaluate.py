@@ -18,6 +18,8 @@ s = log pi(y|x) in nats, summed over the response by the forward pass of trainin
                         (s - s_ref) exceeds that of each rejected one, a tie of k = 1/k
     length, ended, reward   of --samples: tokens; has an end token; what --reward FILE.py:FUNCTION
                             returns for (prompt text, response text), both without special tokens
+    win  reward above the first model's on the same prompt, a tie = 1/2; equal length: the win rate
+         that a logistic regression on the difference of lengths predicts where there is none
     KL   of --samples at temperature 1: s - s_ref of the answers, whose mean is KL(pi || ref), nats
 
 results/ gets evaluation.json, samples.jsonl and logps.npz: every s, so that another question needs
@@ -69,7 +71,7 @@ COLUMNS = {  # metric: its heading; per cent, nats or tokens
     "gain": "gain %", "best": "best %", "best/ref": "best to ref %",
     "margin": "margin", "margin/ref": "margin to ref", "chosen/ref": "chosen",
     "rejected/ref": "rejected", "length": "length", "ended": "ended %", "reward": "reward",
-    "kl": "KL"}
+    "win": "win %", "win/length": "equal length %", "kl": "KL"}
 
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
@@ -539,6 +541,26 @@ def best_of(values, keys):
         shares.append(0.0 if rejected > chosen else 1 / (1 + ties))
     return np.array(shares)
 
+def at_equal_length(wins, longer):
+    """Win rate without the help of length: sigmoid(a) of the logistic regression of wins (n,), 0 to
+    1, on a + b tanh(longer / its spread), longer (n,) in tokens; and its bootstrap error. The idea
+    is that of AlpacaEval 2 (Dubois et al. 2024, https://arxiv.org/abs/2404.04475), without its
+    terms for the difficulty of each prompt."""
+    x = np.stack([np.ones(len(wins)), np.tanh(longer / (longer.std() or 1))], 1)  # (n, 2)
+
+    def fit(rows):
+        theta = np.zeros(2)
+        for _ in range(25):  # Newton; the ridge is one answer in a thousand
+            p = 1 / (1 + np.exp(-x[rows] @ theta))
+            slope = x[rows].T @ (wins[rows] - p) / len(rows) - 1e-3 * theta
+            bend = (x[rows].T * (p * (1 - p))) @ x[rows] / len(rows) + 1e-3 * np.eye(2)
+            theta += np.linalg.solve(bend, slope)
+        return 1 / (1 + np.exp(-theta[0]))
+
+    random = np.random.default_rng(0)
+    again = [fit(random.integers(0, len(wins), len(wins))) for _ in range(200)]
+    return fit(np.arange(len(wins))), float(np.std(again))
+
 def mean_and_error(values):
     """(mean, its standard error) of independent values (n,); of one value the error is unknown."""
     values = np.asarray(values, float)
@@ -697,6 +719,14 @@ def main():
                                          kl="kl").items():
                     values = [record[key] for record in samples[name] if key in record]
                     means |= {heading: mean_and_error(values)} if values else {}
+                if reward:
+                    values = {each: np.array([(answer["reward"], answer["tokens"])
+                                              for answer in samples[each]])
+                              for each in (name, names[0])}
+                    better, longer = (values[name] - values[names[0]]).T
+                    wins = (better > 0) + 0.5 * (better == 0)
+                    means["win"], means["win/length"] = (
+                        mean_and_error(wins), at_equal_length(wins, longer))
 
     if rank == 0:
         out, table = Path(args.out), make_table(results)

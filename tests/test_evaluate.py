@@ -180,6 +180,39 @@ def test_multiple_choice_counts_questions_not_pairs(run, world, tiny_data):
     assert means(record, world["one"])["best/ref"] == [pytest.approx((1 / 4 + 1 / 3) / 2), pytest.approx(1 / 24)]  # ties
 
 
+def test_a_judge_that_only_likes_length_gives_one_half_at_equal_length():
+    random = np.random.default_rng(0)
+    longer = random.normal(8, 20, 4000)  # our answers are longer by 8 tokens, which is all the judge sees
+    wins = (random.random(4000) < 1 / (1 + np.exp(-2 * np.tanh(longer / longer.std())))).astype(float)
+    rate, error = evaluate.at_equal_length(wins, longer)
+    assert wins.mean() > 0.58 and abs(rate - 0.5) < 3 * error and 0.005 < error < 0.02
+    better = (random.random(4000) < 1 / (1 + np.exp(-1 - 2 * np.tanh(longer / longer.std())))).astype(float)
+    rate, error = evaluate.at_equal_length(better, longer)
+    assert abs(rate - 1 / (1 + np.exp(-1))) < 3 * error
+
+
+def test_the_regression_is_the_maximum_of_its_likelihood():
+    wins, longer = np.array([1.0, 0, 1, 0.5, 1, 0, 1, 1]), np.array([3.0, -5, 8, 0, -2, 4, 10, -1])
+    x = np.tanh(longer / longer.std())
+    a, b = np.meshgrid(np.linspace(-1, 3, 801), np.linspace(-3, 6, 901))
+    p = 1 / (1 + np.exp(-(a[..., None] + b[..., None] * x)))
+    value = (wins * np.log(p) + (1 - wins) * np.log(1 - p)).mean(-1) - 5e-4 * (a**2 + b**2)
+    best = a.flatten()[value.argmax()]
+    assert evaluate.at_equal_length(wins, longer)[0] == pytest.approx(1 / (1 + np.exp(-best)), abs=2e-3)
+
+
+def test_a_model_wins_half_against_itself_and_ties_count_half(run, world, tmp_path):
+    (tmp_path / "judge.py").write_text("def judge(prompt, response):\n    return len(response.split()) % 3\n")
+    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 8, "--max_new_tokens", 6,
+                 "--reward", f"{tmp_path}/judge.py:judge")
+    assert means(record, world["one"])["win"] == [0.5, 0] and means(record, world["one"])["win/length"] == [0.5, 0]
+    answers = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    rewards = {(answer["model"], answer["id"]): answer["reward"] for answer in answers}
+    pairs = [(rewards[world["two"], name], rewards[world["one"], name]) for _, name in rewards if (world["two"], name) in rewards]
+    wins = [1.0 * (a > b) + 0.5 * (a == b) for a, b in pairs[:8]]
+    assert means(record, world["two"])["win"] == pytest.approx(by_hand(wins)) and "equal length %" in record["printed"]
+
+
 def test_limit_takes_the_first_pairs(run, world):
     record = run("--models", world["one"], "--data", world["data"], "--limit", 3)
     logps = hf_logps(world["one"], world["pairs"][:3])
