@@ -612,16 +612,21 @@ def write_final(folder, key, splits, kind, parts, shape, dtype, args):
             file.flush()
     record = dict(key=key, args=dataclasses.asdict(args), torch=torch.__version__,
                   transformers=transformers.__version__)
+    if writer:
+        (aside / "meta.json").write_text(json.dumps(record))
+    publish(writer, aside, folder)
+
+def publish(writer, aside, folder):
+    """Rename what the writers have, in turns: the last to come may find it there."""
     for turn in range(dist.get_world_size()):
         if writer and turn == dist.get_rank():
-            (aside / "meta.json").write_text(json.dumps(record))
             shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
         dist.barrier()
 
 
 def split_by_margin(folder, splits, dtype, args):
-    """data/{noisy,clean}: the pairs whose |log ref(y_w|x) - log ref(y_l|x)| is at most noise_margin,
-    and the others, each with its part of the cache `folder`; a histogram of the margins."""
+    """data/noisy, the pairs with |log ref(y_w|x) - log ref(y_l|x)| of at most noise_margin, and
+    data/clean, the others, each with its part of the cache `folder`; a histogram of the margins."""
     logps = {name: np.load(folder / f"{name}-logps.npy") for name in splits}
     margins = {name: np.abs(values[:, 0] - values[:, 1]) for name, values in logps.items()}
     record, rank = json.loads((folder / "meta.json").read_text()), dist.get_rank()
@@ -642,11 +647,12 @@ def split_by_margin(folder, splits, dtype, args):
                  " some; choose another margin, or prepare the data with a larger --val_fraction")
         data = Path(args.data, kind)
         aside = data.with_name(f"tmp-{kind}.{rank}")
+        writer = int(os.environ.get("LOCAL_RANK", 0)) == 0 and not data.exists()
         with explain(f"{data} cannot be written or read ({{}}); make room, or delete it"):
-            if (data / "meta.json").is_file():
+            if data.exists():
                 made = json.loads((data / "meta.json").read_text()).get("origin")
                 assert made == origin, f"it holds the split {made}, not {origin}"
-            elif int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if writer:
                 shutil.rmtree(aside, ignore_errors=True)
                 meta = json.loads(Path(args.data, "meta.json").read_text()) | dict(origin=origin)
                 for name, rows in kept.items():
@@ -664,10 +670,7 @@ def split_by_margin(folder, splits, dtype, args):
                     np.save(own / f"{name}-logps.npy", logps[name][rows])
                 given = record["args"] | dict(data=str(data))
                 (own / "meta.json").write_text(json.dumps(record | dict(key=key, args=given)))
-            for turn in range(dist.get_world_size()):  # on every node, as in write_final
-                if aside.exists() and turn == rank:
-                    shutil.rmtree(aside) if data.exists() else aside.rename(data)
-                dist.barrier()
+            publish(writer, aside, data)
         if rank == 0:
             print(f"{data}: {sizes}")
 

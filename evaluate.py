@@ -667,6 +667,7 @@ def main():
     # one model at a time: the log-probs of all pairs, then samples
     folders = {name: model_folder(name) for name in names + [args.reference] * bool(args.reference)}
     logps, samples, seconds = {}, {}, {}
+    divergence = args.samples and args.reference and args.temperature == 1  # else answers not of pi
     for name, folder in folders.items():
         clock = time.time()
         place = dict(model=folder, data=args.data, layout=args.layout, max_tokens=args.max_tokens)
@@ -682,15 +683,16 @@ def main():
                 model.set_attn_implementation(attention)
                 samples[name] = sample(model, tokenizer, split["rows"], reward, name, args)
                 model.set_attn_implementation(training)
-                for record, logp in zip(samples[name], score_answers(
-                        model, samples[name], name, args).tolist()):
-                    record["logp"] = logp
+                if divergence:
+                    for record, logp in zip(samples[name], score_answers(
+                            model, samples[name], name, args).tolist()):
+                        record["logp"] = logp
         except torch.OutOfMemoryError:
             fail(f"{name} runs out of memory: lower --max_tokens {args.max_tokens}")
         del model
         seconds[name] = time.time() - clock
 
-    if samples and args.reference and args.temperature == 1:  # answers of pi, not of another
+    if divergence:
         model, _ = load_model(folders[args.reference], args, dtype, device)
         for name, records in samples.items():
             ref_logps = score_answers(model, records, f"reference, {name}", args).tolist()
