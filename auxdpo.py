@@ -261,7 +261,12 @@ def micro_batches(rows, lengths, layout, max_tokens, world):
         lists += [big[:len(big) // 2], big[len(big) // 2:]]
     return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
 
-def collate(pairs, layout):
+def to_device(array):
+    """numpy -> torch, where the model computes; the host does not wait for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().cuda(non_blocking=True) if torch.cuda.is_available() else tensor
+
+def collate(pairs, layout, put=torch.from_numpy):
     """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
 
     Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
@@ -287,7 +292,7 @@ def collate(pairs, layout):
             batch |= dict(rows=cells, tokens=tokens, input_ids=ids.flatten()[tokens][None],
                           position_ids=tokens[None] % len(columns))
         batch["source"] = cells[:, :-1][response[:, 1:]]
-        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        batch = {name: put(array) for name, array in batch.items()}
         batches.append(batch | {"sizes": responses[:, 0].tolist()})
     return batches
 
@@ -299,7 +304,8 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
     rows (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows
     each token's output is. Returns (b, L, H, d)."""
     if rows is not None:  # (1, H, L, d) -> (2n, H, T, d)
-        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
+        query, key, value = (x[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(
+            0, rows.shape).transpose(1, 2) for x in (query, key, value))
     length, groups, mask = query.shape[2], query.shape[1] // key.shape[1], None
     own = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # Gemma-2, gpt-oss
     if own or (sliding_window or length) < length:
@@ -317,7 +323,7 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
         output = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)  # (2n, T, H, d)
-    return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
+    return (output if rows is None else output.flatten(0, 1).index_select(0, tokens)[None]), None
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
@@ -347,16 +353,21 @@ class Policy(torch.nn.Module):
     def forward(self, batches, router=False, chunk=1024):
         """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
 
-        Logits exist for `chunk` response tokens at a time; the backward pass makes them again."""
+        Logits exist for `chunk` response tokens at a time, and the backward pass makes them again,
+        but for the last chunk, with which it begins."""
         sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         for batch in batches:
             inputs = {name: batch[name] for name in names if name in batch}
             inputs |= dict(output_router_logits=True) if router else {}
             output = self.model.base_model(**inputs, use_cache=False)
-            hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
-            scores = [checkpoint(head_pass, *part, head, config, self.score, use_reentrant=False)
-                      for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            hidden = output.last_hidden_state.flatten(0, 1)
+            hidden = hidden.index_select(0, batch["source"])  # (M, h)
+            parts = [(*part, head, config, self.score)
+                     for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            again = parts[:-1] if batch is batches[-1] else parts
+            scores = [checkpoint(head_pass, *part, use_reentrant=False) for part in again]
+            scores += [head_pass(*part) for part in parts[len(again):]]
             sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
             if router:
                 balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
@@ -501,12 +512,13 @@ def pair_losses(policy, part, split, totals, args):
     real = min(len(part), 1)  # 0 for an empty list: the rank computes along, with weight 0
     part = part if real else [0]
     pairs = [split["rows"][int(row)] for row in part]
-    logps, router_loss = policy(collate(pairs, args.layout), args.router_aux_coef > 0)
-    lengths = torch.from_numpy(split["lengths"][part].T).to(logps.device)  # (3, n)
-    ref_logps = torch.from_numpy(split["ref"][part].T).to(logps.device) if "ref" in split else None
+    batches = collate(pairs, args.layout, to_device)
+    logps, router_loss = policy(batches, args.router_aux_coef > 0)
+    lengths = to_device(split["lengths"][part].T)  # (3, n)
+    ref_logps = to_device(split["ref"][part].T) if "ref" in split else None
     losses, metrics = preference_loss(logps, ref_logps, lengths[1:], args)
     metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
-    losses = losses * torch.tensor([pair.get("weight", 1.0) for pair in pairs], device=logps.device)
+    losses = losses * to_device(np.float32([pair.get("weight", 1.0) for pair in pairs]))
     losses = losses - args.sft_weight * metrics["logps/chosen"] / lengths[1]
     if args.router_aux_coef:
         losses = losses + args.router_aux_coef * router_loss
@@ -815,7 +827,8 @@ def main():
                    args.shard_group)
     del weights
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay,
+                                  fused=True)
 
     # the run
     epoch_steps = math.ceil(pairs / args.batch_size)
@@ -828,7 +841,7 @@ def main():
     if args.eval_every and not start:
         log({"step": 0} | evaluate(policy, splits["val"], args))
     for step in tqdm(range(start, steps), args.out, initial=start, total=steps, disable=rank > 0):
-        rows, broken = batch_rows(step, pairs, args), []
+        rows, computed = batch_rows(step, pairs, args), []
         lists = micro_batches(rows, train["lengths"], args.layout, args.max_tokens, world)
         margins, output = forward_first(policy, lists[rank::world], train, args)
         if margins.isfinite().all():
@@ -837,7 +850,7 @@ def main():
             run = policy if number else lambda *_: output  # computed already
             losses = pair_losses(run, part, train, totals, args)
             (losses.sum() * world / len(rows)).backward()  # FSDP takes the mean over ranks
-            broken += [int(row) for row in part[~losses.isfinite().numpy(force=True)[:len(part)]]]
+            computed += [(part, losses.detach())]
         if step == 0 and args.check_reference:  # policy and reference are still one model
             loss = F.softplus(-margins[rows]).mean().item()  # without delta
             if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 2e-2):
@@ -845,6 +858,8 @@ def main():
                      f"delete {args.data}/ref-*, run cache_ref.py; or say --no-check_reference")
             tqdm.write(f"first loss {loss:.6f} = ln 2\n" * (rank == 0), end="")
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
+        broken = [int(row) for part, losses in computed
+                  for row in part[~losses.isfinite().numpy(force=True)[:len(part)]]]
         flags = torch.tensor([len(broken) + (not math.isfinite(norm)), len(stop)], device=device)
         dist.all_reduce(flags)  # a CPU-GPU sync point: the ranks stop together
         if flags[0]:

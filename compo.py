@@ -197,7 +197,7 @@ def pair_costs(lengths, layout):
     longest = lengths[:, 0] + lengths[:, 1:].max(1)
     return {"packed": lengths.sum(1), "concatenated": 2 * longest, "separate": longest}[layout]
 
-def collate(pairs, layout):
+def collate(pairs, layout, put=torch.from_numpy):
     """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
 
     Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
@@ -223,7 +223,7 @@ def collate(pairs, layout):
             batch |= dict(rows=cells, tokens=tokens, input_ids=ids.flatten()[tokens][None],
                           position_ids=tokens[None] % len(columns))
         batch["source"] = cells[:, :-1][response[:, 1:]]
-        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        batch = {name: put(array) for name, array in batch.items()}
         batches.append(batch | {"sizes": responses[:, 0].tolist()})
     return batches
 
@@ -235,7 +235,8 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
     rows (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows
     each token's output is. Returns (b, L, H, d)."""
     if rows is not None:  # (1, H, L, d) -> (2n, H, T, d)
-        query, key, value = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
+        query, key, value = (x[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(
+            0, rows.shape).transpose(1, 2) for x in (query, key, value))
     length, groups, mask = query.shape[2], query.shape[1] // key.shape[1], None
     own = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # Gemma-2, gpt-oss
     if own or (sliding_window or length) < length:
@@ -253,7 +254,7 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
         output = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)  # (2n, T, H, d)
-    return (output if rows is None else output.flatten(0, 1)[tokens][None]), None
+    return (output if rows is None else output.flatten(0, 1).index_select(0, tokens)[None]), None
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
@@ -283,16 +284,21 @@ class Policy(torch.nn.Module):
     def forward(self, batches, router=False, chunk=1024):
         """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
 
-        Logits exist for `chunk` response tokens at a time; the backward pass makes them again."""
+        Logits exist for `chunk` response tokens at a time, and the backward pass makes them again,
+        but for the last chunk, with which it begins."""
         sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         for batch in batches:
             inputs = {name: batch[name] for name in names if name in batch}
             inputs |= dict(output_router_logits=True) if router else {}
             output = self.model.base_model(**inputs, use_cache=False)
-            hidden = output.last_hidden_state.flatten(0, 1)[batch["source"]]  # (M, h)
-            scores = [checkpoint(head_pass, *part, head, config, self.score, use_reentrant=False)
-                      for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            hidden = output.last_hidden_state.flatten(0, 1)
+            hidden = hidden.index_select(0, batch["source"])  # (M, h)
+            parts = [(*part, head, config, self.score)
+                     for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
+            again = parts[:-1] if batch is batches[-1] else parts
+            scores = [checkpoint(head_pass, *part, use_reentrant=False) for part in again]
+            scores += [head_pass(*part) for part in parts[len(again):]]
             sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
             if router:
                 balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
