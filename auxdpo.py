@@ -723,7 +723,7 @@ def forward_first(policy, parts, split, args):
     for number, part in reversed([*enumerate(parts)]):
         pairs = [split["rows"][int(row)] for row in part] or [split["rows"][0]]  # computes along
         with torch.set_grad_enabled(number == 0):
-            output = policy(collate(pairs, args.layout), args.router_aux_coef > 0)
+            output = policy(collate(pairs, args.layout, to_device), args.router_aux_coef > 0)
         ref_logps = torch.from_numpy(split["ref"][part, :2].T)
         ratios = output[0].detach().double().cpu()[:, :len(part)] - ref_logps
         margins[part] = args.beta * (ratios[0] - ratios[1])

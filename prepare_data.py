@@ -285,7 +285,6 @@ def load_tokenizer(args):
     except Exception as error:  # a wrong name, no network, a broken file or template: all differ
         fail(f"tokenizer or template of --model {args.model}: {short(error)}; check the name, "
              "or --plain if the template is at fault")
-    tokenizer.model_max_length = 10**9  # --max_length decides; silences a warning
     tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
     added = "|".join(re.escape(t.content) for t in tokens) or "(?!)"  # which matches nothing
     special = "|".join(re.escape(t.content) for t in tokens if t.special) or "(?!)"
@@ -299,12 +298,15 @@ def load_tokenizer(args):
         fail(f"--score_header needs a chat template, and --model {args.model} has none"
              + ", as --plain is set" * args.plain)
     bos = [] if template else tokenizer("a").input_ids[:1]
+    backend = tokenizer.backend_tokenizer  # 1.3 x as fast as through the wrapper
+    backend.no_truncation()  # --max_length decides
+    backend.no_padding()
     return types.SimpleNamespace(
-        tokenizer=tokenizer, template=template, end=tokenizer.get_vocab()[end], end_token=end,
+        tokenizer=tokenizer, backend=backend, template=template, end=tokenizer.get_vocab()[end], end_token=end,
         score_header=args.score_header,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
         bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
-        seams=re.compile(rf"\s*({added})\s*"), normalizer=tokenizer.backend_tokenizer.normalizer)
+        seams=re.compile(rf"\s*({added})\s*"), normalizer=backend.normalizer)
 
 def canonical(kit, text: str) -> str:
     """Text without what tokenizers change on purpose: normal form, spaces around special tokens."""
@@ -324,15 +326,15 @@ def render(kit, messages: list, answers: list):
         return prompt, [re.sub(end, "", prompt + gap + answer) for answer in answers], prompt
     chat = functools.partial(kit.tokenizer.apply_chat_template, tokenize=False)
     try:
-        prompt, bare = chat(messages, add_generation_prompt=True), chat(messages)
-        texts = [chat([*messages, {"role": "assistant", "content": a}]) for a in answers]
+        prompt = chat(messages, add_generation_prompt=True)
+        texts = chat([[*messages, {"role": "assistant", "content": a}] for a in answers])
+        whole = all(text.startswith(prompt) for text in texts)
+        bare = prompt if whole and not kit.score_header else chat(messages)
     except Exception as error:  # a template raises what it likes
         drop("template", f"{type(error).__name__}: {error}")
-    whole = all(text.startswith(prompt) for text in texts)
     if not whole:  # it opens <think> for generation and leaves it out of a conversation
         prompt = os.path.commonprefix([prompt, *texts])
-    fits = whole and not kit.score_header or prompt.startswith(bare)
-    if not fits or not all(text.endswith(kit.tail) for text in texts):
+    if not prompt.startswith(bare) or not all(text.endswith(kit.tail) for text in texts):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
     return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.score_header else prompt
 
@@ -347,8 +349,8 @@ def encode(kit, args, messages: list, answers: list):
     question, texts, prompt = render(kit, messages, answers)
     if not all(text[len(question):].strip() for text in texts):  # a header alone is no response
         drop("empty", f"rendering leaves nothing of a response: {answers}")
-    coded = kit.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    sides, offsets = coded["input_ids"], coded["offset_mapping"]
+    coded = kit.backend.encode_batch(texts, add_special_tokens=False)
+    sides, offsets = zip(*((each.ids, each.offsets) for each in coded))
     if sides[0] == sides[1]:
         drop("identical", answers[0])
     # The prompt is what both sides share of the tokens that end inside it. A token across the
@@ -367,7 +369,7 @@ def encode(kit, args, messages: list, answers: list):
     if not bos + sides[0][:cut] or len(prompt) - (offsets[0][cut - 1][1] if cut else 0) > 64:
         drop("boundary", f"no token of the prompt ends near its end: {prompt[-64:]}")
     for ids, text in zip(sides, texts, strict=True):
-        back = kit.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        back = kit.backend.decode(ids, skip_special_tokens=False)
         if back != text and canonical(kit, back) != canonical(kit, text):
             at = max(0, len(os.path.commonprefix([back, text])) - 20)
             drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")

@@ -4,8 +4,9 @@
 
 Each contender is a process of its own with the same model, the same pairs and the same global batch; they take turns, one step
 each, so that a noisy machine is noisy to all. Times are medians over rounds of CPU seconds (wall time in the JSON), ratios are to
-`packed`. TRL has precomputed log-probs of the reference, no dropout, and the micro-batch size that is fastest in a trial; its
-forward, collator and loss are called directly, so its Trainer's own overhead is not counted. Extra memory: the peak of a step above
+`packed`. TRL has precomputed log-probs of the reference, no dropout, fused AdamW, and comes twice: with the micro-batch size (pairs)
+that is fastest in a trial, and with 8, its default; its forward, collator and loss are called directly, so its Trainer's own
+overhead is not counted. Extra memory: the peak of a step above
 what is resident before it, with weights, gradients and optimiser state in place. Useful tokens count each prompt once.
 `bound`: 6 x parameters in matrices x useful tokens / the rate of a large matrix product, divided by the time of the step.
 """
@@ -34,7 +35,12 @@ def real_pairs(file, model, folder):
     command = [sys.executable, ROOT / "prepare_data.py", "--dataset", file, "--model", model, "--out", folder / "data"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     rows = datasets.load_from_disk(str(folder / "data/train"))
-    return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    return [pair for pair in pairs if longest(pair) <= 1024]  # TRL's default max_length
+
+
+def longest(pair):
+    return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
 
 
 def random_pairs(prompt, response, vocabulary, count=64):
@@ -46,26 +52,26 @@ def random_pairs(prompt, response, vocabulary, count=64):
     return [dict(prompt=ids(prompt), chosen=ids(response), rejected=ids(response)) for _ in range(count)]
 
 
-def random_model(folder, vocabulary, hidden=256, layers=4):
+def random_model(folder, vocabulary, hidden=512, layers=4):
     import torch
     import transformers
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=40_000, tie_word_embeddings=False)
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=40_000, tie_word_embeddings=False)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     return folder / "model"
 
 
-WORKS = {  # name: (file or (prompt, response) tokens, model or vocabulary)
-    "hh": ("raw/hh_harmless_test.jsonl.gz", "MiniMind2-Small"), "dialogues": ("raw/dpo_en_demo.json", "MiniMind2-Small"),
-    "hh 32k": ("raw/hh_harmless_test.jsonl.gz", "stories15M"), "hh-like 128k": ((60, 60), 128_000),
-    "prompt-heavy": ((900, 60), 32_000), "response-heavy": ((40, 450), 32_000), "4k": ((2000, 1000), 32_000),
-    "16k": ((8000, 4000), 32_000)}
+WORKS = {  # name: (file or (prompt, response) tokens, model or vocabulary, global batch)
+    "hh": ("raw/hh_harmless_test.jsonl.gz", "MiniMind2-Small", 16), "dialogues": ("raw/dpo_en_demo.json", "MiniMind2-Small", 8),
+    "hh 32k": ("raw/hh_harmless_test.jsonl.gz", "stories15M", 16), "hh-like 128k": ((60, 60), 128_000, 16),
+    "prompt-heavy": ((900, 60), 32_000, 8), "response-heavy": ((40, 450), 32_000, 8), "4k": ((2000, 1000), 32_000, 4),
+    "16k": ((8000, 4000), 32_000, 1)}
 
 
 def make_work(name, folder):
-    what, model = WORKS[name]
+    what, model, _ = WORKS[name]
     if isinstance(what, str):
         model = SHARED / "models" / model
         pairs = real_pairs(SHARED / "data" / what, model, folder)
@@ -77,6 +83,7 @@ def make_work(name, folder):
 
 # ---------------------------------------------------------------------- contenders: step(pairs) -> loss
 def ours(layout, model_folder, pairs, max_tokens):
+    """max_tokens holds for each layout, and is more if a pair needs it."""
     import numpy as np
     import torch
     import dpo
@@ -86,8 +93,9 @@ def ours(layout, model_folder, pairs, max_tokens):
     model, weights, _ = dpo.build_model(args)
     policy = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
     parameters = list(policy.parameters())
-    optimizer = torch.optim.AdamW(parameters, 1e-6)
+    optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
+    max_tokens = max(max_tokens, dpo.pair_costs(lengths, layout).max())
     split = dict(rows=[pair | dict(id=str(i)) for i, pair in enumerate(pairs)], lengths=lengths,
                  ref=np.zeros((len(pairs), 2), np.float32))
 
@@ -118,7 +126,7 @@ def trl(model_folder, pairs, size):
     rows = datasets.Dataset.from_list([dict(prompt="a", chosen="a a", rejected="a a a")] * 2)
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
     trainer.model.train()
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), 1e-6)
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), 1e-6, fused=True)
 
     def step(rows, size=size):
         total = 0.0
@@ -196,19 +204,21 @@ def compete(work, args):
         folder = Path(name)
         model = make_work(work, folder)
         pairs = json.loads((folder / "pairs.json").read_text())
-        rng, count = random.Random(0), min(args.pairs, len(pairs))
-        tokens = max(args.max_tokens, max(2 * (len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"]))) for p in pairs))
+        rng, count = random.Random(0), min(args.pairs or WORKS[work][2], len(pairs))
         deal = lambda: rng.sample(range(len(pairs)), count)
         rows, best = deal(), {}
+        vocabulary = transformers.AutoConfig.from_pretrained(model).vocab_size
+        logits = lambda size: 2 * size * max(map(longest, pairs)) * vocabulary * 4  # bytes
         names = [name for name in args.contenders.split(",") if name != "trl"]
         if "trl" in args.contenders.split(","):
-            for size in (1, 2, 4, 8):  # the fastest of a trial; more only pads more
-                trial = Process(f"trl {size}", model, folder, tokens)
-                trial.step(rows[:8])
-                best[size] = trial.step(rows[:8])["cpu"]
-                trial.end()
-            names.append(f"trl {min(best, key=best.get)}")
-        processes = {name: Process(name, model, folder, tokens) for name in names}
+            for size in (1, 2, 4):  # the fastest of a trial, and 8, the default
+                if size <= count and logits(size) < 2**31:
+                    trial = Process(f"trl {size}", model, folder, args.max_tokens)
+                    trial.step(rows[:1])
+                    best[size] = trial.step(rows[:4])["cpu"]
+                    trial.end()
+            names += [f"trl {size}" for size in (min(best, key=best.get, default=1), 8) if size == 1 or logits(size) < 2**32]
+        processes = {name: Process(name, model, folder, args.max_tokens) for name in names}
         first = {name: process.step(rows) for name, process in processes.items()}  # warm up, and agree
         losses = [result["loss"] for result in first.values()]
         assert max(losses) - min(losses) < 1e-3 * abs(losses[0]) + 1e-3, f"{work}: the losses differ: {first}"
@@ -236,8 +246,8 @@ def main():
     parser.add_argument("--work", default=",".join(name for name in WORKS if name != "16k"), help="of " + ", ".join(WORKS))
     parser.add_argument("--contenders", default="packed,concatenated,separate,trl")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=32, help="global batch")
-    parser.add_argument("--max_tokens", type=int, default=4096, help="of a forward pass of ours; more if a pair needs it")
+    parser.add_argument("--pairs", type=int, default=0, help="global batch; 0 = that of the workload")
+    parser.add_argument("--max_tokens", type=int, default=1024, help="of a forward pass of ours; more if a pair needs it")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     for name in ("contender", "model", "folder"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -262,7 +272,7 @@ def main():
             lines.append([work, name, f"{r['pairs'] / r['cpu']:.2f}", f"{r['useful'] / r['cpu']:.0f}", f"{r['ratio']:.2f}",
                           f"{r['extra'] / 2**30:.2f}", f"{r['extra'] / packed['extra']:.2f}", f"{100 * r['bound']:.0f} %"])
             print(" | ".join(lines[-1]), flush=True)
-    note = (f"{args.rounds} rounds of {args.pairs} pairs, float32, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    note = (f"{args.rounds} rounds, float32, {args.max_tokens} tokens per forward pass of ours, {torch.get_num_threads()} threads, torch {torch.__version__}, "
             f"transformers {transformers.__version__}; matrix product: {args.rate / 1e9:.0f} GFLOP per CPU second; trl N: N pairs "
             "per micro-batch")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ dpo.py as a user would (through torchrun if there are several GPUs), in bfloat16
 in all three layouts, and checks what must hold on every device:
 
     the first loss is ln 2 (dpo.py stops if it is not); the layouts agree on log-probs and gradient norm;
+    the host waits for the GPU nowhere between two micro-batches (torch.cuda.set_sync_debug_mode);
     a run continued from a checkpoint ends with the weights of the run that was not interrupted.
 
 Prints a Markdown table of tokens/s, MFU and peak memory for each layout of dpo.py and for the other scripts, one of
@@ -82,6 +83,26 @@ def run(script, *flags):
 
 def lines(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def check_no_sync(model, data, max_tokens):
+    """Two micro-batches forward and backward in this process; PyTorch raises at a call that waits for the GPU."""
+    sys.path.insert(0, str(ROOT))
+    import dpo
+    args = dpo.Args(model=str(model), data=str(data), max_tokens=max_tokens)
+    rank, world, device, dtype = dpo.start_process_group("auto")
+    splits, _ = dpo.load_data(args)
+    empty, weights, digest = dpo.build_model(args)
+    dpo.load_reference(args, digest, dtype, splits)
+    policy, totals = dpo.shard(dpo.Policy(empty), weights, dtype, device), {}
+    for mode in ("default", "default", "error", "error"):  # the first calls allocate, compile and load kernels
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode(mode)
+        dpo.pair_losses(policy, [0, 1], splits["train"], totals, args).sum().backward()
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+    dist.destroy_process_group()
+    print(f"no wait for the device between micro-batches: {'yes' if device.type == 'cuda' else 'a CPU, nothing to see'}")
 
 
 VARIANTS = ("gaussian", 1e-4), ("span", 1e-4), ("gaussian", 0.0), ("span", 0.0), ("exact", 1e-4)  # estimator, --rare
@@ -190,6 +211,8 @@ def main():
     print("| layout, or script | tokens/s | MFU % | peak GiB |\n|---|---|---|---|")
     for layout, speed, mfu, memory in rows:
         print(f"| {layout} | {speed:,.0f} | {'' if mfu is None else f'{mfu:.1f}'} | {memory:.1f} |")
+    if args.size != "8B":  # all of it on one GPU
+        check_no_sync(model, data, 16 * tokens)
     shutil.rmtree(folder)
     shape = (32000, 4096, 400, 1800) if cuda else (2000, 256, 40, 200)
     print("\nHead {} x {}, {} response tokens, {} perturbations\n".format(*shape))

@@ -1,0 +1,203 @@
+"""What a step of each algorithm costs beside one of dpo.py, a token of cache_ref.py beside one of training, and a token of
+prepare_data.py beside one of the bare tokenizer.
+
+    python tests/rates.py [--dataset FILE] [--model FOLDER] [--pairs 32] [--rounds 5] [--copies 8] [--out results/rates.md]
+
+All in one process, in turns, so that a noisy machine is noisy to all; medians of CPU seconds, ratios of the same round. Steps are
+forward, backward, clipping and AdamW on the same `--pairs` pairs, in one micro-batch and in about four. cache_ref.py is timed with
+its files, without the start of Python. prepare_data.py is timed as a user runs it, `--copies` copies of the file in one call, less
+the same call on one row: wall time, all cores, against the tokenizer's own batch call, all cores, on the same rendered texts.
+"""
+import argparse
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+SHARED = ROOT.parent / "shared"
+
+
+def call(script, *flags):
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {script}: {done.stderr[-1000:]}")
+    return time.perf_counter() - start
+
+
+def some_rows(dataset, folder, count=None, copies=1):
+    """The first rows of a file of lines, maybe several times, each time with another word in it so that no text is seen twice."""
+    import prepare_data
+    import json
+    rows = [row for _, row in zip(range(count or 10**9), (row for _, row in prepare_data.file_rows(Path(dataset))))]
+    path = folder / f"rows{len(rows)}x{copies}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(copies) for row in rows))
+    return path
+
+
+def stepper(name, model_folder, data, max_tokens, rows):
+    """-> a function that takes one optimiser step of an algorithm on these rows."""
+    script = importlib.import_module(name)
+    args = script.Args(model=str(model_folder), data=str(data), max_tokens=max_tokens)
+    splits, _ = script.load_data(args)
+    train = splits["train"]
+    model, weights, digest = script.build_model(args)
+    if name != "simpo":
+        script.load_reference(args, digest, torch.float32, splits)
+    if name == "auxdpo":
+        script.load_sketches(args, digest, torch.float32, splits)
+    score = script.token_scores if name == "wpo" else script.token_logps
+    policy = script.shard(script.Policy(model, score), weights, torch.float32, torch.device("cpu"))
+    parameters = list(policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, 1e-7, fused=True)
+    lists = script.micro_batches(rows, train["lengths"], args.layout, max_tokens, 1)
+
+    def step():
+        first = None
+        if name == "auxdpo":
+            margins, first = script.forward_first(policy, lists, train, args)
+            script.update_delta(rows, margins, train, args)
+        for number, part in enumerate(lists):
+            run = policy if number or first is None else lambda *_: first
+            (script.pair_losses(run, part, train, {}, args).sum() / len(rows)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step, len(lists)
+
+
+def cacher(model_folder, data, max_tokens, folder):
+    """-> a function that makes the whole cache of the training rows, files included, and their tokens."""
+    import cache_ref
+    args = cache_ref.Args(model=str(model_folder), data=str(data), max_tokens=max_tokens)
+    splits, _ = cache_ref.load_data(args)
+    splits = dict(train=splits["train"])
+    model, weights, _ = cache_ref.build_model(args)
+    policy = cache_ref.shard(cache_ref.Policy(model), weights, torch.float32, torch.device("cpu"))
+
+    def compute(pairs):
+        with torch.no_grad():
+            return policy(cache_ref.collate(pairs, args.layout))[0].T.float()
+
+    def make():
+        shutil.rmtree(folder, ignore_errors=True)
+        cache_ref.fill(folder, {}, splits, "logps", compute, (2,), "float32", args)
+    return make
+
+
+def in_turns(contenders, rounds):
+    """{name: CPU seconds per round}, after a round to warm up."""
+    seconds = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name in [*contenders][::1 if turn % 2 else -1]:
+            start = time.process_time()
+            contenders[name]()
+            seconds[name].append(time.process_time() - start)
+    return {name: each[1:] for name, each in seconds.items()}
+
+
+def prepare_rate(dataset, model, folder, copies):
+    """(texts, tokens, seconds of prepare_data.py, seconds of the tokenizer alone)"""
+    import prepare_data
+    many, one = some_rows(dataset, folder, copies=copies), some_rows(dataset, folder, 64)
+    flags = ["--model", model, "--max_length", 10**6, "--overwrite", "--out"]
+    ours = []
+    for _ in range(3):
+        start = call("prepare_data.py", "--dataset", one, "--val_fraction", 0.3, *flags, folder / "one")
+        ours.append(call("prepare_data.py", "--dataset", many, *flags, folder / "many") - start)
+    args = prepare_data.Args(dataset=str(many), model=str(model), out="")
+    kit, texts = prepare_data.load_tokenizer(args), []
+    render = prepare_data.render
+
+    def keep(*inputs):
+        result = render(*inputs)
+        texts.extend(result[1])
+        return result
+    prepare_data.render = keep
+    prepare_data.prepare_chunk(args, [(*rest, row) for *rest, row in prepare_data.all_rows(args)])
+    prepare_data.render = render
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    bare = []
+    for _ in range(3):
+        start, tokens = time.perf_counter(), 0
+        for first in range(0, len(texts), 1000):
+            tokens += sum(map(len, kit.tokenizer(texts[first:first + 1000], add_special_tokens=False).input_ids))
+        bare.append(time.perf_counter() - start)
+    return len(texts), tokens, median(ours), median(bare)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", type=Path, default=SHARED / "data/raw/hh_harmless_test.jsonl.gz")
+    parser.add_argument("--model", type=Path, default=SHARED / "models/MiniMind2-Small")
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=8, help="of the file, for prepare_data.py; 0 = leave it out")
+    parser.add_argument("--steps", default="dpo,dpo_norm,simpo,wpo,auxdpo", help="algorithms; empty = none")
+    parser.add_argument("--out", type=Path, default=Path("results/rates.md"))
+    args = parser.parse_args()
+    for path in (args.dataset, args.model):
+        if not path.exists():
+            sys.exit(f"error: {path} is not there; name --dataset and --model")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    out = []
+
+    def say(line):
+        print(line, flush=True)
+        out.append(line)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.steps:
+            import dpo
+            dpo.start_process_group("float32")
+            data = folder / "data"
+            call("prepare_data.py", "--dataset", some_rows(args.dataset, folder, 3 * args.pairs), "--model", args.model, "--out", data,
+                 "--val_fraction", 0.1)
+            call("cache_ref.py", "--model", args.model, "--data", data)
+            if "auxdpo" in args.steps:
+                call("cache_ref.py", "--model", args.model, "--data", data, "--sketch_dim", dataclass_default("auxdpo", "sketch_dim"))
+            lengths = dpo.load_data(dpo.Args(model=str(args.model), data=str(data)))[0]["train"]["lengths"]
+            rows = np.arange(args.pairs)
+            whole = int(lengths[rows].sum())
+            say("| script | micro-batches | CPU s per step | to dpo.py |\n|---|---:|---:|---:|")
+            for tokens in (whole, max(whole // 4 + lengths.sum(1).max() // 2, lengths.sum(1).max())):
+                made = {name: stepper(name, args.model, data, int(tokens), rows) for name in args.steps.split(",")}
+                seconds = in_turns({name: step for name, (step, _) in made.items()}, args.rounds)
+                for name, each in seconds.items():
+                    ratio = median(a / b for a, b in zip(each, seconds["dpo"]))
+                    say(f"| {name}.py | {made[name][1]} | {median(each):.2f} | {ratio:.2f} |")
+                del made
+            train, _ = stepper("dpo", args.model, data, 2048, np.arange(len(lengths)))
+            seconds = in_turns(dict(train=train, cache=cacher(args.model, data, 2048, folder / "cache")), 3)
+            ratio = median(a / b for a, b in zip(seconds["train"], seconds["cache"]))
+            say(f"\ncache_ref.py: {lengths.sum() / median(seconds['cache']):.0f} tokens per CPU second, {ratio:.2f} times the "
+                f"{lengths.sum() / median(seconds['train']):.0f} of training, 2048 tokens per forward pass")
+            dist.destroy_process_group()
+        if args.copies:
+            texts, tokens, ours, bare = prepare_rate(args.dataset, args.model, folder, args.copies)
+            say(f"\nprepare_data.py: {tokens / ours:,.0f} tokens/s after its start, {bare / ours:.0%} of the {tokens / bare:,.0f} of the "
+                f"tokenizer alone ({texts:,} texts, {tokens:,} tokens, {os.cpu_count()} cores)")
+    say(f"\n{args.dataset.name}, {args.model.name}, {args.rounds} rounds, float32, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(out) + "\n")
+
+
+def dataclass_default(script, name):
+    return getattr(importlib.import_module(script).Args, name)
+
+
+if __name__ == "__main__":
+    main()
