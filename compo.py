@@ -281,13 +281,14 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model, self.score = model, score
 
-    def forward(self, batches, router=False, chunk=1024):
+    def forward(self, batches, router=False, chunk=0):
         """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
 
-        Logits exist for `chunk` response tokens at a time, and the backward pass makes them again,
-        but for the last chunk, with which it begins."""
+        Logits exist for `chunk` response tokens at a time (0: 256 MiB of them), and the backward
+        pass makes them again, but for the last chunk, with which it begins."""
         sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        chunk = chunk or math.ceil(2**26 / config.vocab_size)
         for batch in batches:
             inputs = {name: batch[name] for name in names if name in batch}
             inputs |= dict(output_router_logits=True) if router else {}
@@ -374,6 +375,9 @@ def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False, gro
         if compiled:  # inside the hooks of FSDP, which it could not trace
             block.forward = torch.compile(block.forward, dynamic=True)
         fully_shard(block, **rules)
+    table = model.get_input_embeddings()
+    if table.weight is not model.get_output_embeddings().weight:
+        fully_shard(table, **rules)  # reduced after the head, not with it: a peak half as high
     fully_shard(policy, **rules)
     whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
     for key, empty in [*model.named_parameters(), *model.named_buffers()]:

@@ -150,7 +150,7 @@ recipe() {  # [NAME [--run [FLAGS]]]
     --dataset $data --split $split --max_length $length \\
     --val_fraction $part --out data/$name"
     train="./launch.sh ${script%+*}.py --model $model --data data/$name${clean:+/clean} \\
-    --epochs 1 --batch_size $batch --warmup 0.1 --activation_checkpointing --save_every 100 --resume \\
+    --epochs 1 --batch_size $batch --warmup 0.1 --activation_checkpointing full --save_every 100 --resume \\
     --out out/$name${clean:+-clean} ${flags% + *}"
     [ "$clean" ] || continue  # else that was for the clean pairs, and the noisy ones follow
     prepare+=$'\n'"[ -d data/$name/clean ] || ./launch.sh cache_ref.py --model $model \\

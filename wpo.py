@@ -18,7 +18,7 @@ Differs from dpo.py: the loss is weighted, the head pass also sums log sum_v pi(
 Symbols: n pairs, T tokens of the longest row, L of a micro-batch, M of its responses, V vocabulary,
 h hidden size, H heads, d head size. What stands along a first dimension of 2 is (chosen, rejected).
 """
-import argparse, bisect, contextlib, dataclasses, hashlib, importlib.util, inspect, json
+import argparse, bisect, contextlib, dataclasses, functools, hashlib, importlib.util, inspect, json
 import math, os, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Args:
     layout: str = "packed"  # packed (no padding, each prompt once) | concatenated | separate
     max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
     dtype: str = "auto"  # of the computation: auto (bfloat16 on a GPU) | bfloat16 | float32
-    activation_checkpointing: bool = False  # recompute each block in the backward pass
+    activation_checkpointing: str = "off"  # recompute: off | selective (no matrix products) | full
     compile: bool = False  # torch.compile each block
     cpu_offload: bool = False  # keep weights, gradients and optimiser state in host memory
     shard_group: int = 0  # ranks that hold one copy of all that, such as a node's; 0 = all ranks
@@ -307,13 +307,14 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model, self.score = model, score
 
-    def forward(self, batches, router=False, chunk=1024):
+    def forward(self, batches, router=False, chunk=0):
         """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
 
-        Logits exist for `chunk` response tokens at a time, and the backward pass makes them again,
-        but for the last chunk, with which it begins."""
+        Logits exist for `chunk` response tokens at a time (0: 256 MiB of them), and the backward
+        pass makes them again, but for the last chunk, with which it begins."""
         sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        chunk = chunk or math.ceil(2**26 / config.vocab_size)
         for batch in batches:
             inputs = {name: batch[name] for name in names if name in batch}
             inputs |= dict(output_router_logits=True) if router else {}
@@ -382,6 +383,20 @@ def choose_parameters(model, weights, args):
         fail(f"--train_modules {args.train_modules} finds no parameter to train; there are "
              f"{names[0]}, {names[len(names) // 2]}, {names[-1]} and the like")
 
+def checkpoint_blocks(model, how):
+    """Keep the inputs of each block alone, and compute the rest again in the backward pass (full);
+    selective: keep the outputs of matrix products and attention too, so that the rest is cheap."""
+    options, kept, aten = dict(use_reentrant=False), ["mm", "addmm", "bmm"], torch.ops.aten
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention",
+                   "flash_attention_for_cpu"):
+        kept.append(f"_scaled_dot_product_{kernel}")
+    if how == "selective":
+        kept = [getattr(aten, name).default for name in kept]
+        options["context_fn"] = functools.partial(
+            torch.utils.checkpoint.create_selective_checkpoint_contexts, kept)
+    old_name = model.gradient_checkpointing_enable  # until transformers 5.22
+    getattr(model, "activation_checkpointing_enable", old_name)(options)
+
 @torch.no_grad()
 def check_forward(weights, plain, args):
     """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
@@ -418,6 +433,9 @@ def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False, gro
         if compiled:  # inside the hooks of FSDP, which it could not trace
             block.forward = torch.compile(block.forward, dynamic=True)
         fully_shard(block, **rules)
+    table = model.get_input_embeddings()
+    if table.weight is not model.get_output_embeddings().weight:
+        fully_shard(table, **rules)  # reduced after the head, not with it: a peak half as high
     fully_shard(policy, **rules)
     whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
     for key, empty in [*model.named_parameters(), *model.named_buffers()]:
@@ -671,9 +689,8 @@ def main():
     if args.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance as use_liger
         use_liger(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    if args.activation_checkpointing:
-        old_name = model.gradient_checkpointing_enable  # until transformers 5.22
-        getattr(model, "activation_checkpointing_enable", old_name)(dict(use_reentrant=False))
+    if args.activation_checkpointing != "off":
+        checkpoint_blocks(model, args.activation_checkpointing)
     policy = Policy(model, token_scores)
     policy = shard(policy, weights, dtype, device, args.cpu_offload, args.compile,
                    args.shard_group)

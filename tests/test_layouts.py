@@ -47,12 +47,12 @@ def coefficients(pairs):
 
 
 @functools.cache
-def make_policy(folder, layout, checkpointing=False, compiled=False, lora_rank=0, train_modules=""):
+def make_policy(folder, layout, checkpointing="off", compiled=False, lora_rank=0, train_modules=""):
     model, weights, _ = dpo.build_model(types.SimpleNamespace(model=folder, layout=layout))
     chosen = dict(lora_rank=lora_rank, train_modules=train_modules, seed=0)
     dpo.choose_parameters(model, weights, types.SimpleNamespace(**chosen))
-    if checkpointing:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if checkpointing != "off":
+        dpo.checkpoint_blocks(model, checkpointing)
     return dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"), compiled=compiled)
 
 
@@ -302,17 +302,39 @@ def test_the_chunks_of_the_output_head_change_nothing(tiny_model, chunk):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gemma3", "mistral", "mixtral", "gpt2", "gpt-oss"]
-)
-def test_activation_checkpointing_changes_no_gradient(tiny_model, family, layout):
+@pytest.mark.parametrize("how, family", [
+    *(("full", family) for family in ("llama", "gemma2", "gemma3", "mistral", "mixtral", "gpt2", "gpt-oss")),
+    *(("selective", family) for family in ("llama", "gemma2", "mixtral"))])
+def test_activation_checkpointing_changes_no_gradient(tiny_model, family, layout, how):
     pairs, policy = (
         batch_of("five unequal pairs"),
-        make_policy(tiny_model(family), layout, checkpointing=True),
+        make_policy(tiny_model(family), layout, checkpointing=how),
     )
     assert policy.model.is_gradient_checkpointing
     result = ours(policy, dpo.collate(pairs, layout), pairs)
     assert_same(result, ours_of(tiny_model(family), layout, "five unequal pairs"))
+
+
+def test_selective_checkpointing_computes_no_matrix_product_twice(tiny_model):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[func] = counts.get(func, 0) + 1
+            return func(*args, **(kwargs or {}))
+
+    made, pairs = {}, batch_of("five unequal pairs")
+    for how in ("off", "selective", "full"):
+        policy, counts = make_policy(tiny_model("llama"), "packed", how), {}
+        policy(dpo.collate(pairs, "packed"))  # FSDP's first call
+        with Count():
+            policy(dpo.collate(pairs, "packed"))[0].sum().backward()
+        made[how] = counts
+    aten = torch.ops.aten
+    cheap, dear = aten.silu.default, [aten.mm.default, aten._scaled_dot_product_flash_attention_for_cpu.default]
+    for op in dear:
+        assert 0 < made["off"][op] == made["selective"][op] < made["full"][op]
+    assert 0 < made["off"][cheap] < made["selective"][cheap] == made["full"][cheap]
 
 
 @pytest.mark.slow
@@ -411,7 +433,7 @@ def test_the_router_loss_of_padded_rows_is_the_aux_loss_that_hugging_face_return
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["off", "full"])
 def test_the_router_loss_reaches_the_routers_and_leaves_the_log_probs_alone(
     tiny_model, layout, checkpointing
 ):
@@ -427,7 +449,7 @@ def test_the_router_loss_reaches_the_routers_and_leaves_the_log_probs_alone(
     assert ((logps.detach() - truth) / truth).abs().max() < LOGPS
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["off", "full"])
 def test_dropout_is_off_with_and_without_checkpointing(tiny_model, checkpointing):
     folder = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     policy, pairs = make_policy(folder, "packed", checkpointing), batch_of("five unequal pairs")
@@ -436,13 +458,13 @@ def test_dropout_is_off_with_and_without_checkpointing(tiny_model, checkpointing
     assert ((logps.detach() - truth) / truth).abs().max() < LOGPS
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["off", "full"])
 def test_checkpointing_computes_every_block_twice(tiny_model, checkpointing):
     policy, calls = make_policy(tiny_model("llama"), "packed", checkpointing), []
     for layer in policy.model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     policy(dpo.collate(batch_of("five unequal pairs"), "packed"))[0].sum().backward()
-    assert len(calls) == len(policy.model.model.layers) * (2 if checkpointing else 1)
+    assert len(calls) == len(policy.model.model.layers) * (2 if checkpointing == "full" else 1)
 
 
 def test_the_root_has_no_weight_left_on_the_meta_device(tiny_model):

@@ -46,8 +46,11 @@ def test_predicted_bytes_are_those_of_a_step(folder, process_group):
     assert parts["activations"] == pytest.approx(measured, rel=0.2)
     assert parts["states"] == 16 * about["parameters"]
     assert plan.plan(config, ranks=8, group=4)[0]["states"] == 4 * about["parameters"]
-    kept = plan.plan(config, tokens=tokens, checkpointing=True, dtype=torch.float32)[0]["activations"]
+    kept = plan.plan(config, tokens=tokens, checkpointing="full", dtype=torch.float32)[0]["activations"]
     assert kept == pytest.approx(parts["activations"] / 3 + 3 * tokens * 128 * 4)
+    some = plan.plan(config, tokens=tokens, checkpointing="selective", dtype=torch.float32)[0]["activations"]
+    products = (2 * 128 + 2 * 64 + 128 + 2 * 352) + 1.5 * 128  # numbers per token: q, o; k, v; down; gate, up; attention
+    assert some == pytest.approx(kept + 3 * tokens * products * 4, rel=0.02)
     more = plan.plan(config, tokens=2 * tokens, dtype=torch.float32)[0]["activations"]
     assert more == pytest.approx(2 * parts["activations"], rel=0.01)
     np.testing.assert_array_less(plan.plan(config, tokens=tokens)[0]["activations"], parts["activations"])  # bfloat16

@@ -75,8 +75,9 @@ def test_a_sketch_is_that_of_the_exact_gradient_of_every_parameter(tiny_model, f
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_a_batch_of_more_responses_than_one_chunk_of_the_head(tiny_model, family):
-    """The head runs 1024 tokens at a time, and so do the sketches of all layers."""
+def test_a_batch_of_more_responses_than_one_chunk_of_the_head(tiny_model, family, monkeypatch):
+    """The head runs some tokens at a time, here 512, and the sketches of all layers 1024."""
+    monkeypatch.setattr(cache_ref.Policy.forward, "__defaults__", (False, 512))
     folder, pairs = tiny_model(family), random_pairs([(9, 60 + i, 70 - i) for i in range(9)])
     assert sum(len(pair[side]) for pair in pairs for side in ("chosen", "rejected")) > 1100
     ours = sketcher(folder)(pairs).flatten(0, 1)
