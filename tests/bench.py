@@ -1,14 +1,13 @@
 """One optimiser step of DPO, our three layouts against TRL's DPOTrainer: time, memory, and the distance to the matrix products.
 
-    python tests/bench.py [--work hh,dialogues,...] [--rounds 5] [--pairs 32] [--out results/bench]
+    python tests/bench.py [--work hh,dialogues,...] [--contenders packed,concatenated,separate,trl,trl 8] [--rounds 5] [--out results/bench]
 
 Each contender is a process of its own with the same model, the same pairs and the same global batch; they take turns, one step
 each, so that a noisy machine is noisy to all. Times are medians over rounds of CPU seconds (wall time in the JSON), ratios are to
 `packed`. TRL has precomputed log-probs of the reference, no dropout, fused AdamW, and comes twice: with the micro-batch size (pairs)
 that is fastest in a trial, and with 8, its default; its forward, collator and loss are called directly, so its Trainer's own
-overhead is not counted. Extra memory: the peak of a step above
-what is resident before it, with weights, gradients and optimiser state in place. Useful tokens count each prompt once.
-`bound`: 6 x parameters in matrices x useful tokens / the rate of a large matrix product, divided by the time of the step.
+overhead is not counted. Extra memory: the peak of a step above what is resident before it, which is weights and optimiser state.
+Useful tokens count each prompt once. A call adds its workloads to those in --out. `bound`: 6 x parameters in matrices x useful tokens / the rate of a large matrix product, divided by the time of the step.
 """
 import argparse
 import gc
@@ -65,7 +64,7 @@ def random_model(folder, vocabulary, hidden=512, layers=4):
 
 WORKS = {  # name: (file or (prompt, response) tokens, model or vocabulary, global batch)
     "hh": ("raw/hh_harmless_test.jsonl.gz", "MiniMind2-Small", 16), "dialogues": ("raw/dpo_en_demo.json", "MiniMind2-Small", 8),
-    "hh 32k": ("raw/hh_harmless_test.jsonl.gz", "stories15M", 16), "hh-like 128k": ((60, 60), 128_000, 16),
+    "hh 32k": ("raw/hh_harmless_test.jsonl.gz", "stories15M", 16), "hh-like 128k": ((175, 57), 128_000, 8),
     "prompt-heavy": ((900, 60), 32_000, 8), "response-heavy": ((40, 450), 32_000, 8), "4k": ((2000, 1000), 32_000, 4),
     "16k": ((8000, 4000), 32_000, 1)}
 
@@ -209,15 +208,15 @@ def compete(work, args):
         rows, best = deal(), {}
         vocabulary = transformers.AutoConfig.from_pretrained(model).vocab_size
         logits = lambda size: 2 * size * max(map(longest, pairs)) * vocabulary * 4  # bytes
-        names = [name for name in args.contenders.split(",") if name != "trl"]
-        if "trl" in args.contenders.split(","):
-            for size in (1, 2, 4):  # the fastest of a trial, and 8, the default
-                if size <= count and logits(size) < 2**31:
+        names = args.contenders.split(",")
+        if "trl" in names:
+            for size in (1, 2, 4):
+                if size == 1 or size <= count and logits(size) < 2**30:
                     trial = Process(f"trl {size}", model, folder, args.max_tokens)
                     trial.step(rows[:1])
                     best[size] = trial.step(rows[:4])["cpu"]
                     trial.end()
-            names += [f"trl {size}" for size in (min(best, key=best.get, default=1), 8) if size == 1 or logits(size) < 2**32]
+            names[names.index("trl")] = f"trl {min(best, key=best.get)}"
         processes = {name: Process(name, model, folder, args.max_tokens) for name in names}
         first = {name: process.step(rows[:8]) for name, process in processes.items()}  # warm up, and agree
         losses = [result["loss"] for result in first.values()]
@@ -244,7 +243,8 @@ def compete(work, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", default=",".join(name for name in WORKS if name != "16k"), help="of " + ", ".join(WORKS))
-    parser.add_argument("--contenders", default="packed,concatenated,separate,trl")
+    parser.add_argument("--contenders", default="packed,concatenated,separate,trl,trl 8",
+                        help="trl N: N pairs per micro-batch, 8 by default of TRL; trl: the fastest in a trial")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=0, help="global batch; 0 = that of the workload")
     parser.add_argument("--max_tokens", type=int, default=1024, help="of a forward pass of ours; more if a pair needs it")
