@@ -233,11 +233,13 @@ def gathered_attention(module, query, key, value, attention_mask, scaling=None, 
         kwargs |= dict(scaling=scaling, dropout=0.0)
         output, _ = attend(module, query, key, value, bias, **kwargs)
     else:
-        if mask is not None and groups > 1:  # no fused kernel takes both a mask and grouped heads
+        grouped = True if groups > 1 else False  # torch.compile needs a plain one
+        if mask is not None and grouped:  # no fused kernel takes both a mask and grouped heads
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+            grouped = False
         output = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)  # (2n, T, H, d)
+            enable_gqa=grouped).transpose(1, 2)  # (2n, T, H, d)
     return (output if rows is None else output.flatten(0, 1).index_select(0, tokens)[None]), None
 
 transformers.AttentionInterface.register("gathered", gathered_attention)

@@ -338,6 +338,25 @@ def test_selective_checkpointing_computes_no_matrix_product_twice(tiny_model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["off", "selective"])
+def test_compiled_blocks_are_one_graph_for_all_shapes(tiny_model, checkpointing, monkeypatch):
+    """No graph break, and no recompilation for another number of pairs or tokens."""
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    folder = tiny_model("llama")
+    policy = make_policy(folder, "packed", checkpointing, compiled=True)
+    torch._dynamo.reset()
+    counters.clear()
+    for name in ("five unequal pairs", "one long pair"):
+        result = ours(policy, dpo.collate(batch_of(name), "packed"), batch_of(name))
+        assert_same(result, ours_of(folder, "packed", name))
+    random = [random_pairs([(5 + i, 9, 7 + j) for j in range(2, 5 + i)]) for i in range(4)]
+    for pairs in random:
+        policy(dpo.collate(pairs, "packed"))[0].sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.slow
 def test_compiled_blocks_change_no_gradient(tiny_model):
     folder = tiny_model("llama", num_hidden_layers=1)
     policy = make_policy(folder, "packed", compiled=True)
