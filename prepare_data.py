@@ -302,8 +302,8 @@ def load_tokenizer(args):
     backend.no_truncation()  # --max_length decides
     backend.no_padding()
     return types.SimpleNamespace(
-        tokenizer=tokenizer, backend=backend, template=template, end=tokenizer.get_vocab()[end], end_token=end,
-        score_header=args.score_header,
+        tokenizer=tokenizer, backend=backend, template=template,
+        end=tokenizer.get_vocab()[end], end_token=end, score_header=args.score_header,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
         bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
         seams=re.compile(rf"\s*({added})\s*"), normalizer=backend.normalizer)

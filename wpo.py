@@ -388,12 +388,12 @@ def choose_parameters(model, weights, args):
 def checkpoint_blocks(model, how):
     """Keep the inputs of each block alone, and compute the rest again in the backward pass (full);
     selective: keep the outputs of matrix products and attention too, so that the rest is cheap."""
-    options, kept, aten = dict(use_reentrant=False), ["mm", "addmm", "bmm"], torch.ops.aten
-    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention",
-                   "flash_attention_for_cpu"):
-        kept.append(f"_scaled_dot_product_{kernel}")
+    options = dict(use_reentrant=False)
     if how == "selective":
-        kept = [getattr(aten, name).default for name in kept]
+        kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention",
+                   "cudnn_attention")
+        names = "mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in kernels)
+        kept = [getattr(torch.ops.aten, name).default for name in names]
         options["context_fn"] = functools.partial(
             torch.utils.checkpoint.create_selective_checkpoint_contexts, kept)
     old_name = model.gradient_checkpointing_enable  # until transformers 5.22

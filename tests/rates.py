@@ -10,6 +10,7 @@ the same call on one row: wall time, all cores, against the tokenizer's own batc
 """
 import argparse
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -38,9 +39,8 @@ def call(script, *flags):
 
 
 def some_rows(dataset, folder, count=None, copies=1):
-    """The first rows of a file of lines, maybe several times, each time with another word in it so that no text is seen twice."""
+    """A file with the first rows of another, maybe several times."""
     import prepare_data
-    import json
     rows = [row for _, row in zip(range(count or 10**9), (row for _, row in prepare_data.file_rows(Path(dataset))))]
     path = folder / f"rows{len(rows)}x{copies}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for _ in range(copies) for row in rows))
@@ -79,7 +79,7 @@ def stepper(name, model_folder, data, max_tokens, rows):
 
 
 def cacher(model_folder, data, max_tokens, folder):
-    """-> a function that makes the whole cache of the training rows, files included, and their tokens."""
+    """-> a function that makes the whole cache of the training rows, files included."""
     import cache_ref
     args = cache_ref.Args(model=str(model_folder), data=str(data), max_tokens=max_tokens)
     splits, _ = cache_ref.load_data(args)
@@ -167,7 +167,8 @@ def main():
                  "--val_fraction", 0.1)
             call("cache_ref.py", "--model", args.model, "--data", data)
             if "auxdpo" in args.steps:
-                call("cache_ref.py", "--model", args.model, "--data", data, "--sketch_dim", dataclass_default("auxdpo", "sketch_dim"))
+                import auxdpo
+                call("cache_ref.py", "--model", args.model, "--data", data, "--sketch_dim", auxdpo.Args.sketch_dim)
             lengths = dpo.load_data(dpo.Args(model=str(args.model), data=str(data)))[0]["train"]["lengths"]
             rows = np.arange(args.pairs)
             whole = int(lengths[rows].sum())
@@ -193,10 +194,6 @@ def main():
         f"{torch.__version__}, transformers {transformers.__version__}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join(out) + "\n")
-
-
-def dataclass_default(script, name):
-    return getattr(importlib.import_module(script).Args, name)
 
 
 if __name__ == "__main__":
