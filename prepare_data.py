@@ -27,7 +27,7 @@ subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs 
 that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 """
-import argparse, dataclasses, functools, gzip, hashlib, inspect, itertools, json, math
+import argparse, bisect, dataclasses, functools, gzip, hashlib, inspect, itertools, json, math
 import multiprocessing, os, platform, random, re, shutil, sys, time, types, zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, process
@@ -288,6 +288,8 @@ def load_tokenizer(args):
     tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
     added = "|".join(re.escape(t.content) for t in tokens) or "(?!)"  # which matches nothing
     special = "|".join(re.escape(t.content) for t in tokens if t.special) or "(?!)"
+    alone = [t.content for t in tokens if not (t.normalized or t.lstrip or t.single_word)]
+    breaks = "|".join(map(re.escape, sorted(alone, key=len)[::-1])) or "(?!)"
     named = re.escape(args.eos_token) if args.eos_token and args.eos_token in tail else special
     found = re.search(named, tail)
     end = args.eos_token or (found[0] if found else tokenizer.eos_token)
@@ -306,6 +308,7 @@ def load_tokenizer(args):
         end=tokenizer.get_vocab()[end], end_token=end, score_header=args.score_header,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
         bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
+        breaks=re.compile(breaks),
         seams=re.compile(rf"\s*({added})\s*"), normalizer=backend.normalizer)
 
 def canonical(kit, text: str) -> str:
@@ -338,6 +341,24 @@ def render(kit, messages: list, answers: list):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
     return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.score_header else prompt
 
+def tokenise(kit, prompt: str, texts: list):
+    """Two texts that begin with the prompt -> (token ids of the prompt, token ids of the two
+    responses, how many of the prompt's last characters are in those).
+
+    The prompt is what both sides share of the tokens that end inside it. A token across the
+    boundary belongs to the responses, and so do all tokens of a character that it splits."""
+    # Nothing merges with a special token: what is before the prompt's last one is encoded once.
+    at = max((found.start() for found in kit.breaks.finditer(prompt)), default=0)
+    parts = [prompt[:at], *(text[at:] for text in texts)]
+    shared, *coded = kit.backend.encode_batch(parts, add_special_tokens=False)
+    sides, size = [(each.ids, each.token_to_chars) for each in coded], len(prompt) - at
+    cut = min(bisect.bisect(range(len(ids)), size, key=lambda i: span(i)[1]) for ids, span in sides)
+    cut = len(os.path.commonprefix([ids[:cut] for ids, _ in sides]))
+    while cut and any(len(ids) > cut and span(cut)[0] < span(cut - 1)[1] for ids, span in sides):
+        cut -= 1
+    left = size - (sides[0][1](cut - 1)[1] if cut else 0)
+    return shared.ids + sides[0][0][:cut], [ids[cut:] for ids, _ in sides], left
+
 def encode(kit, args, messages: list, answers: list):
     """-> (text of the prompt, its token ids, token ids of the two responses)."""
     asked = [m["content"] for m in messages]
@@ -349,33 +370,23 @@ def encode(kit, args, messages: list, answers: list):
     question, texts, prompt = render(kit, messages, answers)
     if not all(text[len(question):].strip() for text in texts):  # a header alone is no response
         drop("empty", f"rendering leaves nothing of a response: {answers}")
-    coded = kit.backend.encode_batch(texts, add_special_tokens=False)
-    sides, offsets = zip(*((each.ids, each.offsets) for each in coded))
+    start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
         drop("identical", answers[0])
-    # The prompt is what both sides share of the tokens that end inside it. A token across the
-    # boundary belongs to the responses, and so do all tokens of a character that it splits.
-    cut = 0
-    for a, b, (_, end_a), (_, end_b) in zip(*sides, *offsets):
-        if a != b or max(end_a, end_b) > len(prompt):
-            break
-        cut += 1
-    while cut and any(o[cut:] and o[cut][0] < o[cut - 1][1] for o in offsets):
-        cut -= 1
-    bos = [i for i in kit.bos if sides[0][0] != i]
-    length = len(bos) + max(map(len, sides)) + 1
+    bos = [i for i in kit.bos if (start + sides[0])[0] != i]
+    length = len(bos + start) + max(map(len, sides)) + 1
     if length > args.max_length:
         drop("too long", f"{length} tokens")
-    if not bos + sides[0][:cut] or len(prompt) - (offsets[0][cut - 1][1] if cut else 0) > 64:
+    if not bos + start or left > 64:
         drop("boundary", f"no token of the prompt ends near its end: {prompt[-64:]}")
     for ids, text in zip(sides, texts, strict=True):
-        back = kit.backend.decode(ids, skip_special_tokens=False)
+        back = kit.backend.decode(start + ids, skip_special_tokens=False)
         if back != text and canonical(kit, back) != canonical(kit, text):
             at = max(0, len(os.path.commonprefix([back, text])) - 20)
             drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
-        if kit.end in ids[cut:]:
+        if kit.end in ids:
             drop("special token", f"{kit.end_token} inside a response: {text[len(prompt):]}")
-    return question, bos + sides[0][:cut], *(ids[cut:] + [kit.end] for ids in sides)
+    return question, bos + start, *(ids + [kit.end] for ids in sides)
 
 def prepare_pair(kit, args, row: dict, name: str, pair: tuple):
     """-> (split, columns of the pair)."""
@@ -439,8 +450,12 @@ def in_parallel(args):
         yield from map(work, chunks)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        while block := list(itertools.islice(chunks, 4 * workers)):  # map alone would read all rows
-            yield from pool.map(work, block)
+        waiting = []  # few: map alone would read all rows
+        for chunk in chunks:
+            waiting.append(pool.submit(work, chunk))
+            if len(waiting) > 4 * workers:
+                yield waiting.pop(0).result()
+        yield from (each.result() for each in waiting)
 
 def write_pairs(args, folder: Path) -> dict:
     """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> the counts."""

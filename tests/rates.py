@@ -108,15 +108,11 @@ def in_turns(contenders, rounds):
     return {name: each[1:] for name, each in seconds.items()}
 
 
-def prepare_rate(dataset, model, folder, copies):
-    """(texts, tokens, seconds of prepare_data.py, seconds of the tokenizer alone)"""
+def prepare_rate(dataset, model, folder, copies, rounds):
+    """(texts, tokens, seconds of prepare_data.py, median of the tokenizer's own to those)"""
     import prepare_data
     many, one = some_rows(dataset, folder, copies=copies), some_rows(dataset, folder, 64)
     flags = ["--model", model, "--max_length", 10**6, "--overwrite", "--out"]
-    ours = []
-    for _ in range(3):
-        start = call("prepare_data.py", "--dataset", one, "--val_fraction", 0.3, *flags, folder / "one")
-        ours.append(call("prepare_data.py", "--dataset", many, *flags, folder / "many") - start)
     args = prepare_data.Args(dataset=str(many), model=str(model), out="")
     kit, texts = prepare_data.load_tokenizer(args), []
     render = prepare_data.render
@@ -129,13 +125,15 @@ def prepare_rate(dataset, model, folder, copies):
     prepare_data.prepare_chunk(args, [(*rest, row) for *rest, row in prepare_data.all_rows(args)])
     prepare_data.render = render
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    bare = []
-    for _ in range(3):
+    ours, bare = [], []
+    for _ in range(rounds):
+        start = call("prepare_data.py", "--dataset", one, "--val_fraction", 0.3, *flags, folder / "one")
+        ours.append(call("prepare_data.py", "--dataset", many, *flags, folder / "many") - start)
         start, tokens = time.perf_counter(), 0
         for first in range(0, len(texts), 1000):
             tokens += sum(map(len, kit.tokenizer(texts[first:first + 1000], add_special_tokens=False).input_ids))
         bare.append(time.perf_counter() - start)
-    return len(texts), tokens, median(ours), median(bare)
+    return len(texts), tokens, median(ours), median(a / b for a, b in zip(bare, ours))
 
 
 def main():
@@ -187,9 +185,9 @@ def main():
                 f"{lengths.sum() / median(seconds['train']):.0f} of training, 2048 tokens per forward pass")
             dist.destroy_process_group()
         if args.copies:
-            texts, tokens, ours, bare = prepare_rate(args.dataset, args.model, folder, args.copies)
-            say(f"\nprepare_data.py: {tokens / ours:,.0f} tokens/s after its start, {bare / ours:.0%} of the {tokens / bare:,.0f} of the "
-                f"tokenizer alone ({texts:,} texts, {tokens:,} tokens, {os.cpu_count()} cores)")
+            texts, tokens, ours, share = prepare_rate(args.dataset, args.model, folder, args.copies, args.rounds)
+            say(f"\nprepare_data.py: {tokens / ours:,.0f} tokens/s after its start, {share:.0%} of the rate of the tokenizer alone "
+                f"({texts:,} texts, {tokens:,} tokens, {os.cpu_count()} cores)")
     say(f"\n{args.dataset.name}, {args.model.name}, {args.rounds} rounds, float32, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, transformers {transformers.__version__}")
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@
 """
 
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -385,6 +386,51 @@ def test_a_token_across_the_boundary_belongs_to_both_responses(tmp_path):
     assert not dropped and texts == [("<|bos|>so", " foobar<|eos|>", " food<|eos|>")]
     texts, _ = one(dict(prompt="foo", chosen="bar", rejected="d"), model, tmp_path)
     assert "".join(texts[0][:2]) == "<|bos|>foobar<|eos|>"
+
+
+def whole_texts(tokenizer, prompt, texts):
+    """What tokenise must return, from whole texts and all their offsets."""
+    coded = [tokenizer(text, add_special_tokens=False, return_offsets_mapping=True) for text in texts]
+    ids, spans, cut = [each.input_ids for each in coded], [each.offset_mapping for each in coded], 0
+    for a, b, (_, end_a), (_, end_b) in zip(*ids, *spans):
+        if a != b or max(end_a, end_b) > len(prompt):
+            break
+        cut += 1
+    while cut and any(span[cut:] and span[cut][0] < span[cut - 1][1] for span in spans):
+        cut -= 1
+    return ids[0][:cut], [each[cut:] for each in ids], len(prompt) - (spans[0][cut - 1][1] if cut else 0)
+
+
+@pytest.mark.parametrize("name", ["bytes", "first", "always", "prepend", "lstrip", "normalized", "stories15M", "MiniMind2-Small"])
+def test_what_both_sides_share_is_encoded_once_and_no_token_differs_from_those_of_whole_texts(name, tmp_path):
+    if name in ("stories15M", "MiniMind2-Small"):
+        if not (SHARED / "models" / name).is_dir():
+            pytest.skip("no shared models")
+        tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / name)
+        open_, close = ("<s>", "</s>") if name == "stories15M" else ("<|im_start|>", "<|im_end|>")
+    else:
+        open_, close = "<|im_start|>", "<|im_end|>"
+        normalizer = normalizers.Prepend("x") if name in ("prepend", "normalized") else None
+        tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "made", CHATML, normalizer=normalizer))
+        if name in ("first", "always"):
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+                pre_tokenizers.Metaspace(prepend_scheme=name, split=False), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        if name in ("lstrip", "normalized"):
+            tokenizer.backend_tokenizer.add_tokens([AddedToken("<|odd|>", **{kind: kind == name for kind in ("lstrip", "normalized")})])
+            open_ = "<|odd|>"
+        tokenizer.save_pretrained(tmp_path / "made")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
+    tokenizer.save_pretrained(tmp_path / "kit")
+    kit = prepare_data.load_tokenizer(prepare_data.Args(dataset="", model=str(tmp_path / "kit"), out="", plain=True))
+    shared = 0
+    for start in ("", open_, f"a{open_}b  {open_}", f"{open_}a {close}\n {open_}b\n", f"a{close}  {close}\n", "foo"):
+        for cut in range(len(ODD)):
+            prompt = start + ODD[:cut]
+            texts = [prompt + answer for answer in (ODD[cut:], "bar", " d", f"{close}x", "")]
+            for pair in itertools.permutations(texts, 2):
+                assert prepare_data.tokenise(kit, prompt, pair) == whole_texts(tokenizer, prompt, pair)
+            shared += max((found.start() for found in kit.breaks.finditer(prompt)), default=0) > 0
+    assert shared > 0
 
 
 @pytest.mark.parametrize("cut", range(1, len(ODD)))
