@@ -293,8 +293,9 @@ def token_logps(logits, targets):
 def head_pass(hidden, targets, head, config, score):
     """hidden (t, h), targets (t,) -> score(logits, targets), with all that models do to logits."""
     logits = head(hidden).float()  # (t, V)
-    logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    scale = getattr(config, "logit_scale", None) or 1  # Cohere
+    scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    logits = logits if scale == 1 else scale * logits  # a factor of 1 would copy all of them
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
     return score(logits if cap is None else cap * torch.tanh(logits / cap), targets)
 

@@ -1,15 +1,16 @@
 """One optimiser step of DPO, our three layouts against TRL's DPOTrainer: time, memory, and the distance to the matrix products.
 
     python tests/bench.py [--work hh,dialogues,...] [--contenders packed,concatenated,separate,trl,trl 8] [--rounds 5] [--out results/bench]
+    python tests/bench.py --work hh --contenders "packed,packed selective,packed full,packed compile" --out results/bench_packed
 
 Each contender is a process of its own with the same model, the same pairs and the same global batch; they take turns, one step
 each, so that a noisy machine is noisy to all. Times are medians over rounds of CPU seconds (wall time in the JSON), ratios are to
 `packed`. TRL has precomputed log-probs of the reference, no dropout, fused AdamW, and comes twice: with the micro-batch size (pairs)
 that is fastest in a trial, and with 8, its default; its forward, collator and loss are called directly, so its Trainer's own
 overhead is not counted. Extra memory: the peak of a step above what is resident before it, which is weights and optimiser state.
-Useful tokens count each prompt once. A call adds its workloads to those in --out. `bound`: 6 x parameters in
-matrices x useful tokens / the rate of a large matrix product, divided by the time of the step; above 100 % if prompts, which need no
-head, are long.
+Useful tokens count each prompt once. A call adds its workloads to those in --out. `bound`: 6 x (parameters of the blocks' matrices x
+useful tokens + those of the head x response tokens) / the rate of a large matrix product, measured in each round, as a part of the
+time of the step. Attention's own products are not in it.
 """
 import argparse
 import gc
@@ -83,8 +84,8 @@ def make_work(name, folder):
 
 
 # ---------------------------------------------------------------------- contenders: step(pairs) -> loss
-def ours(layout, model_folder, pairs, max_tokens):
-    """max_tokens holds for each layout, and is more if a pair needs it."""
+def ours(layout, how, model_folder, pairs, max_tokens):
+    """max_tokens holds for each layout, and is more if a pair needs it; how: nothing, compile, selective or full."""
     import numpy as np
     import torch
     import dpo
@@ -92,7 +93,9 @@ def ours(layout, model_folder, pairs, max_tokens):
     args = types.SimpleNamespace(model=model_folder, layout=layout, beta=0.1, label_smoothing=0.0, sft_weight=0.0,
                                  router_aux_coef=0.0)
     model, weights, _ = dpo.build_model(args)
-    policy = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
+    if how in ("selective", "full"):
+        dpo.checkpoint_blocks(model, how)
+    policy = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"), compiled=how == "compile")
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
@@ -154,8 +157,8 @@ def memory(name):
 def contender(name, model_folder, folder, max_tokens):
     import ctypes
     pairs = json.loads((Path(folder) / "pairs.json").read_text())
-    way, _, size = name.partition(" ")
-    step = trl(model_folder, pairs, int(size or 4)) if way == "trl" else ours(way, model_folder, pairs, max_tokens)
+    way, _, how = name.partition(" ")
+    step = trl(model_folder, pairs, int(how or 4)) if way == "trl" else ours(way, how, model_folder, pairs, max_tokens)
     for line in sys.stdin:
         rows = json.loads(line)
         gc.collect()
@@ -223,10 +226,12 @@ def compete(work, args):
         first = {name: process.step(rows[:8]) for name, process in processes.items()}  # warm up, and agree
         losses = [result["loss"] for result in first.values()]
         assert max(losses) - min(losses) < 1e-3 * abs(losses[0]) + 1e-3, f"{work}: the losses differ: {first}"
-        results, useful = {name: [] for name in names}, 0
+        results, rates, prompts, responses = {name: [] for name in names}, [], 0, 0
         for _ in range(args.rounds):
             rows = deal()
-            useful += sum(len(pairs[row][side]) for row in rows for side in ("prompt", "chosen", "rejected")) / args.rounds
+            prompts += sum(len(pairs[row]["prompt"]) for row in rows) / args.rounds
+            responses += sum(len(pairs[row][side]) for row in rows for side in ("chosen", "rejected")) / args.rounds
+            rates.append(matmul_rate())
             for name, process in processes.items():
                 results[name].append(process.step(rows))
         for process in processes.values():
@@ -234,12 +239,18 @@ def compete(work, args):
         config = transformers.AutoConfig.from_pretrained(model)
         from plan import plan
         import torch
-        flops = 6 * plan(config, tokens=64, dtype=torch.float32)[1]["matmul"] * useful
-    return {name: dict(cpu=median(r["cpu"] for r in rounds), wall=median(r["wall"] for r in rounds),
-                       extra=median(r["extra"] for r in rounds), pairs=count, useful=useful, bound=flops / args.rate /
-                       median(r["cpu"] for r in rounds), ratio=median(
-                           r["cpu"] / p["cpu"] for r, p in zip(rounds, results[names[0]])))
-            for name, rounds in results.items()}
+        head = config.hidden_size * config.vocab_size
+        blocks = plan(config, tokens=64, dtype=torch.float32)[1]["matmul"] - head
+        least = 6 * (blocks * (prompts + responses) + head * responses) / median(rates)  # CPU seconds
+        how = (f"{work}: {args.rounds} rounds, {args.max_tokens} tokens per forward pass of ours or one pair, float32, "
+               f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, matrix product "
+               f"{median(rates) / 1e9:.0f} GFLOP per CPU second")
+    return dict(how=how) | {
+        name: dict(cpu=median(r["cpu"] for r in rounds), wall=median(r["wall"] for r in rounds),
+                   extra=median(r["extra"] for r in rounds), pairs=count, useful=prompts + responses,
+                   bound=least / median(r["cpu"] for r in rounds),
+                   ratio=median(r["cpu"] / p["cpu"] for r, p in zip(rounds, results[names[0]])))
+        for name, rounds in results.items()}
 
 
 def write_tables(found, out):
@@ -279,8 +290,6 @@ def main():
     os.environ["HF_HUB_OFFLINE"] = "1"
     if args.contender:
         return contender(args.contender, args.model, args.folder, args.max_tokens)
-    import torch
-    import transformers
     args.out.mkdir(parents=True, exist_ok=True)
     known = args.out / "bench.json"
     found = json.loads(known.read_text()) if known.exists() else {}  # of other workloads, maybe of other calls
@@ -289,12 +298,7 @@ def main():
             sys.exit(f"error: --work {work} is none of {', '.join(WORKS)}")
         if isinstance(WORKS[work][0], str) and not SHARED.exists():
             continue
-        args.rate = matmul_rate()
         found[work] = compete(work, args)
-        found[work]["how"] = (
-            f"{work}: {args.rounds} rounds, {args.max_tokens} tokens per forward pass of ours or one pair, float32, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, matrix product "
-            f"{args.rate / 1e9:.0f} GFLOP per CPU second")
         known.write_text(json.dumps(found, indent=1))
         write_tables(found, args.out)
         print((args.out / "table.md").read_text(), flush=True)
