@@ -2,6 +2,7 @@
 
     python tests/bench.py [--work hh,dialogues,...] [--contenders packed,concatenated,separate,trl,trl 8] [--rounds 5] [--out results/bench]
     python tests/bench.py --work hh --contenders "packed,packed selective,packed full,packed compile" --out results/bench_packed
+    python tests/bench.py --work hh --profile
 
 Each contender is a process of its own with the same model, the same pairs and the same global batch; they take turns, one step
 each, so that a noisy machine is noisy to all. Times are medians over rounds of CPU seconds (wall time in the JSON), ratios are to
@@ -253,6 +254,27 @@ def compete(work, args):
         for name, rounds in results.items()}
 
 
+def profile(work, args):
+    """Where a step of `packed` spends its time, as torch.profiler sees it."""
+    import torch
+    with tempfile.TemporaryDirectory() as name:
+        model = make_work(work, Path(name))
+        pairs = json.loads((Path(name) / "pairs.json").read_text())
+        step, rows = ours("packed", "", model, pairs, args.max_tokens), range(min(args.pairs or WORKS[work][2], len(pairs)))
+        step(rows)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            step(rows)
+    averages = found.key_averages()
+    whole = sum(each.self_cpu_time_total for each in averages)
+    lines = [["operator", "calls", "share of the time"], ["---", "---:", "---:"]]
+    for each in sorted(averages, key=lambda each: -each.self_cpu_time_total)[:15]:
+        lines.append([f"`{each.key}`", str(each.count), f"{each.self_cpu_time_total / whole:.1%}"])
+    text = "".join(f"| {' | '.join(row)} |\n" for row in lines)
+    text += f"\n{work}: {len(rows)} pairs, float32, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+    (args.out / f"profile-{work.replace(' ', '-')}.md").write_text(text)
+    print(text)
+
+
 def write_tables(found, out):
     """table.md with all of it, summary.md with the ratios to packed."""
     lines = [["work", "contender", "pairs / CPU s", "useful tokens / CPU s", "time to packed", "extra GiB", "memory to packed", "bound"],
@@ -264,7 +286,7 @@ def write_tables(found, out):
         cell = {}
         for name, r in results.items():
             memory = r["extra"] / packed["extra"]
-            lines.append([work, name, f"{r['pairs'] / r['cpu']:.2f}", f"{r['useful'] / r['cpu']:.0f}", f"{r['ratio']:.2f}",
+            lines.append([work, name, f"{r['pairs'] / r['cpu']:.2g}", f"{r['useful'] / r['cpu']:.0f}", f"{r['ratio']:.2f}",
                           f"{r['extra'] / 2**30:.2f}", f"{memory:.2f}", f"{100 * r['bound']:.0f} %"])
             cell[name] = f"{r['ratio']:.2f}, {memory:.2f}"
         best = [name for name in cell if name.startswith("trl") and name != "trl 8"]
@@ -284,6 +306,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=0, help="global batch; 0 = that of the workload")
     parser.add_argument("--max_tokens", type=int, default=1024, help="of a forward pass of ours; more if a pair needs it")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    parser.add_argument("--profile", action="store_true", help="instead: the operators of a step of packed")
     for name in ("contender", "model", "folder"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -297,6 +320,9 @@ def main():
         if work not in WORKS:
             sys.exit(f"error: --work {work} is none of {', '.join(WORKS)}")
         if isinstance(WORKS[work][0], str) and not SHARED.exists():
+            continue
+        if args.profile:
+            profile(work, args)
             continue
         found[work] = compete(work, args)
         known.write_text(json.dumps(found, indent=1))

@@ -1,12 +1,13 @@
-"""What a step of each algorithm costs beside one of dpo.py, a token of cache_ref.py beside one of training, and a token of
-prepare_data.py beside one of the bare tokenizer.
+"""What a step of each algorithm costs beside one of dpo.py, a token of cache_ref.py beside one of training, a token of
+prepare_data.py beside one of the bare tokenizer, and a step on several ranks beside one on one rank.
 
-    python tests/rates.py [--dataset FILE] [--model FOLDER] [--pairs 32] [--rounds 5] [--copies 8] [--out results/rates.md]
+    python tests/rates.py [--dataset FILE] [--model FOLDER] [--pairs 32] [--rounds 5] [--copies 8] [--ranks 1,2] [--out results/rates.md]
 
 All in one process, in turns, so that a noisy machine is noisy to all; medians of CPU seconds, ratios of the same round. Steps are
 forward, backward, clipping and AdamW on the same `--pairs` pairs, in one micro-batch and in about four. cache_ref.py is timed with
 its files, without the start of Python. prepare_data.py is timed as a user runs it, `--copies` copies of the file in one call, less
-the same call on one row: wall time, all cores, against the tokenizer's own batch call, all cores, on the same rendered texts.
+the same call on 64 rows: wall time, all cores, against the tokenizer's own batch call, all cores, on the same rendered texts. Ranks
+have one thread each, and the same pairs per step in all; the tokens/s are those of log.jsonl.
 """
 import argparse
 import importlib
@@ -108,6 +109,19 @@ def in_turns(contenders, rounds):
     return {name: each[1:] for name, each in seconds.items()}
 
 
+def rank_rate(ranks, model, data, out, pairs):
+    """tokens/s of `dpo.py`: the median of the steps after the first two."""
+    shutil.rmtree(out, ignore_errors=True)
+    flags = ["--model", model, "--data", data, "--out", out, "--batch_size", pairs, "--max_tokens", 1024, "--max_steps", 6,
+             "--epochs", 9, "--log_every", 1, "--eval_every", 0]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, ROOT / "dpo.py", *flags]
+    done = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: dpo.py on {ranks} ranks: {done.stderr[-1000:]}")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return median(line["tokens/s"] for line in lines[2:])
+
+
 def prepare_rate(dataset, model, folder, copies, rounds):
     """(texts, tokens, seconds of prepare_data.py, median of the tokenizer's own to those)"""
     import prepare_data
@@ -143,6 +157,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--copies", type=int, default=8, help="of the file, for prepare_data.py; 0 = leave it out")
+    parser.add_argument("--ranks", default="1,2", help="on how many ranks dpo.py is timed, each with one thread; empty = not")
     parser.add_argument("--steps", default="dpo,dpo_norm,simpo,wpo,auxdpo", help="algorithms; empty = none")
     parser.add_argument("--out", type=Path, default=Path("results/rates.md"))
     args = parser.parse_args()
@@ -184,6 +199,15 @@ def main():
             say(f"\ncache_ref.py: {lengths.sum() / median(seconds['cache']):.0f} tokens per CPU second, {ratio:.2f} times the "
                 f"{lengths.sum() / median(seconds['train']):.0f} of training, 2048 tokens per forward pass")
             dist.destroy_process_group()
+            counts = [int(part) for part in args.ranks.split(",") if part]
+            rates = {ranks: [] for ranks in counts}
+            for _ in range(args.rounds if counts else 0):
+                for ranks in counts:
+                    rates[ranks].append(rank_rate(ranks, args.model, data, folder / "run", args.pairs))
+            for ranks in counts[1:]:
+                ratio = median(b / a for a, b in zip(rates[counts[0]], rates[ranks]))
+                say(f"\ndpo.py on {ranks} ranks: {median(rates[ranks]):.0f} tokens/s, {ratio:.2f} times those of {counts[0]}, "
+                    f"{args.pairs} pairs per step, one thread per rank, {os.cpu_count()} cores")
         if args.copies:
             texts, tokens, ours, share = prepare_rate(args.dataset, args.model, folder, args.copies, args.rounds)
             say(f"\nprepare_data.py: {tokens / ours:,.0f} tokens/s after its start, {share:.0%} of the rate of the tokenizer alone "

@@ -643,6 +643,26 @@ def test_real_data_holds_every_promise(name, model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", [SMOLLM, *(SHARED / "models" / m for m in ("MiniMind2-Small", "stories15M", "stories260K"))],
+                         ids=lambda path: path.name)
+@pytest.mark.parametrize("name", [REAL[0], REAL[1], "mc/mmlu_pro_sample.jsonl"])
+def test_the_tokens_of_real_pairs_are_those_of_whole_texts(name, model, monkeypatch):
+    path = SHARED / "data" / name
+    if not path.exists() or not model.exists():
+        pytest.skip(f"no {path} or {model}")
+    args = prepare_data.Args(dataset=str(path), model=str(model), out="", max_length=10**6)
+    ours, tokenizer, seen = prepare_data.tokenise, AutoTokenizer.from_pretrained(model), []
+
+    def both(kit, prompt, texts):
+        seen.append(ours(kit, prompt, texts))
+        assert seen[-1] == whole_texts(tokenizer, prompt, texts)
+        return seen[-1]
+    monkeypatch.setattr(prepare_data, "tokenise", both)
+    prepare_data.prepare_chunk(args, list(itertools.islice(prepare_data.all_rows(args), 200)))
+    assert len(seen) > 100
+
+
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(chat, tmp_path):
     def peak(n):
         """Peak of private memory in MiB; mapped files, which Linux may drop any time, do not count."""
