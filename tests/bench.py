@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -313,6 +314,9 @@ def main():
     os.environ["HF_HUB_OFFLINE"] = "1"
     if args.contender:
         return contender(args.contender, args.model, args.folder, args.max_tokens)
+    for name in args.contenders.split(","):
+        if not re.fullmatch(r"(packed|concatenated|separate)( selective| full| compile)?|trl( [1-9]\d*)?", name):
+            sys.exit(f"error: --contenders {name!r} is none: packed, concatenated, separate (selective, full, compile), trl, trl N")
     args.out.mkdir(parents=True, exist_ok=True)
     known = args.out / "bench.json"
     found = json.loads(known.read_text()) if known.exists() else {}  # of other workloads, maybe of other calls
