@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -217,9 +218,10 @@ def collate(pairs, layout, put=torch.from_numpy):
     """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
 
     Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
-    one row (1, L) without padding and second copies of prompts; rows (rows, T) and tokens (L,) lead
-    there and back. source (M,) indexes the flattened input_ids: the token that predicts
-    targets (M,); sizes are the response lengths and sum to M."""
+    one row (1, L) without padding and second copies of prompts, and pack says which of its tokens
+    stand for a row: keys (K,), row after row, the last counts[row][0] of counts[row][1] not there
+    before; ends (2, rows + 1) adds these up. source (M,) indexes the flattened input_ids: the token
+    that predicts targets (M,); sizes are the response lengths and sum to M."""
     batches = []
     for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
         texts = [(pair["prompt"], pair[side]) for side in sides for pair in pairs]
@@ -230,49 +232,96 @@ def collate(pairs, layout, put=torch.from_numpy):
         ids = np.zeros(real.shape, np.int64)
         ids[real] = np.concatenate([x + y for x, y in texts])
         cells = np.arange(ids.size).reshape(ids.shape)
-        batch = dict(targets=ids[response], position_ids=columns[None], input_ids=ids, real=real)
+        batch, pack = dict(input_ids=ids, position_ids=columns[None], real=real), {}
         if layout == "packed":
             kept = real & (response | (np.arange(len(texts)) < len(pairs))[:, None])
-            tokens = np.flatnonzero(kept)
             first, second = np.split(np.cumsum(kept).reshape(kept.shape) - 1, 2)
             cells = np.concatenate([first, np.where(response[len(pairs):], second, first)])
-            batch |= dict(rows=cells, tokens=tokens, input_ids=ids.flatten()[tokens][None],
-                          position_ids=tokens[None] % len(columns))
-        batch["source"] = cells[:, :-1][response[:, 1:]]
+            batch |= dict(input_ids=ids[kept][None], position_ids=np.nonzero(kept)[1][None])
+            counts = np.stack([kept.sum(1), real.sum(1)])  # (2, rows) new tokens, all tokens
+            ends = np.pad(counts.cumsum(1), ((0, 0), (1, 0))).astype(np.int32)
+            pack = dict(keys=put(cells[real]), ends=put(ends), counts=counts.T.tolist(),
+                        longest=counts.max(1).tolist())
+        batch |= dict(targets=ids[response], source=cells[:, :-1][response[:, 1:]])
         batch = {name: put(array) for name, array in batch.items()}
-        batches.append(batch | {"sizes": responses[:, 0].tolist()})
+        batches.append(batch | dict(sizes=responses[:, 0].tolist(), pack=pack))
     return batches
 
-def gathered_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None,
-                       rows=None, tokens=None, **kwargs):
+def gathered_attention(module, query, key, value, attention_mask, pack=None, **kwargs):
     """Causal attention over right-padded rows that start at position 0: no padding mask is needed.
 
-    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1 and the rows are gathered:
-    rows (2n, T) says which of the L tokens stands where, tokens (L,) where in the flattened rows
-    each token's output is. Returns (b, L, H, d)."""
-    if rows is not None:  # (1, H, L, d) -> (2n, H, T, d)
-        query, key, value = (x[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(
-            0, rows.shape).transpose(1, 2) for x in (query, key, value))
-    length, groups, mask = query.shape[2], query.shape[1] // key.shape[1], None
-    own = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))  # Gemma-2, gpt-oss
-    if own or (sliding_window or length) < length:
+    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1, and pack of collate says
+    which tokens are a row: one kernel for all rows, or one row after another where it is not
+    (varlen_agrees) or cannot do what the model asks for. Returns (b, L, H, d)."""
+    if not pack:
+        return causal_attention(module, query, key, value, **kwargs), None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, H, d)
+    key, value = (x.index_select(0, pack["keys"]) for x in (key, value))  # (K, H, d)
+    fits = key.shape == value.shape and key.shape[2] % 8 == 0 and key.shape[2] <= 256
+    if pack.get("fused") and fits and not special(kwargs):
+        back = (kwargs.get("sliding_window") or 0) - 1  # keys before its own that a query sees
+        output = varlen_attn(query, key, value, *pack["ends"], *pack["longest"],
+                             scale=kwargs.get("scaling"), window_size=(back, 0), **GROUPED)
+    else:
+        query = query.index_select(0, pack["keys"])
+        output = attention_by_row(module, query, key, value, pack["counts"], kwargs)
+    return output[None], None
+
+@torch.compiler.disable  # it would be another graph for each number of rows
+def attention_by_row(module, query, key, value, counts, kwargs):
+    """query, key, value (K, H, d) of rows that stand one after another -> new tokens (L, H, d)."""
+    outputs, sizes = [], [length for _, length in counts]
+    for (new, length), *row in zip(counts, *(x.split(sizes) for x in (query, key, value))):
+        q, k, v = (x.transpose(0, 1)[None] for x in row)  # (1, H, length, d)
+        q = q[:, :, -new:] if 2 * new < length else q  # a mask costs what causality saves, a half
+        outputs.append(causal_attention(module, q, k, v, **kwargs)[0, -new:])
+    return torch.cat(outputs)
+
+def special(kwargs):
+    """Whether a layer asks for what no kernel can express: soft-caps (Gemma-2), sinks (gpt-oss)."""
+    return any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+
+def causal_attention(module, query, key, value, scaling=None, sliding_window=None, **kwargs):
+    """query (b, H, q, d), key, value (b, H or fewer, k, d) -> (b, q, H, d). The last query sees all
+    k keys, the one before it k - 1 and so on, but only the last `sliding_window` of them."""
+    (queries, length), groups = (query.shape[2], key.shape[2]), query.shape[1] // key.shape[1]
+    window, mask = sliding_window or length, None
+    if special(kwargs) or queries < length or window < length:
         place = torch.arange(length, device=query.device)
-        distance = place[:, None] - place  # (T, T) how far back the key is
-        mask = (distance >= 0) & (distance < (sliding_window or length))
-    if own:  # what SDPA cannot express is left to the model's own definition
+        distance = place[length - queries:, None] - place  # (q, k) how far back the key is
+        mask = (distance >= 0) & (distance < window)
+    if special(kwargs):  # left to the model's own definition
         attend = sys.modules[type(module).__module__].eager_attention_forward
         bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
         kwargs |= dict(scaling=scaling, dropout=0.0)
-        output, _ = attend(module, query, key, value, bias, **kwargs)
-    else:
-        grouped = True if groups > 1 else False  # torch.compile needs a plain one
-        if mask is not None and grouped:  # no fused kernel takes both a mask and grouped heads
-            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-            grouped = False
-        output = F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, scale=scaling,
-            enable_gqa=grouped).transpose(1, 2)  # (2n, T, H, d)
-    return (output if rows is None else output.flatten(0, 1).index_select(0, tokens)[None]), None
+        return attend(module, query, key, value, bias, **kwargs)[0]
+    grouped = True if groups > 1 else False  # torch.compile needs a plain one
+    if mask is not None and grouped:  # no fused kernel takes both a mask and grouped heads
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        grouped = False
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None,
+                                          scale=scaling, enable_gqa=grouped).transpose(1, 2)
+
+# torch 2.11 takes grouped heads without being asked
+GROUPED = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+@torch.no_grad()
+def varlen_agrees(device, dtype):
+    """Whether this device has PyTorch's kernel for rows of unequal length in this precision, and it
+    gives what one row after another gives, for two small pairs, with a window and without."""
+    pairs = [dict(prompt=[0] * 2, chosen=[0] * 9, rejected=[0] * 5),
+             dict(prompt=[0] * 40, chosen=[0] * 3, rejected=[0] * 7)]
+    batch = collate(pairs, "packed", lambda array: torch.from_numpy(array).to(device))[0]
+    shape, found = (3, 1, 4, batch["input_ids"].numel(), 64), []
+    query, key, value = torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
+    for fused in (True, False):
+        inputs = None, query, key[:, :2], value[:, :2], None, batch["pack"] | dict(fused=fused)
+        try:
+            found += [torch.stack([gathered_attention(*inputs, sliding_window=window)[0]
+                                   for window in (None, 4)])]
+        except RuntimeError:  # no such kernel
+            return False
+    return torch.allclose(*found, atol=0.02)
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
@@ -298,18 +347,19 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model, score=token_logps):
         super().__init__()
-        self.model, self.score = model, score
+        self.model, self.score, self.fused = model, score, False  # shard decides about fused
 
     def forward(self, batches, router=False, chunk=0):
         """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
 
         Logits exist for `chunk` response tokens at a time (0: 256 MiB of them), and the backward
         pass makes them again, but for the last chunk, with which it begins."""
-        sums, router_loss, names = [], 0.0, ("input_ids", "position_ids", "rows", "tokens")
+        sums, router_loss, names = [], 0.0, ("input_ids", "position_ids")
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         chunk = chunk or math.ceil(2**26 / config.vocab_size)
         for batch in batches:
-            inputs = {name: batch[name] for name in names if name in batch}
+            inputs = {name: batch[name] for name in names}
+            inputs |= dict(pack=batch["pack"] | dict(fused=self.fused)) if batch["pack"] else {}
             inputs |= dict(output_router_logits=True) if router else {}
             output = self.model.base_model(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)
@@ -323,7 +373,7 @@ class Policy(torch.nn.Module):
             if router:
                 balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
                 experts = getattr(config, "num_experts", None) or config.num_local_experts
-                real = None if "rows" in batch else batch["real"]
+                real = None if batch["pack"] else batch["real"]
                 loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
                 router_loss = router_loss + loss / len(batches)
         return torch.stack(sums).reshape(2, -1, *sums[0].shape).clone(), router_loss
@@ -385,6 +435,7 @@ def checkpoint_blocks(model, how):
                    "cudnn_attention")
         names = "mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in kernels)
         kept = [getattr(torch.ops.aten, name).default for name in names]
+        kept += [torch.ops.torch_attn._varlen_attn.default]
         options["context_fn"] = functools.partial(
             torch.utils.checkpoint.create_selective_checkpoint_contexts, kept)
     old_name = model.gradient_checkpointing_enable  # until transformers 5.22
@@ -419,6 +470,7 @@ def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False, gro
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
     if cpu_offload and device.type == "cuda":
         rules["offload_policy"] = CPUOffloadPolicy()
+    policy.fused = varlen_agrees(device, dtype)
     model = policy.eval().model  # dropout or router noise would make it another one
     blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     for block in blocks[::-1]:  # blocks within blocks first

@@ -12,6 +12,7 @@ padding never matters; activation checkpointing, torch.compile and LoRA change n
 the router loss is Hugging Face's own.
 """
 
+import concurrent.futures
 import functools
 import sys
 import types
@@ -249,17 +250,59 @@ def test_what_the_padding_holds_never_matters(tiny_model, family, layout):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "mixtral"])
-def test_what_the_gathered_padding_points_to_never_matters(tiny_model, family):
-    pairs, policy = batch_of("five unequal pairs"), make_policy(tiny_model(family), "packed")
-    (batch,) = dpo.collate(pairs, "packed")
-    random = torch.from_numpy(
-        np.random.default_rng(2).integers(0, len(batch["tokens"]), batch["rows"].shape)
-    )
-    batch["rows"] = torch.where(batch["real"], batch["rows"], random)
-    assert_same(
-        ours(policy, [batch], pairs), ours_of(tiny_model(family), "packed", "five unequal pairs")
-    )
+def slow_kernel(query, key, value, ends, key_ends, longest, longest_key, scale=None, window_size=(-1, -1), enable_gqa=False,
+                shift=0):
+    """What torch.nn.attention.varlen computes on a GPU, from its documentation: rows stand one after another, and the last
+    query of each is aligned with its last key (shift = 0)."""
+    assert ends.dtype == key_ends.dtype == torch.int32 and ends[-1] == len(query) and key_ends[-1] == len(key) == len(value)
+    assert longest == ends.diff().max() and longest_key == key_ends.diff().max()
+    outputs, (back, ahead) = [], window_size
+    for first, last, start, stop in zip(ends[:-1], ends[1:], key_ends[:-1], key_ends[1:]):
+        q, k, v = query[first:last], key[start:stop], value[start:stop]
+        groups = q.shape[1] // k.shape[1]
+        assert groups == 1 or enable_gqa or not dpo.GROUPED
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        distance = torch.arange(len(q))[:, None] + (len(k) - len(q)) + shift - torch.arange(len(k))
+        seen = (distance >= -ahead) & (distance <= (back if back >= 0 else len(k)))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[2] ** -0.5)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_a_kernel_for_rows_of_unequal_length_is_given_the_rows_that_a_packed_one_stands_for(tiny_model, family, monkeypatch):
+    """The kernel itself runs on a GPU only (tests/gpu_check.py); all around it is tested with its definition in its place."""
+    calls = []
+    transformers.AttentionInterface.register("gathered", dpo.gathered_attention)  # not that of another script
+    monkeypatch.setattr(dpo, "varlen_attn", lambda *a, **k: calls.append(0) or slow_kernel(*a, **k))
+    policy = make_policy(tiny_model(family), "packed")
+    monkeypatch.setattr(policy, "fused", True)
+    for name in BATCHES:
+        result = ours(policy, dpo.collate(batch_of(name), "packed"), batch_of(name))
+        assert_same(result, hugging_face(tiny_model(family), name))
+    layers = policy.model.config.get_text_config().num_hidden_layers
+    assert len(calls) == (0 if family in ("gemma2", "gpt-oss") else layers * len(BATCHES))  # soft-caps and sinks
+
+
+def test_that_kernel_is_taken_where_it_is_there_and_right(monkeypatch):
+    cpu = torch.device("cpu"), torch.float32
+    assert not dpo.varlen_agrees(*cpu)  # there is none for a CPU
+
+    def no_window(*args, window_size, **kwargs):
+        return slow_kernel(*args, window_size=(-1, 0), **kwargs)
+
+    def wide_window(*args, window_size, **kwargs):
+        return slow_kernel(*args, window_size=(window_size[0] + (window_size[0] > 0), 0), **kwargs)
+    for kernel, right in [(slow_kernel, True), (functools.partial(slow_kernel, shift=1), False), (no_window, False),
+                          (wide_window, False)]:
+        monkeypatch.setattr(dpo, "varlen_attn", kernel)
+        assert dpo.varlen_agrees(*cpu) == right
+
+
+def test_the_choice_of_a_kernel_draws_no_random_number():
+    before = torch.get_rng_state()
+    dpo.varlen_agrees(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_packed_row_holds_every_prompt_and_every_response_once():
@@ -270,9 +313,12 @@ def test_a_packed_row_holds_every_prompt_and_every_response_once():
         sum(len(p["prompt"] + p["chosen"] + p["rejected"]) for p in pairs),
     )
     texts = [p["prompt"] + p[side] for side in ("chosen", "rejected") for p in pairs]
-    for row, real, text in zip(batch["rows"], batch["real"], texts, strict=True):
-        assert batch["input_ids"][0, row[real]].tolist() == text
-        assert batch["position_ids"][0, row[real]].tolist() == list(range(len(text)))
+    rows = batch["pack"]["keys"].split([length for _, length in batch["pack"]["counts"]])
+    for row, text in zip(rows, texts, strict=True):
+        assert batch["input_ids"][0, row].tolist() == text
+        assert batch["position_ids"][0, row].tolist() == list(range(len(text)))
+    new = [row[-count:] for row, (count, _) in zip(rows, batch["pack"]["counts"])]
+    assert torch.cat(new).tolist() == list(range(batch["input_ids"].numel()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -337,14 +383,46 @@ def test_selective_checkpointing_computes_no_matrix_product_twice(tiny_model):
     assert 0 < made["off"][cheap] < made["selective"][cheap] == made["full"][cheap]
 
 
+def opaque_kernel():
+    """slow_kernel as the compiler sees PyTorch's: one operator with a shape and a gradient, and nothing inside."""
+    def run(q, k, v, ends, key_ends, longest, longest_key, scale):
+        return slow_kernel(q, k, v, ends, key_ends, longest, longest_key, scale, (-1, 0), True)
+
+    @torch.library.custom_op("tests::rows", mutates_args=())
+    def rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, key_ends: torch.Tensor, longest: int,
+             longest_key: int, scale: float) -> torch.Tensor:
+        return run(q, k, v, ends, key_ends, longest, longest_key, scale)
+
+    @torch.library.custom_op("tests::rows_backward", mutates_args=())
+    def rows_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor,
+                      key_ends: torch.Tensor, longest: int, longest_key: int, scale: float) -> list[torch.Tensor]:
+        def differentiate():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            output = run(*leaves, ends, key_ends, longest, longest_key, scale)
+            return list(torch.autograd.grad(output, leaves, grad))
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # autograd is off within an operator, in its own thread
+            return thread.submit(differentiate).result()
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.rest = inputs[5:]
+    rows.register_fake(lambda q, *_: torch.empty_like(q))
+    rows_backward.register_fake(lambda grad, q, k, v, *_: [torch.empty_like(x) for x in (q, k, v)])
+    rows.register_autograd(lambda ctx, grad: (*rows_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 5), setup_context=setup)
+    return lambda *args, scale, window_size, enable_gqa=True: rows(*args, scale)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["off", "selective"])
 def test_compiled_blocks_are_one_graph_for_all_shapes(tiny_model, checkpointing, monkeypatch):
-    """No graph break, and no recompilation for another number of pairs or tokens."""
+    """No graph break, and no recompilation for another number of pairs or tokens, where there is a kernel for all rows."""
     from torch._dynamo.utils import counters
+    transformers.AttentionInterface.register("gathered", dpo.gathered_attention)
+    monkeypatch.setattr(dpo, "varlen_attn", opaque_kernel())
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     folder = tiny_model("llama")
     policy = make_policy(folder, "packed", checkpointing, compiled=True)
+    monkeypatch.setattr(policy, "fused", True)
     torch._dynamo.reset()
     counters.clear()
     for name in ("five unequal pairs", "one long pair"):
