@@ -319,7 +319,7 @@ def varlen_agrees(device, dtype):
         try:
             found += [torch.stack([gathered_attention(*inputs, sliding_window=window)[0]
                                    for window in (None, 4)])]
-        except RuntimeError:  # no such kernel
+        except Exception:  # no such kernel, or called in another way
             return False
     return torch.allclose(*found, atol=0.02)
 

@@ -96,10 +96,11 @@ def steps(path, pairs, sketch):
                 dpo.pair_losses(policy, part, plain, {}, args).sum().backward()
 
         def auxiliary():
-            margins, output = auxdpo.forward_first(policy, lists, aux, args)
+            margins, outputs = auxdpo.forward_first(policy, lists, aux, args)
             auxdpo.update_delta(rows, margins, aux, args)
-            for number, part in enumerate(lists):
-                auxdpo.pair_losses(policy if number else lambda *_: output, part, aux, {}, args).sum().backward()
+            for part in lists:
+                run = (lambda *_: outputs.pop()) if outputs else policy
+                auxdpo.pair_losses(run, part, aux, {}, args).sum().backward()
 
         times = {ordinary: [], auxiliary: []}
         for turn in range(8):

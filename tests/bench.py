@@ -1,7 +1,7 @@
 """One optimiser step of DPO, our three layouts against TRL's DPOTrainer: time, memory, and the distance to the matrix products.
 
     python tests/bench.py [--work hh,dialogues,...] [--contenders packed,concatenated,separate,trl,trl 8] [--rounds 5] [--out results/bench]
-    python tests/bench.py --work hh --contenders "packed,packed selective,packed full,packed compile" --out results/bench_packed
+    python tests/bench.py --work hh --contenders "packed,packed selective,packed full,packed compile,trl 1 full,trl 8 full" --out results/bench_packed
     python tests/bench.py --work hh --profile
 
 Each contender is a process of its own with the same model, the same pairs and the same global batch; they take turns, one step
@@ -117,7 +117,7 @@ def ours(layout, how, model_folder, pairs, max_tokens):
     return step
 
 
-def trl(model_folder, pairs, size):
+def trl(model_folder, pairs, size, how):
     import datasets
     import torch
     import transformers
@@ -132,6 +132,8 @@ def trl(model_folder, pairs, size):
     rows = datasets.Dataset.from_list([dict(prompt="a", chosen="a a", rejected="a a a")] * 2)
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
     trainer.model.train()
+    if how == "full":
+        trainer.model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = torch.optim.AdamW(trainer.model.parameters(), 1e-6, fused=True)
 
     def step(rows, size=size):
@@ -159,8 +161,11 @@ def memory(name):
 def contender(name, model_folder, folder, max_tokens):
     import ctypes
     pairs = json.loads((Path(folder) / "pairs.json").read_text())
-    way, _, how = name.partition(" ")
-    step = trl(model_folder, pairs, int(how or 4)) if way == "trl" else ours(way, how, model_folder, pairs, max_tokens)
+    way, *how = name.split()
+    if way == "trl":
+        step = trl(model_folder, pairs, int(how[0]), how[-1])
+    else:
+        step = ours(way, "".join(how), model_folder, pairs, max_tokens)
     for line in sys.stdin:
         rows = json.loads(line)
         gc.collect()
@@ -315,8 +320,8 @@ def main():
     if args.contender:
         return contender(args.contender, args.model, args.folder, args.max_tokens)
     for name in args.contenders.split(","):
-        if not re.fullmatch(r"(packed|concatenated|separate)( selective| full| compile)?|trl( [1-9]\d*)?", name):
-            sys.exit(f"error: --contenders {name!r} is none: packed, concatenated, separate (selective, full, compile), trl, trl N")
+        if not re.fullmatch(r"(packed|concatenated|separate)( selective| full| compile)?|trl( [1-9]\d*( full)?)?", name):
+            sys.exit(f"error: --contenders {name!r} is none: packed, concatenated, separate (selective, full, compile), trl, trl N (full)")
     args.out.mkdir(parents=True, exist_ok=True)
     known = args.out / "bench.json"
     found = json.loads(known.read_text()) if known.exists() else {}  # of other workloads, maybe of other calls

@@ -167,10 +167,12 @@ def tiny_model(tmp_path_factory):
     return make
 
 
-def tiny_policy(script, folder, layout="packed"):
+def tiny_policy(script, folder, layout="packed", checkpointing="off"):
     """The Policy that main() of a training script makes of a model folder, in a process group."""
     model, weights, _ = script.build_model(types.SimpleNamespace(model=folder, layout=layout))
     score = [script.token_scores] if hasattr(script, "token_scores") else []
+    if checkpointing != "off":
+        script.checkpoint_blocks(model, checkpointing)
     policy = script.Policy(model, *score)
     return script.shard(policy, weights, torch.float32, torch.device("cpu"))
 

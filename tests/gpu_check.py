@@ -5,6 +5,7 @@ dpo.py as a user would (through torchrun if there are several GPUs), in bfloat16
 in all three layouts, and checks what must hold on every device:
 
     the first loss is ln 2 (dpo.py stops if it is not); the layouts agree on log-probs and gradient norm;
+    the kernel for rows of unequal length, if dpo.py takes it, agrees with attention row by row (its time is printed);
     the host waits for the GPU nowhere between two micro-batches (torch.cuda.set_sync_debug_mode);
     a run continued from a checkpoint ends with the weights of the run that was not interrupted.
 
@@ -85,24 +86,49 @@ def lines(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def check_no_sync(model, data, max_tokens):
-    """Two micro-batches forward and backward in this process; PyTorch raises at a call that waits for the GPU."""
+def check_in_process(model, data, max_tokens):
+    """Two micro-batches forward and backward in this process. PyTorch raises at a call that waits for the GPU; then the same
+    with and without the kernel for rows of unequal length. Returns failures."""
     sys.path.insert(0, str(ROOT))
     import dpo
     args = dpo.Args(model=str(model), data=str(data), max_tokens=max_tokens)
     rank, world, device, dtype = dpo.start_process_group("auto")
+    cuda = device.type == "cuda"
     splits, _ = dpo.load_data(args)
     empty, weights, digest = dpo.build_model(args)
     dpo.load_reference(args, digest, dtype, splits)
     policy, totals = dpo.shard(dpo.Policy(empty), weights, dtype, device), {}
+    transformers.AttentionInterface.register("gathered", dpo.gathered_attention)  # not that of a script imported later
     for mode in ("default", "default", "error", "error"):  # the first calls allocate, compile and load kernels
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.set_sync_debug_mode(mode)
         dpo.pair_losses(policy, [0, 1], splits["train"], totals, args).sum().backward()
-    if device.type == "cuda":
+    if cuda:
         torch.cuda.set_sync_debug_mode("default")
+    print(f"no wait for the device between micro-batches: {'yes' if cuda else 'a CPU, nothing to see'}")
+    failures, found, rows = [], {}, list(range(8))
+    for fused in [True, False] if policy.fused else []:
+        policy.fused = fused
+        for _ in range(3):
+            policy.zero_grad()
+            torch.cuda.synchronize()
+            start = time.time()
+            losses = dpo.pair_losses(policy, rows, splits["train"], {}, args)
+            losses.sum().backward()
+            torch.cuda.synchronize()
+            seconds = time.time() - start
+        norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters()), 1e9).full_tensor().item()
+        found[fused] = seconds, losses.sum().item(), norm
+    if found:
+        (fast, loss, norm), (slow, slow_loss, slow_norm) = found[True], found[False]
+        print(f"8 pairs forward and backward: {fast:.3f} s with the kernel for rows of unequal length, {slow:.3f} s row by row "
+              f"({slow / fast:.2f} x); losses {loss:.4f} and {slow_loss:.4f}, gradients {norm:.4g} and {slow_norm:.4g}")
+        if abs(loss / slow_loss - 1) > 1e-2 or abs(norm / slow_norm - 1) > 0.1:
+            failures.append(f"the kernel gives loss {loss} and gradient {norm}, row by row {slow_loss} and {slow_norm}")
+    else:
+        print(f"no kernel for rows of unequal length on {device.type} in {dtype}: row by row")
     dist.destroy_process_group()
-    print(f"no wait for the device between micro-batches: {'yes' if device.type == 'cuda' else 'a CPU, nothing to see'}")
+    return failures
 
 
 VARIANTS = ("gaussian", 1e-4), ("span", 1e-4), ("gaussian", 0.0), ("span", 0.0), ("exact", 1e-4)  # estimator, --rare
@@ -212,7 +238,7 @@ def main():
     for layout, speed, mfu, memory in rows:
         print(f"| {layout} | {speed:,.0f} | {'' if mfu is None else f'{mfu:.1f}'} | {memory:.1f} |")
     if args.size != "8B":  # all of it on one GPU
-        check_no_sync(model, data, 16 * tokens)
+        failures += check_in_process(model, data, 16 * tokens)
     shutil.rmtree(folder)
     shape = (32000, 4096, 400, 1800) if cuda else (2000, 256, 40, 200)
     print("\nHead {} x {}, {} response tokens, {} perturbations\n".format(*shape))

@@ -4,7 +4,8 @@ prepare_data.py beside one of the bare tokenizer, and a step on several ranks be
     python tests/rates.py [--dataset FILE] [--model FOLDER] [--pairs 32] [--rounds 5] [--copies 8] [--ranks 1,2] [--out results/rates.md]
 
 All in one process, in turns, so that a noisy machine is noisy to all; medians of CPU seconds, ratios of the same round. Steps are
-forward, backward, clipping and AdamW on the same `--pairs` pairs, in one micro-batch and in about four. cache_ref.py is timed with
+forward, backward, clipping and AdamW on the same `--pairs` pairs, in one micro-batch and in about four, these with full activation
+checkpointing too, where AuxDPO keeps the graphs of all. cache_ref.py is timed with
 its files, without the start of Python. prepare_data.py is timed as a user runs it, `--copies` copies of the file in one call, less
 the same call on 64 rows: wall time, all cores, against the tokenizer's own batch call, all cores, on the same rendered texts. Ranks
 have one thread each, and the same pairs per step in all; the tokens/s are those of log.jsonl.
@@ -48,10 +49,10 @@ def some_rows(dataset, folder, count=None, copies=1):
     return path
 
 
-def stepper(name, model_folder, data, max_tokens, rows):
+def stepper(name, model_folder, data, max_tokens, rows, checkpointing="off"):
     """-> a function that takes one optimiser step of an algorithm on these rows."""
     script = importlib.import_module(name)
-    args = script.Args(model=str(model_folder), data=str(data), max_tokens=max_tokens)
+    args = script.Args(model=str(model_folder), data=str(data), max_tokens=max_tokens, activation_checkpointing=checkpointing)
     splits, _ = script.load_data(args)
     train = splits["train"]
     model, weights, digest = script.build_model(args)
@@ -59,6 +60,8 @@ def stepper(name, model_folder, data, max_tokens, rows):
         script.load_reference(args, digest, torch.float32, splits)
     if name == "auxdpo":
         script.load_sketches(args, digest, torch.float32, splits)
+    if checkpointing != "off":
+        script.checkpoint_blocks(model, checkpointing)
     score = script.token_scores if name == "wpo" else script.token_logps
     policy = script.shard(script.Policy(model, score), weights, torch.float32, torch.device("cpu"))
     parameters = list(policy.parameters())
@@ -66,12 +69,12 @@ def stepper(name, model_folder, data, max_tokens, rows):
     lists = script.micro_batches(rows, train["lengths"], args.layout, max_tokens, 1)
 
     def step():
-        first = None
+        outputs = []
         if name == "auxdpo":
-            margins, first = script.forward_first(policy, lists, train, args)
+            margins, outputs = script.forward_first(policy, lists, train, args)
             script.update_delta(rows, margins, train, args)
-        for number, part in enumerate(lists):
-            run = policy if number or first is None else lambda *_: first
+        for part in lists:
+            run = (lambda *_: outputs.pop()) if outputs else policy
             (script.pair_losses(run, part, train, {}, args).sum() / len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -185,13 +188,15 @@ def main():
             lengths = dpo.load_data(dpo.Args(model=str(args.model), data=str(data)))[0]["train"]["lengths"]
             rows = np.arange(args.pairs)
             whole = int(lengths[rows].sum())
-            say("| script | micro-batches | CPU s per step | to dpo.py |\n|---|---:|---:|---:|")
-            for tokens in (whole, max(whole // 4 + lengths.sum(1).max() // 2, lengths.sum(1).max())):
-                made = {name: stepper(name, args.model, data, int(tokens), rows) for name in args.steps.split(",")}
+            say("| script | micro-batches | checkpointing | CPU s per step | to dpo.py |\n|---|---:|---|---:|---:|")
+            quarter, scripts = max(whole // 4 + lengths.sum(1).max() // 2, lengths.sum(1).max()), args.steps.split(",")
+            for tokens, how in (whole, "off"), (quarter, "off"), (quarter, "full"):
+                made = {name: stepper(name, args.model, data, int(tokens), rows, how) for name in scripts
+                        if how == "off" or name in ("dpo", "auxdpo")}
                 seconds = in_turns({name: step for name, (step, _) in made.items()}, args.rounds)
                 for name, each in seconds.items():
                     ratio = median(a / b for a, b in zip(each, seconds["dpo"]))
-                    say(f"| {name}.py | {made[name][1]} | {median(each):.2f} | {ratio:.2f} |")
+                    say(f"| {name}.py | {made[name][1]} | {how} | {median(each):.2f} | {ratio:.2f} |")
                 del made
             train, _ = stepper("dpo", args.model, data, 2048, np.arange(len(lengths)))
             seconds = in_turns(dict(train=train, cache=cacher(args.model, data, 2048, folder / "cache")), 3)

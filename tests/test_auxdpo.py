@@ -235,11 +235,28 @@ def test_the_margins_of_a_first_pass_are_those_of_the_second(tiny_model):
     split = split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1)))
     split["ref"] = np.pad(split["ref"], ((0, 0), (0, 3)))
     args, totals = arguments(beta=0.7), {}
-    margins, output = auxdpo.forward_first(policy, [np.array([1, 4, 0]), np.array([2, 3])], split, args)
+    margins, (output,) = auxdpo.forward_first(policy, [np.array([1, 4, 0]), np.array([2, 3])], split, args)
     auxdpo.pair_losses(policy, np.arange(5), split, totals, args)
     assert margins.sum().item() == pytest.approx(totals["rewards/margins"].item(), rel=1e-5) and margins[5] == 0
     truth = policy(dpo.collate([pairs[i] for i in (1, 4, 0)], "packed"))[0]
     assert torch.equal(output[0], truth) and output[0].requires_grad
+
+
+def test_with_full_checkpointing_no_block_runs_more_often_than_in_dpo(tiny_model):
+    """Graphs that hold inputs of blocks alone are kept for all micro-batches: forward, and again in the backward pass."""
+    pairs, policy = random_pairs(SIZES), tiny_policy(auxdpo, tiny_model("llama"), checkpointing="full")
+    split = split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1)))
+    split["ref"] = np.pad(split["ref"], ((0, 0), (0, 3)))
+    parts, calls = [np.array([1, 4, 0]), np.array([2, 3])], []
+    policy.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(0))
+    margins, outputs = auxdpo.forward_first(policy, parts, split, arguments(activation_checkpointing="full"))
+    assert len(calls) == 2 and all(output[0].requires_grad for output in outputs)
+    for part in parts:
+        truth = policy(dpo.collate([pairs[i] for i in part], "packed"))[0]
+        assert torch.equal(outputs[-1][0], truth)
+        calls.clear()
+        outputs.pop()[0].sum().backward()
+        assert len(calls) == 1
 
 
 # ---- the exact null space

@@ -39,6 +39,7 @@ PLANS = [
     ("dpo", "mixtral", "packed"),
     ("dpo", "lfm2", "concatenated"),
     *((name, "llama-tied", layout) for name in list(SCRIPTS)[1:] for layout in ("packed", "separate")),
+    ("auxdpo", "llama-tied", "packed, full"),  # all micro-batches keep their graphs
 ]
 SIZES = [(1, 1, 4), (7, 9, 1), (23, 5, 17), (2, 30, 2), (12, 3, 11), (3, 3, 3), (5, 8, 6)]
 CASES = {
@@ -62,12 +63,13 @@ def make_split(name="dpo"):
 
 def one_step(script, policy, split, layout, count, small):
     """What main() does up to the optimiser, for the first `count` pairs -> loss, pairs dealt, gradients."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world, (layout, _, checkpointing) = dist.get_rank(), dist.get_world_size(), layout.partition(", ")
     rows = np.arange(count)[::-1].copy()
     limit = int(script.pair_costs(split["lengths"][rows], layout).max()) if small else 10_000
     args = types.SimpleNamespace(
         layout=layout,
         max_tokens=limit,
+        activation_checkpointing=checkpointing or "off",
         beta=0.3,
         gamma_beta_ratio=0.5,
         label_smoothing=0.1,
@@ -79,10 +81,10 @@ def one_step(script, policy, split, layout, count, small):
     totals, lists = {}, script.micro_batches(rows, split["lengths"], layout, limit, world)
     mine = lists[rank::world]
     if script is auxdpo:
-        margins, output = script.forward_first(policy, mine, split, args)
+        margins, outputs = script.forward_first(policy, mine, split, args)
         script.update_delta(rows, margins, split, args)
-    for number, part in enumerate(mine):
-        run = policy if number or script is not auxdpo else lambda *_: output
+    for part in mine:
+        run = (lambda *_: outputs.pop()) if script is auxdpo and outputs else policy
         losses = script.pair_losses(run, part, split, totals, args)
         (losses.sum() * world / len(rows)).backward()
     dealt = [None] * world
@@ -100,7 +102,7 @@ def all_steps(folders):
     """{(script, family, layout, case): one_step}"""
     results = {}
     for name, family, layout in PLANS:
-        policy = tiny_policy(SCRIPTS[name], folders[family], layout)
+        policy = tiny_policy(SCRIPTS[name], folders[family], layout.split(", ")[0], (layout.split(", ") + ["off"])[1])
         for case, (count, small) in CASES.items():
             step = one_step(SCRIPTS[name], policy, make_split(name), layout, count, small)
             results[name, family, layout, case] = step
