@@ -240,8 +240,8 @@ def collate(pairs, layout, put=torch.from_numpy):
             batch |= dict(input_ids=ids[kept][None], position_ids=np.nonzero(kept)[1][None])
             counts = np.stack([kept.sum(1), real.sum(1)])  # (2, rows) new tokens, all tokens
             ends = np.pad(counts.cumsum(1), ((0, 0), (1, 0))).astype(np.int32)
-            pack = dict(keys=put(cells[real]), ends=put(ends), counts=counts.T.tolist(),
-                        longest=counts.max(1).tolist())
+            pack = dict(keys=put(cells[real]), ends=put(ends), longest=counts.max(1).tolist(),
+                        counts=counts.T)  # an array, as torch.compile would know a list by heart
         batch |= dict(targets=ids[response], source=cells[:, :-1][response[:, 1:]])
         batch = {name: put(array) for name, array in batch.items()}
         batches.append(batch | dict(sizes=responses[:, 0].tolist(), pack=pack))
@@ -267,10 +267,10 @@ def gathered_attention(module, query, key, value, attention_mask, pack=None, **k
         output = attention_by_row(module, query, key, value, pack["counts"], kwargs)
     return output[None], None
 
-@torch.compiler.disable  # it would be another graph for each number of rows
+@torch.compiler.disable  # compiled, it would be another graph for each number of rows
 def attention_by_row(module, query, key, value, counts, kwargs):
     """query, key, value (K, H, d) of rows that stand one after another -> new tokens (L, H, d)."""
-    outputs, sizes = [], [length for _, length in counts]
+    outputs, sizes = [], counts[:, 1].tolist()
     for (new, length), *row in zip(counts, *(x.split(sizes) for x in (query, key, value))):
         q, k, v = (x.transpose(0, 1)[None] for x in row)  # (1, H, length, d)
         q = q[:, :, -new:] if 2 * new < length else q  # a mask costs what causality saves, a half

@@ -313,7 +313,7 @@ def test_a_packed_row_holds_every_prompt_and_every_response_once():
         sum(len(p["prompt"] + p["chosen"] + p["rejected"]) for p in pairs),
     )
     texts = [p["prompt"] + p[side] for side in ("chosen", "rejected") for p in pairs]
-    rows = batch["pack"]["keys"].split([length for _, length in batch["pack"]["counts"]])
+    rows = batch["pack"]["keys"].split(batch["pack"]["counts"][:, 1].tolist())
     for row, text in zip(rows, texts, strict=True):
         assert batch["input_ids"][0, row].tolist() == text
         assert batch["position_ids"][0, row].tolist() == list(range(len(text)))
@@ -432,6 +432,20 @@ def test_compiled_blocks_are_one_graph_for_all_shapes(tiny_model, checkpointing,
     for pairs in random:
         policy(dpo.collate(pairs, "packed"))[0].sum().backward()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_compiled_once_where_attention_goes_row_by_row(tiny_model, monkeypatch):
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    policy, graphs = make_policy(tiny_model("llama"), "packed", compiled=True), []
+    monkeypatch.setattr(policy, "fused", False)
+    torch._dynamo.reset()
+    counters.clear()
+    for i in range(4):
+        policy(dpo.collate(random_pairs([(5 + i, 9, 7 + j) for j in range(2, 5 + i)]), "packed"))[0].sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * 4
 
 
 @pytest.mark.slow
