@@ -228,10 +228,11 @@ def collate(pairs, layout, put=torch.from_numpy):
     """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
 
     Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
-    one row (1, L) without padding and second copies of prompts, and pack says which of its tokens
-    stand for a row: keys (K,), row after row, the last counts[row][0] of counts[row][1] not there
-    before; ends (2, rows + 1) adds these up. source (M,) indexes the flattened input_ids: the token
-    that predicts targets (M,); sizes are the response lengths and sum to M."""
+    one row (1, L) without padding and second copies of prompts, and pack says what of it makes up
+    each row: keys (K,), row after row; counts (rows, 2), how many of a row's tokens, its last, no
+    row before it has, and how many there are; ends (2, rows + 1), both added up. source (M,)
+    indexes the flattened input_ids: the token that predicts targets (M,); sizes are the response
+    lengths and sum to M."""
     batches = []
     for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
         texts = [(pair["prompt"], pair[side]) for side in sides for pair in pairs]
