@@ -316,23 +316,29 @@ def causal_attention(module, query, key, value, scaling=None, sliding_window=Non
 # torch 2.11 takes grouped heads without being asked
 GROUPED = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-@torch.no_grad()
+@torch.enable_grad()
 def varlen_agrees(device, dtype):
     """Whether this device has PyTorch's kernel for rows of unequal length in this precision, and it
-    gives what one row after another gives, for two small pairs, with a window and without."""
-    pairs = [dict(prompt=[0] * 2, chosen=[0] * 9, rejected=[0] * 5),
-             dict(prompt=[0] * 40, chosen=[0] * 3, rejected=[0] * 7)]
+    gives what one row after another gives, and its gradient, for three small pairs."""
+    pairs = [dict(prompt=[0] * prompt, chosen=[0] * chosen, rejected=[0] * rejected)
+             for prompt, chosen, rejected in [(2, 9, 5), (40, 3, 7), (150, 200, 90)]]
     batch = collate(pairs, "packed", lambda array: torch.from_numpy(array).to(device))[0]
     shape, found = (3, 1, 4, batch["input_ids"].numel(), 64), []
-    query, key, value = torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
-    for fused in (True, False):
-        inputs = None, query, key[:, :2], value[:, :2], None, batch["pack"] | dict(fused=fused)
-        try:
-            found += [torch.stack([gathered_attention(*inputs, sliding_window=window)[0]
-                                   for window in (None, 4)])]
-        except Exception:  # no such kernel, or called in another way
-            return False
-    return torch.allclose(*found, atol=0.02)
+    states = torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
+    query, key, value = states.requires_grad_()
+    try:
+        for which in range(6):
+            fused, window = which < 3, (None, 4, 170)[which % 3]
+            inputs = None, query, key[:, :2], value[:, :2], None, batch["pack"] | dict(fused=fused)
+            output = gathered_attention(*inputs, sliding_window=window)[0]
+            found += [output.detach(), torch.autograd.grad(output.cos().sum(), states)[0]]
+        same = all((a - b).norm() < 0.05 * b.norm() for a, b in zip(found[:6], found[6:]))
+        assert same, "it computes something else"
+    except Exception as error:  # no such kernel, or called in another way
+        if device.type == "cuda" and dist.get_rank() == 0:
+            tqdm.write(f"attention goes row by row, not by torch.nn.attention.varlen: {error!r}")
+        return False
+    return True
 
 transformers.AttentionInterface.register("gathered", gathered_attention)
 
@@ -486,9 +492,9 @@ def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False, gro
     blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     for block in blocks[::-1]:  # blocks within blocks first
         block.training = getattr(block, "gradient_checkpointing", False)  # the one use of training
-        if compiled:  # inside the hooks of FSDP, which it could not trace
-            block.forward = torch.compile(block.forward, dynamic=True)
         fully_shard(block, **rules)
+        if compiled:  # what is within the hooks of FSDP, which it could not trace
+            block.forward = torch.compile(block.forward, dynamic=True)
     table = model.get_input_embeddings()
     if table.weight is not model.get_output_embeddings().weight:
         fully_shard(table, **rules)  # reduced after the head, not with it: a peak half as high

@@ -295,7 +295,7 @@ def write_tables(found, out):
             lines.append([work, name, f"{r['pairs'] / r['cpu']:.2g}", f"{r['useful'] / r['cpu']:.0f}", f"{r['ratio']:.2f}",
                           f"{r['extra'] / 2**30:.2f}", f"{memory:.2f}", f"{100 * r['bound']:.0f} %"])
             cell[name] = f"{r['ratio']:.2f}, {memory:.2f}"
-        best = [name for name in cell if name.startswith("trl") and name != "trl 8"]
+        best = [name for name in cell if re.fullmatch(r"trl \d+", name) and name != "trl 8"]
         short.append([work, cell.get("concatenated", ""), cell[best[0]] if best else "", cell.get("trl 8", "")])
     notes = [*(found[work]["how"] for work in filter(found.get, WORKS)), "trl N: N pairs per micro-batch"]
     table = lambda rows: "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn.attention import varlen
 
 import dpo
 from conftest import ATTENTION, FAMILIES, MOE, RECURRENT, VOCAB, WINDOW, random_pairs
@@ -256,11 +257,11 @@ def slow_kernel(query, key, value, ends, key_ends, longest, longest_key, scale=N
     query of each is aligned with its last key (shift = 0)."""
     assert ends.dtype == key_ends.dtype == torch.int32 and ends[-1] == len(query) and key_ends[-1] == len(key) == len(value)
     assert longest == ends.diff().max() and longest_key == key_ends.diff().max()
+    assert query.shape[2] % 8 == 0
     outputs, (back, ahead) = [], window_size
     for first, last, start, stop in zip(ends[:-1], ends[1:], key_ends[:-1], key_ends[1:]):
         q, k, v = query[first:last], key[start:stop], value[start:stop]
         groups = q.shape[1] // k.shape[1]
-        assert groups == 1 or enable_gqa or not dpo.GROUPED
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         distance = torch.arange(len(q))[:, None] + (len(k) - len(q)) + shift - torch.arange(len(k))
         seen = (distance >= -ahead) & (distance <= (back if back >= 0 else len(k)))
@@ -269,34 +270,75 @@ def slow_kernel(query, key, value, ends, key_ends, longest, longest_key, scale=N
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("family", ATTENTION)
-def test_a_kernel_for_rows_of_unequal_length_is_given_the_rows_that_a_packed_one_stands_for(tiny_model, family, monkeypatch):
-    """The kernel itself runs on a GPU only (tests/gpu_check.py); all around it is tested with its definition in its place."""
+OPERATORS = varlen._varlen_attn, varlen._varlen_attn_backward
+kernels = []  # what is computed for PyTorch's operator on a CPU; nothing, as in reality, unless a test says so
+
+
+@OPERATORS[0].register_kernel("cpu")
+def forward_kernel(query, key, value, ends, key_ends, longest, longest_key, is_causal, scale, window, *_):
+    if not kernels:
+        raise NotImplementedError("none on a CPU")
+    output = kernels[0](query, key, value, ends, key_ends, longest, longest_key, scale, tuple(window), True)
+    return output, query.new_zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
+
+
+@OPERATORS[1].register_kernel("cpu")
+def backward_kernel(grad, query, key, value, output, lse, ends, key_ends, longest, longest_key, is_causal, rng, scale, window):
+    def differentiate():
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        output = kernels[0](*leaves, ends, key_ends, longest, longest_key, scale, tuple(window), True)
+        return torch.autograd.grad(output, leaves, grad)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # autograd is off within an operator, in its own thread
+        return thread.submit(differentiate).result()
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """torch.nn.attention.varlen with its definition for the kernel that only a GPU has (tests/gpu_check.py): its checks, its
+    shapes for the compiler, its gradient formula and its operator are the real ones. Gives the calls."""
     calls = []
+    monkeypatch.setattr(sys.modules[__name__], "kernels", [lambda *inputs: calls.append(0) or slow_kernel(*inputs)])
     transformers.AttentionInterface.register("gathered", dpo.gathered_attention)  # not that of another script
-    monkeypatch.setattr(dpo, "varlen_attn", lambda *a, **k: calls.append(0) or slow_kernel(*a, **k))
-    policy = make_policy(tiny_model(family), "packed")
-    monkeypatch.setattr(policy, "fused", True)
+    return calls
+
+
+def fused_policy(kernel, *inputs, **flags):
+    """A new packed policy, which has found the kernel by itself."""
+    policy = make_policy.__wrapped__(inputs[0], "packed", *inputs[1:], **flags)
+    assert policy.fused and len(kernel) == 6  # forward and backward, with three windows
+    kernel.clear()
+    return policy
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_a_kernel_for_rows_of_unequal_length_is_given_the_rows_that_a_packed_one_stands_for(tiny_model, family, kernel):
+    policy = fused_policy(kernel, tiny_model(family))
     for name in BATCHES:
         result = ours(policy, dpo.collate(batch_of(name), "packed"), batch_of(name))
         assert_same(result, hugging_face(tiny_model(family), name))
     layers = policy.model.config.get_text_config().num_hidden_layers
-    assert len(calls) == (0 if family in ("gemma2", "gpt-oss") else layers * len(BATCHES))  # soft-caps and sinks
+    assert len(kernel) == (0 if family in ("gemma2", "gpt-oss") else 2 * layers * len(BATCHES))  # soft-caps and sinks
 
 
 def test_that_kernel_is_taken_where_it_is_there_and_right(monkeypatch):
     cpu = torch.device("cpu"), torch.float32
     assert not dpo.varlen_agrees(*cpu)  # there is none for a CPU
 
-    def no_window(*args, window_size, **kwargs):
-        return slow_kernel(*args, window_size=(-1, 0), **kwargs)
+    def no_window(*args):
+        return slow_kernel(*args[:8], (-1, 0))
 
-    def wide_window(*args, window_size, **kwargs):
-        return slow_kernel(*args, window_size=(window_size[0] + (window_size[0] > 0), 0), **kwargs)
+    def wide_window(*args):
+        return slow_kernel(*args[:8], (args[8][0] + (args[8][0] > 0), 0))
+
+    def wrong_gradient(query, key, value, *args):
+        return slow_kernel(query, key, value.detach() + (value - value.detach()) / 2, *args)
+
+    def another_interface(*args):
+        raise TypeError("other arguments")
     for kernel, right in [(slow_kernel, True), (functools.partial(slow_kernel, shift=1), False), (no_window, False),
-                          (wide_window, False)]:
-        monkeypatch.setattr(dpo, "varlen_attn", kernel)
-        assert dpo.varlen_agrees(*cpu) == right
+                          (wide_window, False), (wrong_gradient, False), (another_interface, False)]:
+        monkeypatch.setattr(sys.modules[__name__], "kernels", [kernel])
+        assert dpo.varlen_agrees(*cpu) == right, kernel
 
 
 def test_the_choice_of_a_kernel_draws_no_random_number():
@@ -383,46 +425,45 @@ def test_selective_checkpointing_computes_no_matrix_product_twice(tiny_model):
     assert 0 < made["off"][cheap] < made["selective"][cheap] == made["full"][cheap]
 
 
-def opaque_kernel():
-    """slow_kernel as the compiler sees PyTorch's: one operator with a shape and a gradient, and nothing inside."""
-    def run(q, k, v, ends, key_ends, longest, longest_key, scale):
-        return slow_kernel(q, k, v, ends, key_ends, longest, longest_key, scale, (-1, 0), True)
+@pytest.mark.parametrize("how, calls", [("off", 2), ("selective", 2), ("full", 3)])
+def test_selective_checkpointing_keeps_what_the_kernel_for_rows_made(tiny_model, kernel, how, calls):
+    policy = fused_policy(kernel, tiny_model("llama"), how)
+    policy(dpo.collate(batch_of("five unequal pairs"), "packed"))[0].sum().backward()
+    assert len(kernel) == calls * policy.model.config.num_hidden_layers  # forward, backward, and again
 
-    @torch.library.custom_op("tests::rows", mutates_args=())
-    def rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, key_ends: torch.Tensor, longest: int,
-             longest_key: int, scale: float) -> torch.Tensor:
-        return run(q, k, v, ends, key_ends, longest, longest_key, scale)
 
-    @torch.library.custom_op("tests::rows_backward", mutates_args=())
-    def rows_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor,
-                      key_ends: torch.Tensor, longest: int, longest_key: int, scale: float) -> list[torch.Tensor]:
-        def differentiate():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            output = run(*leaves, ends, key_ends, longest, longest_key, scale)
-            return list(torch.autograd.grad(output, leaves, grad))
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # autograd is off within an operator, in its own thread
-            return thread.submit(differentiate).result()
+def saved_bytes(policy):
+    """What autograd keeps for the backward pass, of a batch, after a first call."""
+    seen, batches = {}, dpo.collate(batch_of("five unequal pairs"), "packed")
+    policy(batches)[0].sum().backward()
 
-    def setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:5])
-        ctx.rest = inputs[5:]
-    rows.register_fake(lambda q, *_: torch.empty_like(q))
-    rows_backward.register_fake(lambda grad, q, k, v, *_: [torch.empty_like(x) for x in (q, k, v)])
-    rows.register_autograd(lambda ctx, grad: (*rows_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 5), setup_context=setup)
-    return lambda *args, scale, window_size, enable_gqa=True: rows(*args, scale)
+    def keep(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy(batches)[0].sum().backward()
+    policy.zero_grad()
+    return sum(seen.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["off", "selective"])
-def test_compiled_blocks_are_one_graph_for_all_shapes(tiny_model, checkpointing, monkeypatch):
-    """No graph break, and no recompilation for another number of pairs or tokens, where there is a kernel for all rows."""
-    from torch._dynamo.utils import counters
-    transformers.AttentionInterface.register("gathered", dpo.gathered_attention)
-    monkeypatch.setattr(dpo, "varlen_attn", opaque_kernel())
+def test_checkpointing_saves_as_much_when_blocks_are_compiled(tiny_model, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     folder = tiny_model("llama")
-    policy = make_policy(folder, "packed", checkpointing, compiled=True)
-    monkeypatch.setattr(policy, "fused", True)
+    plain = {how: saved_bytes(make_policy(folder, "packed", how)) for how in ("off", "full")}
+    assert plain["full"] < 0.3 * plain["off"]
+    assert saved_bytes(make_policy(folder, "packed", "full", compiled=True)) < 1.1 * plain["full"]
+    assert saved_bytes(make_policy(folder, "packed", "off", compiled=True)) > 0.7 * plain["off"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
+def test_compiled_blocks_are_one_graph_for_all_shapes(tiny_model, checkpointing, kernel, monkeypatch):
+    """No graph break, and no recompilation for another number of pairs or tokens, where there is a kernel for all rows."""
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    folder = tiny_model("llama")
+    policy = fused_policy(kernel, folder, checkpointing, compiled=True)
     torch._dynamo.reset()
     counters.clear()
     for name in ("five unequal pairs", "one long pair"):
@@ -439,7 +480,6 @@ def test_compiled_blocks_are_compiled_once_where_attention_goes_row_by_row(tiny_
     from torch._dynamo.utils import counters
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     policy, graphs = make_policy(tiny_model("llama"), "packed", compiled=True), []
-    monkeypatch.setattr(policy, "fused", False)
     torch._dynamo.reset()
     counters.clear()
     for i in range(4):
