@@ -498,6 +498,7 @@ def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False, gro
     table = model.get_input_embeddings()
     if table.weight is not model.get_output_embeddings().weight:
         fully_shard(table, **rules)  # reduced after the head, not with it: a peak half as high
+        table.set_unshard_in_backward(False)  # whose gradient needs the token ids alone
     fully_shard(policy, **rules)
     whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
     for key, empty in [*model.named_parameters(), *model.named_buffers()]:
