@@ -310,7 +310,7 @@ def varlen_agrees(device, dtype):
         assert same, "it computes something else"
     except Exception as error:  # no such kernel, or called in another way
         if device.type == "cuda" and dist.get_rank() == 0:
-            tqdm.write(f"attention goes row by row, not by torch.nn.attention.varlen: {error!r:.99}")
+            tqdm.write(f"attention row by row, not by torch.nn.attention.varlen: {error!r:.99}")
         return False
     return True
 
