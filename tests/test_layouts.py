@@ -472,7 +472,9 @@ def test_compiled_blocks_are_one_graph_for_all_shapes(tiny_model, checkpointing,
     random = [random_pairs([(5 + i, 9, 7 + j) for j in range(2, 5 + i)]) for i in range(4)]
     for pairs in random:
         policy(dpo.collate(pairs, "packed"))[0].sum().backward()
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    inside = hasattr(policy.model, "activation_checkpointing_enable")  # since transformers 5.22; before, FSDP's hooks are in it too
+    graphs = 1 if inside or checkpointing == "off" else 2  # and the second computation is another graph
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
 @pytest.mark.slow
