@@ -357,11 +357,11 @@ class Policy(torch.nn.Module):
 
         Logits exist for `chunk` response tokens at a time (0: 256 MiB of them), and the backward
         pass makes them again, but for the last chunk, with which it begins."""
-        sums, router_loss, names = [], 0.0, ("input_ids", "position_ids")
+        sums, router_loss = [], 0.0
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         chunk = chunk or math.ceil(2**26 / config.vocab_size)
         for batch in batches:
-            inputs = {name: batch[name] for name in names}
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
             inputs |= dict(pack=batch["pack"] | dict(fused=self.fused)) if batch["pack"] else {}
             inputs |= dict(output_router_logits=True) if router else {}
             output = self.model.base_model(**inputs, use_cache=False)

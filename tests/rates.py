@@ -5,8 +5,7 @@ prepare_data.py beside one of the bare tokenizer, and a step on several ranks be
 
 All in one process, in turns, so that a noisy machine is noisy to all; medians of CPU seconds, ratios of the same round. Steps are
 forward, backward, clipping and AdamW on the same `--pairs` pairs, in one micro-batch and in about four, these with full activation
-checkpointing too, where AuxDPO keeps the graphs of all. cache_ref.py is timed with
-its files, without the start of Python. prepare_data.py is timed as a user runs it, `--copies` copies of the file in one call, less
+checkpointing too, where AuxDPO keeps up to four graphs. cache_ref.py is timed with its files, without the start of Python. prepare_data.py is timed as a user runs it, `--copies` copies of the file in one call, less
 the same call on 64 rows: wall time, all cores, against the tokenizer's own batch call, all cores, on the same rendered texts. Ranks
 have one thread each, and the same pairs per step in all; the tokens/s are those of log.jsonl.
 """
