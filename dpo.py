@@ -151,8 +151,9 @@ def load_data(args, names=("train", "val")):
     data, splits = Path(args.data), {}
     remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
     near = Path(args.model).parent
-    if not Path(args.model).exists() and near.is_dir() and near != Path():  # no name on the hub
-        fail(f"--model {args.model} is not there, only its parent {near}; correct the path")
+    no_hub_name = len(near.parts) > 1 or near.is_dir() and near != Path()
+    if not Path(args.model).exists() and no_hub_name:
+        fail(f"--model {args.model} is not there; correct the path")
     with explain(f"--data {data} or the tokenizer of {args.model} cannot be read ({{}}); {remake}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         meta = json.loads((data / "meta.json").read_text())
