@@ -2,16 +2,15 @@
 
 It is the term log ref of DPO's eq. 7 (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), a
 constant that the training scripts read, so that the reference is never in memory beside the policy.
-Model, precision and forward function are those of training, whose first batch checks that they are.
+Model, precision and forward pass are those of training, which checks this before its first step.
 
     python cache_ref.py --model MODEL --data data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME [--sketch_dim 4096]
 
 Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats, row i for row i of the
-split; the hash is of weights, tokens and precision. While it runs, each process keeps what it has
-in ref-<hash>.partial/. A killed run takes up the parts it finds, with any number of processes, and
-ends with the same bytes, because what shares a forward pass is a function of the data alone
-(sketches made on a GPU: to rounding).
+split; the hash is of weights, tokens and precision. Values that are not known yet are NaN, so a
+killed run continues where it was, with any number of processes, and two may fill one file at once.
+meta.json appears when the files are complete.
 
 For auxdpo.py a second pass adds ref-<hash>/sketch-<hash>/train-sketch.npy, (rows, 2, K): of every
 response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x), so short that all fit on disk
@@ -26,797 +25,773 @@ batched backward pass over frozen weights, and no gradient of a weight is ever f
 With --noise_margin 3 (nats), as in ComPO (Chen et al. 2025, https://arxiv.org/abs/2505.05465), the
 pairs that the reference can hardly tell apart, |log ref(y_w|x) - log ref(y_l|x)| <= 3, go to
 data/NAME/noisy, the others to data/NAME/clean: data folders for every script, with their log-probs.
+
+Read to line 407: settings, the pass, how its files are filled, sketches, the split. Below the rule
+stand the helpers of dpo.py; you can fork this file without opening them.
 """
-import argparse, bisect, contextlib, dataclasses, functools, hashlib, importlib.util, inspect, json
-import math, os, re, shutil, sys, time, types, uuid
+import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, sys, time
+import types, uuid
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # input and output
     model: str  # Hugging Face folder or hub name of the reference
     data: str  # folder made by prepare_data.py
-    layout: str = "packed"  # packed (no padding, each prompt once) | concatenated | separate
+    noise_margin: float = 0.0  # delta, nats: also split the data into noisy/ and clean/; 0 = no
+    # memory and speed
+    layout: Literal["packed", "concatenated", "separate"] = "packed"  # how pairs enter the model
     max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
-    dtype: str = "auto"  # of the computation: auto (bfloat16 on a GPU) | bfloat16 | float32
-    cpu_offload: bool = False  # keep the weights in host memory
-    save_seconds: float = 20.0  # at most so much work is lost when the run is killed
-    noise_margin: float = 0.0  # delta, nats: also split the data into noisy and clean/; 0 = no
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
+    shard_group: int = 0  # ranks that share one copy of the weights, such as a node's; 0 = all
     # sketches for auxdpo.py
     sketch_dim: int = 0  # K, numbers that stand for the gradient of a response; 0 = no sketches
-    sketch_dtype: str = "float16"  # of the sketches on disk: float16 | float32
+    sketch_dtype: Literal["float16", "float32"] = "float16"  # of the sketches on disk
     sketch_modules: str = ""  # sketch only what matches this regex; empty = all that is trained
     lora_rank: int = 0  # as the training will have it, for the sketches; 0 = off
     train_modules: str = ""  # regex of parameter names, as the training will have it; empty = all
     seed: int = 0  # as the training will have it: with --lora_rank, of the initial adapters
 
+def main():
+    args = parse_args(Args)
+    rank, world, device, dtype = start_process_group(args.dtype)
+    if args.sketch_dim:  # every text must be a row of its own
+        args = dataclasses.replace(args, layout="concatenated")
+    with explain(f"--data {args.data} or --model {args.model} cannot be read ({{}})"):
+        splits = load_data(args)
+        model, weights = read_model(args)  # the model is empty; only rank 0 has the weights
+    content = content_hashes(weights, splits, dtype)
+    check_forward(weights, args)
+    choose_attention(model, args)
+    choose_trained(model, weights, args)
+    policy = Policy(model, token_logps).eval()
+    shard(policy, device, dtype, args)
+    place_weights(model, weights, device)
 
-# ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
+    def logps(pairs):
+        with torch.no_grad():
+            return policy(collate(pairs, args.layout)).T  # (n, 2)
 
+    def gradients(pairs):
+        return sketches(policy, pairs, state)  # (n, 2, K)
 
-def fail(message):
-    """End the program with one line on stderr and exit status 1."""
-    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
-    raise SystemExit(f"error: {' '.join(message.split())}")
+    folder = Path(args.data, f"ref-{name_of(content)}")
+    fill_folder(folder, splits, "logps", (2,), "float32", logps, content, args)
+    if args.sketch_dim:
+        state = watch(model, args)
+        train, shape, key = dict(train=splits["train"]), (2, args.sketch_dim), sketch_key(args)
+        fill_folder(folder / f"sketch-{name_of(key)}", train, "sketch", shape, args.sketch_dtype,
+                    gradients, key, args)
+    if args.noise_margin:
+        split_by_margin(folder, splits, content, args)
+    dist.destroy_process_group()
 
-@contextlib.contextmanager
-def explain(trouble):
-    """Replace any error inside `with` by the line `trouble`, the reason standing for its {}."""
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # every layer has its own; that of a checkpoint is no Exception
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        fail(trouble.replace("{}", lines[-1 if "Traceback" in str(error) else 0][:200]))
+# -- files that are filled row by row
+def name_of(key):
+    """12 hex digits for a dict of hashes or settings."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
-def parse_args(cls):
-    """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
-    are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
-    for field in dataclasses.fields(cls):
-        default, note = getattr(cls, field.name, None), notes[field.name].replace("%", "%%")
-        words = re.sub(r" \(.*?\)", "", note).split(": ")[-1].split(" | ")
-        kind = dict(type=field.type, choices=words if len(words) > 1 else None)
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        note += "" if default is None else f" [{default}]"
-        kind |= dict(default=default, required=default is None, help=note)
-        parser.add_argument(f"--{field.name}", **kind)
-    args = cls(**vars(parser.parse_args()))
-    for name, value in vars(args).items():
-        zero = "0 =" in notes[name] or not getattr(cls, name, 0)
-        if type(value) in (int, float) and not (0 < value < math.inf or zero and value == 0):
-            least = "at least" if zero else "above"
-            fail(f"--{name} {value} must be finite and {least} 0: {notes[name]}")
-    return args
+def is_writer():
+    """The first process of each node writes, so that nodes need no common file system."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
-def vocab_hash(tokenizer) -> str:
-    """16 hex digits that change when any token or its id does."""
-    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
-
-def start_process_group(dtype):
-    """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
-    cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    dtype = dict(auto="bfloat16" if cuda else "float32").get(dtype, dtype)
-    return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
-
-def load_data(args, names=("train", "val")):
-    """{split: dict(rows=dataset, lengths=(rows, 3) of its three columns, hash)}, tokenizer"""
-    data, splits = Path(args.data), {}
-    remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
-    near = Path(args.model).parent
-    no_hub_name = len(near.parts) > 1 or near.is_dir() and near != Path()
-    if not Path(args.model).exists() and no_hub_name:
-        fail(f"--model {args.model} is not there; correct the path")
-    with explain(f"--data {data} or the tokenizer of {args.model} cannot be read ({{}}); {remake}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        meta = json.loads((data / "meta.json").read_text())
-        for name in names:
-            rows = datasets.load_from_disk(str(data / name))
-            columns = (rows.data[side] for side in ("prompt", "chosen", "rejected"))
-            lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(int)
-            content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
-            splits[name] = dict(rows=rows, lengths=lengths, hash=content)
-    if vocab_hash(tokenizer) != meta["vocab_hash"]:
-        fail(f"--data {data} holds the tokens of another model than --model {args.model}; {remake}")
+def fill_folder(folder, splits, kind, shape, dtype, compute, key, args):
+    """Fill folder/{split}-{kind}.npy (rows, *shape), where compute(pairs) gives the (n, *shape) of
+    n pairs, and say in meta.json that they are complete."""
+    if is_writer():
+        folder.mkdir(exist_ok=True)
     for name, split in splits.items():
-        if len(split["rows"]) == 0 or split["lengths"].min() == 0:
-            fail(f"{data}/{name} has no pairs, or an empty prompt or response; {remake}")
-        cost = pair_costs(split["lengths"], args.layout)
-        if cost.max() > args.max_tokens:
-            pair = split["rows"][int(cost.argmax())]["id"]
-            fail(f"pair {pair} in {data}/{name} has {cost.max()} tokens, over --max_tokens "
-                 f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
-    return splits, tokenizer
+        path = folder / f"{name}-{kind}.npy"
+        shape_of_all = (len(split["pairs"]), *shape)
+        missing = missing_rows(path, shape_of_all, dtype)
+        while len(missing) > 0:  # once, unless another job has replaced the file at the same time
+            if dist.get_rank() == 0:
+                print(f"{path}: {len(split['pairs']) - len(missing)} of {len(split['pairs'])} pairs "
+                      f"are done; {path.stat().st_size / 1e6:.3g} MB on disk")
+            fill_file(path, missing, split, dtype, compute, args)
+            missing = missing_rows(path, shape_of_all, dtype)
+    if is_writer() and not (folder / "meta.json").exists():
+        write_meta(folder, splits, key, args)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"{folder} is complete")
 
-def pair_costs(lengths, layout):
-    """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
-    longest = lengths[:, 0] + lengths[:, 1:].max(1)
-    return {"packed": lengths.sum(1), "concatenated": 2 * longest, "separate": longest}[layout]
+def write_meta(folder, splits, key, args):
+    """meta.json, which makes a folder complete: its key, and the hashes of the log-probs in it."""
+    paths = {name: folder / f"{name}-logps.npy" for name in splits}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()
+              for name, path in paths.items() if path.exists()}
+    record = dict(key=key, args=dataclasses.asdict(args), sha256=hashes,
+                  torch=torch.__version__, transformers=transformers.__version__)
+    aside = folder / f"meta-{uuid.uuid4().hex}.tmp"
+    aside.write_text(json.dumps(record))
+    aside.rename(folder / "meta.json")
 
-def micro_batches(rows, lengths, layout, max_tokens, world):
-    """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
+def missing_rows(path, shape, dtype):
+    """Numbers of the rows that are not in the file yet, on any node; makes a file of NaN."""
+    missing = torch.zeros(shape[0], dtype=torch.int)
+    if is_writer():
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if path.exists() and path.stat().st_size < size:
+            tqdm.write(f"{path} is damaged, and will be computed again")
+            path.unlink()
+        if not path.exists():
+            new_file(path, shape, dtype)
+        last = np.load(path, mmap_mode="r").reshape(shape[0], -1)[:, -1]  # it is written last
+        missing = torch.from_numpy(np.isnan(last)).int()
+    dist.all_reduce(missing, dist.ReduceOp.MAX)
+    return np.flatnonzero(missing.numpy())
 
-    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it
-    can be: ranks finish together. A list may be empty if there are few rows."""
-    cost, longest = (pair_costs(lengths[rows], name) for name in (layout, "separate"))
-
-    def split(limit):
-        lists, used = [], math.inf
-        for i in np.argsort(-longest, kind="stable"):
-            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padding
-            if used + step > limit:
-                lists.append([])
-                used, step = 0, cost[i]
-            lists[-1].append(i)
-            used += step
-        return lists
-
-    count = math.ceil(len(split(max_tokens)) / world) * world
-    enough = lambda limit: len(split(limit)) <= count
-    lists = split(bisect.bisect_left(range(max_tokens), True, lo=cost.max(), key=enough))
-    while len(lists) < count:
-        big = lists.pop(max(range(len(lists)), key=lambda i: len(lists[i])))
-        lists += [big[:len(big) // 2], big[len(big) // 2:]]
-    return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
-
-def collate(pairs, layout, put=torch.from_numpy):
-    """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
-
-    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
-    one row (1, L) without padding and second copies of prompts, and pack says what of it makes up
-    each row: keys (K,), row after row; counts (rows, 2), how many of a row's tokens, its last, no
-    row before it has, and how many there are; ends (2, rows + 1), both added up. source (M,)
-    indexes the flattened input_ids: the token that predicts targets (M,); sizes are the response
-    lengths and sum to M."""
-    batches = []
-    for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
-        texts = [(pair["prompt"], pair[side]) for side in sides for pair in pairs]
-        starts, responses = np.array([[len(x), len(y)] for x, y in texts]).T[:, :, None]
-        columns = np.arange((starts + responses).max())
-        real = columns < starts + responses  # masks come from lengths, never from token ids
-        response = real & (columns >= starts)
-        ids = np.zeros(real.shape, np.int64)
-        ids[real] = np.concatenate([x + y for x, y in texts])
-        cells = np.arange(ids.size).reshape(ids.shape)
-        batch, pack = dict(input_ids=ids, position_ids=columns[None], real=real), {}
-        if layout == "packed":
-            kept = real & (response | (np.arange(len(texts)) < len(pairs))[:, None])
-            first, second = np.split(np.cumsum(kept).reshape(kept.shape) - 1, 2)
-            cells = np.concatenate([first, np.where(response[len(pairs):], second, first)])
-            batch |= dict(input_ids=ids[kept][None], position_ids=np.nonzero(kept)[1][None])
-            counts = np.stack([kept.sum(1), real.sum(1)])  # (2, rows) new tokens, all tokens
-            ends = np.pad(counts.cumsum(1), ((0, 0), (1, 0))).astype(np.int32)
-            pack = dict(keys=put(cells[real]), ends=put(ends), longest=counts.max(1).tolist(),
-                        counts=counts.T)  # an array, as torch.compile would know a list by heart
-        batch |= dict(targets=ids[response], source=cells[:, :-1][response[:, 1:]])
-        batch = {name: put(array) for name, array in batch.items()}
-        batches.append(batch | dict(sizes=responses[:, 0].tolist(), pack=pack))
-    return batches
-
-def gathered_attention(module, query, key, value, attention_mask, pack=None, **kwargs):
-    """Causal attention over right-padded rows that start at position 0: no padding mask is needed.
-
-    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1, and pack of collate says
-    which tokens are a row: one kernel for all rows, or one row after another where it is not
-    (varlen_agrees) or cannot do what the model asks for. Returns (b, L, H, d)."""
-    if not pack:
-        return causal_attention(module, query, key, value, **kwargs), None
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, H, d)
-    key, value = (x.index_select(0, pack["keys"]) for x in (key, value))  # (K, H, d)
-    fits = key.shape == value.shape and key.shape[2] % 8 == 0 and key.shape[2] <= 256
-    if pack.get("fused") and fits and not special(kwargs):
-        back = (kwargs.get("sliding_window") or 0) - 1  # keys before its own that a query sees
-        output = varlen_attn(query, key, value, *pack["ends"], *pack["longest"],
-                             scale=kwargs.get("scaling"), window_size=(back, 0), **GROUPED)
+def new_file(path, shape, dtype):
+    """An .npy file full of NaN, whole or not at all."""
+    aside = path.with_name(f"{path.name}-{uuid.uuid4().hex}.tmp")
+    with open(aside, "wb") as file:
+        header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(file, header)
+        row = np.full(shape[1:], np.nan, dtype).tobytes()
+        for _ in range(shape[0]):
+            file.write(row)
+    if path.exists():  # another job was faster
+        aside.unlink()
     else:
-        query = query.index_select(0, pack["keys"])
-        output = attention_by_row(module, query, key, value, pack["counts"], kwargs)
-    return output[None], None
+        aside.rename(path)
 
-@torch.compiler.disable  # compiled, it would be another graph for each number of rows
-def attention_by_row(module, query, key, value, counts, kwargs):
-    """query, key, value (K, H, d) of rows that stand one after another -> new tokens (L, H, d)."""
-    outputs, sizes = [], counts[:, 1].tolist()
-    for (new, length), *row in zip(counts, *(x.split(sizes) for x in (query, key, value))):
-        q, k, v = (x.transpose(0, 1)[None] for x in row)  # (1, H, length, d)
-        q = q[:, :, -new:] if 2 * new < length else q  # a mask costs what causality saves, a half
-        outputs.append(causal_attention(module, q, k, v, **kwargs)[0, -new:])
-    return torch.cat(outputs)
+def fill_file(path, missing, split, dtype, compute, args):
+    """Compute the missing rows with all ranks, and write them into the file of every node."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plan = []  # which pairs share a forward pass is a function of the data alone
+    for first in range(0, len(split["pairs"]), 1024):
+        window = np.arange(first, min(first + 1024, len(split["pairs"])))
+        for rows in micro_batches(window, split["lengths"], args, 1):
+            if np.isin(rows, missing).any():
+                plan.append(rows)
+    bar = tqdm(total=sum(map(len, plan)), desc=path.name, unit=" pairs", disable=rank > 0)
+    for i in range(0, len(plan), world):  # FSDP: equally many forward passes per rank
+        rows = plan[min(i + rank, len(plan) - 1)]
+        pairs = [split["pairs"][int(row)] for row in rows]
+        values = compute(pairs).float().cpu().numpy().astype(dtype)
+        gathered = [None] * world
+        dist.all_gather_object(gathered, (rows, values))
+        for rows, values in gathered[:len(plan) - i]:
+            check_finite(path, rows, values, split)
+            if is_writer():
+                write_rows(path, rows, values)
+            bar.update(len(rows))
+    bar.close()
 
-def special(kwargs):
-    """Whether a layer asks for what no kernel can express: soft-caps (Gemma-2), sinks (gpt-oss)."""
-    return any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+def check_finite(path, rows, values, split):
+    for row, value in zip(rows, values):
+        if not np.isfinite(value).all():
+            pair = split["pairs"][int(row)]["id"]
+            fail(f"{path}: the values of pair {pair} are not finite in {value.dtype}; take it out of "
+                 "the data, or try float32 (--dtype, --sketch_dtype)")
 
-def causal_attention(module, query, key, value, scaling=None, sliding_window=None, **kwargs):
-    """query (b, H, q, d), key, value (b, H or fewer, k, d) -> (b, q, H, d). The last query sees all
-    k keys, the one before it k - 1 and so on, but only the last `sliding_window` of them."""
-    (queries, length), groups = (query.shape[2], key.shape[2]), query.shape[1] // key.shape[1]
-    window, mask = sliding_window or length, None
-    if special(kwargs) or queries < length or window < length:
-        place = torch.arange(length, device=query.device)
-        distance = place[length - queries:, None] - place  # (q, k) how far back the key is
-        mask = (distance >= 0) & (distance < window)
-    if special(kwargs):  # left to the model's own definition
-        attend = sys.modules[type(module).__module__].eager_attention_forward
-        bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
-        kwargs |= dict(scaling=scaling, dropout=0.0)
-        return attend(module, query, key, value, bias, **kwargs)[0]
-    grouped = True if groups > 1 else False  # torch.compile needs a plain one
-    if mask is not None and grouped:  # no fused kernel takes both a mask and grouped heads
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        grouped = False
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None,
-                                          scale=scaling, enable_gqa=grouped).transpose(1, 2)
+def write_rows(path, rows, values):
+    """Write rows where they belong in an .npy file. By seek, not by mapped memory: of a file on a
+    network, two nodes would overwrite each other's pages."""
+    with open(path, "r+b") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+        for row, value in zip(rows, values):
+            file.seek(start + int(row) * value.nbytes)
+            file.write(value.tobytes())
 
-# torch 2.11 takes grouped heads without being asked
-GROUPED = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-@torch.enable_grad()
-def varlen_agrees(device, dtype):
-    """Whether this device has PyTorch's kernel for rows of unequal length in this precision, and it
-    gives what one row after another gives, and its gradient, for three small pairs."""
-    pairs = [dict(prompt=[0] * prompt, chosen=[0] * chosen, rejected=[0] * rejected)
-             for prompt, chosen, rejected in [(2, 9, 5), (40, 3, 7), (150, 200, 90)]]
-    batch = collate(pairs, "packed", lambda array: torch.from_numpy(array).to(device))[0]
-    shape, found = (3, 1, 4, batch["input_ids"].numel(), 64), []
-    states = torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
-    query, key, value = states.requires_grad_()
-    try:
-        for which in range(6):
-            fused, window = which < 3, (None, 4, 170)[which % 3]
-            inputs = None, query, key[:, :2], value[:, :2], None, batch["pack"] | dict(fused=fused)
-            output = gathered_attention(*inputs, sliding_window=window)[0]
-            found += [output.detach(), torch.autograd.grad(output.cos().sum(), states)[0]]
-        same = all((a - b).norm() < 0.05 * b.norm() for a, b in zip(found[:6], found[6:]))
-        assert same, "it computes something else"
-    except Exception as error:  # no such kernel, or called in another way
-        if device.type == "cuda" and dist.get_rank() == 0:
-            tqdm.write(f"attention row by row, not by torch.nn.attention.varlen: {error!r:.99}")
-        return False
-    return True
-
-transformers.AttentionInterface.register("gathered", gathered_attention)
-
-def token_logps(logits, targets):
-    """float32 logits (t, V), targets (t,) -> log pi(target) (t,)."""
-    return -F.cross_entropy(logits, targets, reduction="none")
-
-def head_pass(hidden, targets, head, config, score):
-    """hidden (t, h), targets (t,) -> score(logits, targets), with all that models do to logits."""
-    logits = head(hidden).float()  # (t, V)
-    scale = getattr(config, "logit_scale", None) or 1  # Cohere
-    scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
-    logits = logits if scale == 1 else scale * logits  # a factor of 1 would copy all of them
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
-    return score(logits if cap is None else cap * torch.tanh(logits / cap), targets)
-
-BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts call it
-
-class Policy(torch.nn.Module):
-    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head.
-
-    What is summed over each response is score(logits (t, V), targets (t,)), shaped (..., t)."""
-
-    def __init__(self, model, score=token_logps):
-        super().__init__()
-        self.model, self.score, self.fused = model, score, False  # shard decides about fused
-
-    def forward(self, batches, router=False, chunk=0):
-        """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
-
-        Logits exist for `chunk` response tokens at a time (0: 256 MiB of them), and the backward
-        pass makes them again, but for the last chunk, with which it begins."""
-        sums, router_loss = [], 0.0
-        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        chunk = chunk or math.ceil(2**26 / config.vocab_size)
-        for batch in batches:
-            inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-            inputs |= dict(pack=batch["pack"] | dict(fused=self.fused)) if batch["pack"] else {}
-            inputs |= dict(output_router_logits=True) if router else {}
-            output = self.model.base_model(**inputs, use_cache=False)
-            hidden = output.last_hidden_state.flatten(0, 1)
-            hidden = hidden.index_select(0, batch["source"])  # (M, h)
-            parts = [(*part, head, config, self.score)
-                     for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
-            again = parts[:-1] if batch is batches[-1] else parts
-            scores = [checkpoint(head_pass, *part, use_reentrant=False) for part in again]
-            scores += [head_pass(*part) for part in parts[len(again):]]
-            sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
-            if router:
-                balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
-                experts = getattr(config, "num_experts", None) or config.num_local_experts
-                real = None if batch["pack"] else batch["real"]
-                loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
-                router_loss = router_loss + loss / len(batches)
-        return torch.stack(sums).reshape(2, -1, *sums[0].shape).clone(), router_loss
-
-def build_model(args):
-    """-> the model without memory (meta device), its float32 weights on rank 0, and their hash."""
-    transformers.utils.logging.disable_progress_bar()
-    weights, digest = None, hashlib.sha256()
-    auto, plain = transformers.AutoModelForCausalLM, {"full_attention", "sliding_attention"}
-    with explain(f"--model {args.model} cannot be read as a causal language model ({{}})"):
-        config = transformers.AutoConfig.from_pretrained(args.model)
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=torch.float32)
-        if dist.get_rank() == 0:
-            how = dict(dtype=torch.float32, output_loading_info=True)
-            weights, info = auto.from_pretrained(args.model, **how)
-            assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
-            model.generation_config = weights.generation_config
-    plain = set(getattr(config.get_text_config(), "layer_types", None) or plain) <= plain
-    plain = plain and model._supports_attention_backend and not model._is_stateful
-    if args.layout == "packed" and not plain:
-        fail(f"--layout packed needs plain attention, but {config.model_type} mixes tokens "
-             "in other ways too; use --layout concatenated or --layout separate")
-    if plain:
-        model.set_attn_implementation("gathered")
-    if weights:
-        check_forward(weights, plain, args)
-    for key, tensor in sorted(weights.state_dict().items()) if weights else ():
-        values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()  # a sample is enough
-        digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
-    digest = [digest.hexdigest()[:16]]
-    dist.broadcast_object_list(digest, 0)
-    return model, weights, digest[0]
-
-def choose_parameters(model, weights, args):
-    """Mark what is trained, in the empty model and in rank 0's weights: --lora_rank adds adapters
-    and freezes the rest, --train_modules freezes what its regex does not find."""
-    for each in (model, weights) if weights else (model,):
-        if args.lora_rank:
-            from peft import LoraConfig
-            torch.manual_seed(args.seed)
-            sizes = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank)
-            each.add_adapter(LoraConfig(**sizes, target_modules="all-linear"))
-        with explain(f"--train_modules {args.train_modules} is not a regular expression ({{}})"):
-            for name, parameter in each.named_parameters():
-                found = parameter.requires_grad and re.search(args.train_modules, name)
-                parameter.requires_grad_(bool(found))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        names = [name for name, _ in model.named_parameters()]
-        fail(f"--train_modules {args.train_modules} finds no parameter to train; there are "
-             f"{names[0]}, {names[len(names) // 2]}, {names[-1]} and the like")
-
-@torch.no_grad()
-def check_forward(weights, plain, args):
-    """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
-    ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
-    pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
-    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
-                 "--layout, or adapt Policy and head_pass to it"):
-        if plain:  # before 5.23 the default, SDPA, left out the soft-cap of Gemma-2
-            weights.set_attn_implementation("eager")
-        for text in (ids[:40], ids[:3] + ids[40:]):
-            logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
-            own.append(-F.cross_entropy(logits, torch.tensor(text[3:]), reduction="sum").item())
-        if plain:
-            weights.set_attn_implementation("gathered")
-        ours = Policy(weights)(collate([pair], args.layout))[0].flatten().tolist()
-        agree = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
-        assert agree, f"log-probs {ours}, in its own forward {own}"
-
-def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False, group=0):
-    """Split every block and the rest of a Policy over the ranks (FSDP2); rank 0 has the weights.
-    With a group, over each so many neighbouring ranks, and gradients are reduced between groups."""
-    world = dist.get_world_size()
-    if group and world % group:
-        fail(f"--shard_group {group} does not divide the {world} ranks")
-    shape = (world // group, group) if group % world else (world,)
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape):])
-    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
-    if cpu_offload and device.type == "cuda":
-        rules["offload_policy"] = CPUOffloadPolicy()
-    policy.fused = varlen_agrees(device, dtype)
-    model = policy.eval().model  # dropout or router noise would make it another one
-    blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-    for block in blocks[::-1]:  # blocks within blocks first
-        block.training = getattr(block, "gradient_checkpointing", False)  # the one use of training
-        fully_shard(block, **rules)
-        if compiled:  # what is within the hooks of FSDP, which it could not trace
-            block.forward = torch.compile(block.forward, dynamic=True)
-    table = model.get_input_embeddings()
-    if table.weight is not model.get_output_embeddings().weight:
-        fully_shard(table, **rules)  # reduced after the head, not with it: a peak half as high
-        table.set_unshard_in_backward(False)  # whose gradient needs the token ids alone
-    fully_shard(policy, **rules)
-    whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
-    for key, empty in [*model.named_parameters(), *model.named_buffers()]:
-        tensor = whole[key].detach() if whole else torch.empty(empty.shape, dtype=empty.dtype)
-        tensor = tensor.to(device)
-        if isinstance(empty, torch.nn.Parameter):
-            tensor = distribute_tensor(tensor, mesh, empty.placements)
-            tensor = tensor.cpu() if "offload_policy" in rules else tensor
-            tensor = torch.nn.Parameter(tensor, empty.requires_grad)
-        else:  # rotary frequencies and the like
-            dist.broadcast(tensor, 0)
-        path, _, leaf = key.rpartition(".")
-        setattr(model.get_submodule(path), leaf, tensor)
-    model.tie_weights()
-    return policy
-
-def reference_folder(args, weights, dtype, splits):
-    """Where the log-probs of these weights, in this precision, on these tokens belong; and why."""
-    key = dict(weights=weights, attention="gathered", dtype=str(dtype).removeprefix("torch."))
-    key |= {name: split["hash"] for name, split in splits.items()}
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(args.data, f"ref-{name}"), key
-
-
-# ---- end of the helpers ----
-
-
-def sketch_folder(args, folder):
-    """Where the sketches belong, inside the folder of the log-probs; and what makes them these."""
+# -- sketches
+def sketch_key(args):
+    """What makes sketches these, beside the reference and the data: a folder of them for each."""
     names = ("sketch_dim", "sketch_modules", "train_modules", "lora_rank")
-    key = {name: getattr(args, name) for name in names} | dict(seed=args.lora_rank and args.seed)
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return folder / f"sketch-{name}", key
+    key = {name: getattr(args, name) for name in names}
+    return key | dict(seed=args.seed if args.lora_rank else 0)
 
-def hash_table(name, size, dim, device):
-    """Signs and buckets of `size` entries, random of `name` alone; all buckets are equally full."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-    random = torch.Generator().manual_seed(seed)
-    signs = torch.randint(2, (size,), generator=random) * 2.0 - 1
-    buckets = torch.randperm(math.ceil(size / dim) * dim, generator=random)[:size] % dim
-    return signs.to(device), buckets.to(device)
+def sketches(policy, pairs, state):
+    """-> float32 (n, 2, K), the sketched gradients of log pi of both responses of n pairs."""
+    batch, = collate(pairs, "concatenated")  # every text is a row of its own
+    inputs = batch["inputs"]
+    rows, width = inputs["input_ids"].shape
+    inputs["position_ids"] = inputs["position_ids"].expand(rows, -1)  # GPT-2 has them embedded
+    prompts = to_device([len(pair["prompt"]) for pair in pairs] * 2)  # (rows,)
+    responses = to_device([len(pair["chosen"]) for pair in pairs]
+                          + [len(pair["rejected"]) for pair in pairs])
+    device = prompts.device
+    real = torch.arange(width, device=device) < (prompts + responses)[:, None]  # (rows, width)
+    state.cells = real.flatten().nonzero()[:, 0]  # places of the tokens that are not padding
+    state.rows = state.cells // width  # (tokens,) the row of each
+    state.response_rows = torch.arange(rows, device=device).repeat_interleave(responses)  # (M,)
+    state.shape = rows, width
+    state.sums = torch.zeros(rows, state.dim, device=device)
+    state.spectrum = torch.zeros(rows, state.dim // 2 + 1, dtype=torch.complex64, device=device)
+    state.active = True
+    policy([batch]).sum().backward()
+    state.active = False
+    sums = state.sums + torch.fft.irfft(state.spectrum, n=state.dim)
+    return sums.view(2, len(pairs), -1).transpose(0, 1)
 
-def count_sketch(values, table, dim):
-    """values (t, size) -> (t, dim): in each bucket the signed sum of its entries."""
-    signs, buckets = table
-    sums = torch.zeros(len(values), dim, device=values.device)
-    return sums.scatter_add_(1, buckets.expand(len(values), -1), values * signs)
+def watch(model, args, salt=""):
+    """Freeze all weights, and let every backward pass sketch the gradients of those that would be
+    trained and that --sketch_modules matches -> what its hooks share. Another salt makes another,
+    independent sketch."""
+    names = set()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and re.search(args.sketch_modules, name):
+            names.add(name)
+    if not names:
+        fail(f"--sketch_modules {args.sketch_modules} matches no parameter that is trained")
+    model.requires_grad_(False)
+    state = types.SimpleNamespace(dim=args.sketch_dim, salt=salt, active=False, tables={},
+                                  head=model.get_output_embeddings())
+    known = {id(weight): name for name, weight in model.named_parameters()}  # tied: one name
+    for module in model.modules():
+        own = {leaf: known[id(weight)] for leaf, weight in module.named_parameters(recurse=False)}
+        own = {leaf: name for leaf, name in own.items() if name in names}
+        if own and not is_product(module) and "Norm" not in type(module).__name__:
+            fail(f"--sketch_dim knows linear layers, embeddings and norms, but not {own} of "
+                 f"{type(module).__name__}: leave it out with --sketch_modules")
+        if own:
+            module.register_forward_hook(functools.partial(remember, state, own))
+    return state
 
 def is_product(module):
     """Is the gradient of its weight a sum of outer products, of its input and its output's?"""
     name = type(module).__name__.removeprefix("FSDP")  # which shard makes of it
     return name in ("Linear", "Embedding", "Conv1D") or hasattr(module, "embed_scale")
 
-def watch(model, names, dim, salt=""):
-    """Freeze all weights, and sketch those of `names` in every backward pass -> state of the hooks.
-    Another salt makes another, independent sketch."""
-    state = types.SimpleNamespace(dim=dim, real=None, head=model.get_output_embeddings())
-    state.table = functools.cache(lambda name, *size: hash_table(salt + name, *size))
-    known = {id(weight): name for name, weight in model.named_parameters()}  # tied: one name
-    for module in model.modules():
-        own = {leaf: known[id(weight)] for leaf, weight in module.named_parameters(recurse=False)}
-        own = {leaf: name for leaf, name in own.items() if name in names}
-        for leaf, name in own.items():
-            if not is_product(module) and "Norm" not in type(module).__name__:
-                fail(f"--sketch_dim knows linear layers, embeddings and norms, but not {name} of "
-                     f"{type(module).__name__}: leave it out with --sketch_modules")
-        if own:
-            module.register_forward_hook(functools.partial(remember, state, own))
-    model.requires_grad_(False)
-    return state
-
 def remember(state, own, module, inputs, output):
-    """Forward hook of a layer that counts."""
-    if state.real is not None and torch.is_grad_enabled():
+    """Forward hook of a layer whose weights `own`, {name in the layer: name in the model}, count."""
+    if state.active and torch.is_grad_enabled():
         if not output.requires_grad:
             output.requires_grad_()  # the backward pass ends at the first layer that counts
         output.register_hook(functools.partial(add_share, state, own, module, inputs[0].detach()))
 
 def add_share(state, own, module, x, d):
     """Backward hook: the share of a layer, x its input and d the gradient of its output."""
-    rows, length = state.real.shape
-    table = lambda leaf, axis, size: state.table(f"{own[leaf]} {axis}", size, state.dim, d.device)
-    name, who = [*own.values()][0], state.who
-    sketch = functools.partial(count_sketch, dim=state.dim)
+    if not is_product(module):
+        return add_norm(state, own, module, x, d)
+    rows, width = state.shape
     if module is state.head:  # a chunk of hidden (M, h): a view, which knows where it begins
         first = x.storage_offset() // x.shape[-1]
-        who = state.responses[first:first + len(x)]
-    elif is_product(module):
-        x, d = x.flatten(0, -2) if x.is_floating_point() else x.flatten(), d.flatten(0, -2)
-        if not len(x) == len(d) == rows * length:
-            fail(f"--sketch_dim cannot tell the sequences of {name} apart: leave it out with "
+        row = state.response_rows[first:first + len(x)]
+    else:
+        x = x.flatten(0, -2) if x.is_floating_point() else x.flatten()  # or token ids
+        d = d.flatten(0, -2)
+        if not len(x) == len(d) == rows * width:
+            fail(f"--sketch_dim cannot tell the texts of {own} apart: leave it out with "
                  "--sketch_modules")
-        x, d = x[state.cells], d[state.cells]
-    else:  # a norm: the gradient itself, a vector per row, is small
-        weights = {leaf: getattr(module, leaf).detach().float() for leaf in own}
-        run = lambda x: lambda weights: torch.func.functional_call(module, weights, (x,))
-        one = lambda x, d: torch.func.vjp(run(x), weights)[1](d)[0]
-        real, state.real = state.real, None  # this forward pass is not to be watched
-        for leaf, grads in torch.func.vmap(one)(x.float(), d.float()).items():
-            grads = grads.flatten(1)  # (rows, size)
-            state.sums += sketch(grads, table(leaf, 0, grads.shape[1]))
-        state.real = real
+        x, d, row = x[state.cells], d[state.cells], state.rows
+    for x, d, row in zip(x.split(1024), d.split(1024), row.split(1024)):
+        add_product(state, own, module, x, d, row)
+
+def add_product(state, own, module, x, d, row):
+    """A linear layer or embedding: x (t, in) or ids (t,), d (t, out), row (t,) of the token."""
+    if "bias" in own:
+        state.sums.index_add_(0, row, count_sketch(d, state, own["bias"], 0))
+    if "weight" not in own:
         return
-    for x, d, who in zip(x.split(1024), d.split(1024), who.split(1024)):
-        if "bias" in own:
-            state.sums.index_add_(0, who, sketch(d, table("bias", 0, d.shape[1])))
-        if "weight" not in own:
-            continue
-        if isinstance(module, torch.nn.Embedding):  # x is the place of the only one in a vector
-            signs, buckets = table("weight", 0, module.num_embeddings)
-            left = d.new_zeros(len(d), state.dim, dtype=torch.float32)
-            left[torch.arange(len(d)), buckets[x]] = signs[x] * (x != module.padding_idx)
-            scale = getattr(module, "embed_scale", 1)  # Gemma
-            right = sketch(scale * d, table("weight", 1, d.shape[1]))
-        else:
-            sides = (x, d) if type(module).__name__ == "Conv1D" else (d, x)  # GPT-2: (in, out)
-            left, right = (sketch(side, table("weight", axis, side.shape[1]))
-                           for axis, side in enumerate(sides))
-        state.spectrum.index_add_(0, who, torch.fft.rfft(left) * torch.fft.rfft(right))
+    if isinstance(module, torch.nn.Embedding):  # an id is the place of the only 1 in a vector
+        signs, buckets = hash_table(state, own["weight"], 0, module.num_embeddings, d.device)
+        left = d.new_zeros(len(d), state.dim, dtype=torch.float32)
+        left[torch.arange(len(d)), buckets[x]] = signs[x] * (x != module.padding_idx)
+        scale = getattr(module, "embed_scale", 1)  # Gemma
+        right = count_sketch(scale * d, state, own["weight"], 1)
+    else:
+        sides = (x, d) if type(module).__name__ == "Conv1D" else (d, x)  # GPT-2: (in, out)
+        left = count_sketch(sides[0], state, own["weight"], 0)
+        right = count_sketch(sides[1], state, own["weight"], 1)
+    state.spectrum.index_add_(0, row, torch.fft.rfft(left) * torch.fft.rfft(right))
 
-def sketches(policy, pairs, state, device):
-    """-> float32 (n, 2, dim), the sketched gradients of log pi of both responses of n pairs."""
-    batch, = collate(pairs, "concatenated")  # every sequence is a row of its own
-    state.real = batch["real"].to(device)
-    rows, length = state.real.shape
-    batch["position_ids"] = batch["position_ids"].expand(rows, -1)  # they may be an embedding's
-    state.cells = state.real.flatten().nonzero()[:, 0]
-    state.who = state.cells // length  # (tokens,) the row of each
-    sizes = torch.tensor(batch["sizes"], device=device)
-    state.responses = torch.arange(rows, device=device).repeat_interleave(sizes)
-    state.sums = torch.zeros(rows, state.dim, device=device)
-    state.spectrum = torch.zeros(rows, state.dim // 2 + 1, dtype=torch.complex64, device=device)
-    policy([batch])[0].sum().backward()
-    state.real = None
-    sums = state.sums + torch.fft.irfft(state.spectrum, n=state.dim)
-    return sums.view(2, len(pairs), -1).transpose(0, 1)
+def add_norm(state, own, module, x, d):
+    """A norm: its gradient, one vector for each row of x and d, is small enough to be computed."""
+    weights = {leaf: getattr(module, leaf).detach().float() for leaf in own}
 
+    def gradient(x, d):
+        def forward(weights):
+            return torch.func.functional_call(module, weights, (x,))
+        return torch.func.vjp(forward, weights)[1](d)[0]
 
-def fill(folder, key, splits, kind, compute, shape, dtype, args):
-    """folder/{split}-{kind}.npy: compute(pairs) (n, *shape) for all rows, by all ranks, in parts.
+    state.active = False  # this forward pass is not to be watched
+    gradients = torch.func.vmap(gradient)(x.float(), d.float())
+    state.active = True
+    for leaf, values in gradients.items():
+        state.sums += count_sketch(values.flatten(1), state, own[leaf], 0)
 
-    A part is a file in folder.partial, of this run or of a killed one, here or on other nodes."""
-    rank, world, partial = dist.get_rank(), dist.get_world_size(), folder.with_suffix(".partial")
-    try:
-        partial.mkdir(exist_ok=True)
-        parts, known = read_parts(partial, splits, shape, dtype)
-        plan = []  # micro-batches of windows of 1024 rows: a function of the data alone
-        for name, split in splits.items():
-            for first in range(0, len(split["rows"]), 1024):
-                rows = np.arange(first, min(first + 1024, len(split["rows"])))
-                lists = micro_batches(rows, split["lengths"], args.layout, args.max_tokens, 1)
-                plan += [(name, part) for part in lists]
-        plan = [(name, part) for name, part in plan if not known[name][part].all()]
-        pairs = sum(len(split["rows"]) for split in splits.values())
-        left = sum(len(part) for _, part in plan)
-        if rank == 0:
-            size = pairs * np.dtype(dtype).itemsize * math.prod(shape) / 1e6
-            print(f"{folder}: {pairs} pairs, of which {pairs - left} are already done in {partial};"
-                  f" {size:.3g} MB on disk")
-        done, start, clock = [], time.time(), time.time()
-        bar = tqdm(total=left, desc=folder.name, unit=" pairs", disable=rank > 0)
-        for i in range(0, len(plan), world):  # FSDP: equally many forward passes per rank
-            name, part = plan[min(i + rank, len(plan) - 1)]
-            pairs = [splits[name]["rows"][int(row)] for row in part]
-            values = compute(pairs).cpu().numpy().astype(dtype)
-            for row in part[~np.isfinite(values).reshape(len(part), -1).all(1)]:
-                fail(f"pair {splits[name]['rows'][int(row)]['id']} of {name} has {kind} that are "
-                     f"not finite in {np.dtype(dtype)}; take it out of the data, or try float32: "
-                     "--dtype, --sketch_dtype")
-            done.append((name, part, values))
-            bar.update(sum(len(part) for _, part in plan[i:i + world]))
-            if i == 0 and rank == 0:
-                cost = [splits[name]["lengths"][part].sum() for name, part in plan]
-                tqdm.write(f"about {(time.time() - start) * sum(cost) / sum(cost[:world]) / 60:.1f}"
-                           " minutes, if all go like the first")
-            if time.time() - clock > args.save_seconds:
-                parts |= write_part(partial, done)
-                done, clock = [], time.time()
-        if done:
-            parts |= write_part(partial, done)
-        bar.close()
-        write_final(folder, key, splits, kind, parts, shape, dtype, args)
-    except OSError as error:
-        fail(f"{error.filename or folder} cannot be written ({error.strerror}); {partial} is kept")
-    shutil.rmtree(partial, ignore_errors=True)
+def count_sketch(values, state, name, axis):
+    """values (t, size) -> (t, K): in each bucket the signed sum of its entries."""
+    signs, buckets = hash_table(state, name, axis, values.shape[1], values.device)
+    sums = torch.zeros(len(values), state.dim, device=values.device)
+    return sums.scatter_add_(1, buckets.expand(len(values), -1), values * signs)
 
-def read_parts(folder, splits, shape, dtype):
-    """-> {path: {split: its rows}} as seen here, {split: is it known to any rank (rows,)}."""
-    parts, known = {}, {name: np.zeros(len(split["rows"]), bool) for name, split in splits.items()}
-    for path in folder.glob("part-*.npz"):
-        try:
-            with np.load(path) as part:
-                rows = {name: part[f"{name}-rows"] for name in splits if f"{name}-rows" in part}
-                for name in rows:
-                    values = part[f"{name}-values"].reshape(len(rows[name]), *shape)
-                    assert values.dtype == dtype, f"{values.dtype}, not {dtype}"
-                    known[name][rows[name]] = True
-            parts[path] = rows
-        except Exception as error:
-            tqdm.write(f"{path} is damaged ({error}) and will be computed again")
-    for name, mask in known.items():
-        mask = torch.from_numpy(mask.astype(np.int8))
-        dist.all_reduce(mask, dist.ReduceOp.MAX)
-        known[name] = mask.numpy().astype(bool)
-    return parts, known
+def hash_table(state, name, axis, size, device):
+    """Signs and buckets for one axis of a weight, random of its name alone; all buckets are equally
+    full. They are kept, as they are needed for every batch."""
+    if (name, axis) not in state.tables:
+        digest = hashlib.sha256(f"{state.salt}{name} {axis}".encode()).digest()
+        random = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        signs = torch.randint(2, (size,), generator=random) * 2.0 - 1
+        places = torch.randperm(math.ceil(size / state.dim) * state.dim, generator=random)
+        state.tables[name, axis] = signs.to(device), (places[:size] % state.dim).to(device)
+    return state.tables[name, axis]
 
-def write_part(folder, done):
-    """Store [(split, rows, values)] in a new file, whole or not at all -> {path: {split: rows}}."""
-    arrays, path = {}, folder / f"part-{uuid.uuid4().hex}.npz"
-    for name in {name for name, _, _ in done}:
-        rows, values = zip(*[(rows, values) for split, rows, values in done if split == name])
-        arrays |= {f"{name}-rows": np.concatenate(rows), f"{name}-values": np.concatenate(values)}
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        np.savez(file, **arrays)
-    path.with_suffix(".tmp").rename(path)
-    return {path: {key[:-5]: rows for key, rows in arrays.items() if key.endswith("-rows")}}
-
-def write_final(folder, key, splits, kind, parts, shape, dtype, args):
-    """All files aside, then one rename: a folder with this name is complete. Each node writes, and
-    the last to come finds it there if they share it."""
-    aside = folder.with_name(f"tmp-{folder.name}.{dist.get_rank()}")  # not ref-*: not yet a cache
-    writer = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if writer:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    for name, split in splits.items():
-        size = (len(split["rows"]), *shape)
-        path = aside / f"{name}-{kind}.npy"
-        file = np.lib.format.open_memmap(path, "w+", dtype, size) if writer else None
-        for first in range(0, len(split["rows"]), 1024):  # at no time is all of it in memory
-            window = np.full((min(1024, size[0] - first), *shape), -np.inf, np.float32)
-            for path, rows in parts.items():
-                here = rows.get(name, np.array([], int)) - first
-                inside = (here >= 0) & (here < len(window))
-                if inside.any():
-                    with np.load(path) as part:
-                        window[here[inside]] = part[f"{name}-values"][inside]
-            window = torch.from_numpy(window)
-            dist.all_reduce(window, dist.ReduceOp.MAX)  # equal where two ranks have it
-            if not window.isfinite().all():
-                fail(f"{folder}.partial lacks some of {name}; the same command makes them")
-            if writer:
-                file[first:first + len(window)] = window.numpy()
-        if writer:
-            file.flush()
-    record = dict(key=key, args=dataclasses.asdict(args), torch=torch.__version__,
-                  transformers=transformers.__version__, files=file_hashes(aside))
-    if writer:
-        (aside / "meta.json").write_text(json.dumps(record))
-    publish(writer, aside, folder)
-
-def file_hashes(folder):
-    """{name: SHA-256} of the log-probs in a folder, which every run that loads them checks."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.glob("*-logps.npy")}
-
-def publish(writer, aside, folder):
-    """Rename what the writers have, in turns: the last to come may find it there."""
-    for turn in range(dist.get_world_size()):
-        if writer and turn == dist.get_rank():
-            shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
-        dist.barrier()
-
-
-def split_by_margin(folder, splits, dtype, args):
+# -- noisy and clean pairs
+def split_by_margin(folder, splits, content, args):
     """data/noisy, the pairs with |log ref(y_w|x) - log ref(y_l|x)| of at most noise_margin, and
-    data/clean, the others, each with its part of the cache `folder`; a histogram of the margins."""
-    logps = {name: np.load(folder / f"{name}-logps.npy") for name in splits}
-    margins = {name: np.abs(values[:, 0] - values[:, 1]) for name, values in logps.items()}
-    record, rank = json.loads((folder / "meta.json").read_text()), dist.get_rank()
-    origin = dict(reference=folder.name, noise_margin=args.noise_margin)
-    if rank == 0:
-        edges = args.noise_margin * np.array([0, 0.25, 0.5, 1, 2, 4, 8, 16, np.inf])
-        counts = np.histogram(np.concatenate([*margins.values()]), edges)[0]
-        for low, high, count in zip(edges, edges[1:], counts):
-            print(f"|margin| {low:7.2f} to {high:7.2f} nats {count:7} pairs "
-                  + "#" * round(50 * count / counts.sum()))
+    data/clean, the others, each with its part of the cache `folder`."""
+    margins = {}
+    for name in splits:
+        logps = np.load(folder / f"{name}-logps.npy")
+        margins[name] = np.abs(logps[:, 0] - logps[:, 1])
+        if dist.get_rank() == 0:
+            print_histogram(name, margins[name], args.noise_margin)
     for kind in ("noisy", "clean"):
-        kept = {name: np.flatnonzero((values <= args.noise_margin) == (kind == "noisy"))
-                for name, values in margins.items()}
-        sizes = ", ".join(f"{len(rows)} of {len(margins[name])} in {name}"
-                          for name, rows in kept.items())
-        if not all(map(len, kept.values())):
-            fail(f"--noise_margin {args.noise_margin}: {kind} pairs are {sizes}, and each must have"
-                 " some; choose another margin, or prepare the data with a larger --val_fraction")
-        data = Path(args.data, kind)
-        aside = data.with_name(f"tmp-{kind}.{rank}")
-        writer = int(os.environ.get("LOCAL_RANK", 0)) == 0 and not data.exists()
-        with explain(f"{data} cannot be written or read ({{}}); make room, or delete it"):
-            if data.exists():
-                made = json.loads((data / "meta.json").read_text()).get("origin")
-                assert made == origin, f"it holds the split {made}, not {origin}"
-            if writer:
-                shutil.rmtree(aside, ignore_errors=True)
-                meta = json.loads(Path(args.data, "meta.json").read_text()) | dict(origin=origin)
-                for name, rows in kept.items():
-                    splits[name]["rows"].select(rows).save_to_disk(str(aside / name))
-                    meta.setdefault("counts", {})[name] = len(rows)
-                    content = json.dumps([meta["content_hash"][name], kind, origin, len(rows)])
-                    content = hashlib.sha256(content.encode()).hexdigest()[:16]
-                    meta["content_hash"][name] = content
-                (aside / "meta.json").write_text(json.dumps(meta, indent=1))
-                here = dataclasses.replace(args, data=str(aside))
-                part, _ = load_data(here, tuple(splits))
-                own, key = reference_folder(here, record["key"]["weights"], dtype, part)
-                own.mkdir()
-                for name, rows in kept.items():
-                    np.save(own / f"{name}-logps.npy", logps[name][rows])
-                own_part = dict(key=key, args=record["args"] | dict(data=str(data)))
-                own_part["files"] = file_hashes(own)
-                (own / "meta.json").write_text(json.dumps(record | own_part))
-            publish(writer, aside, data)
-        if rank == 0:
-            print(f"{data}: {sizes}")
+        rows = {}
+        for name, margin in margins.items():
+            noisy = margin <= args.noise_margin
+            rows[name] = np.flatnonzero(noisy if kind == "noisy" else ~noisy)
+            if len(rows[name]) == 0:
+                fail(f"--noise_margin {args.noise_margin} leaves no {kind} pairs in {name}, of "
+                     f"{len(margin)}; choose another, or prepare a larger --val_fraction")
+        # The nodes take turns, as they may share the file system.
+        for turn in range(dist.get_world_size()):
+            if turn == dist.get_rank() and is_writer():
+                write_part(kind, rows, folder, splits, content, args)
+            dist.barrier()
 
+def print_histogram(name, margins, margin):
+    """How many pairs have which |log ref(y_w|x) - log ref(y_l|x)|."""
+    edges = margin * np.array([0, 0.25, 0.5, 1, 2, 4, 8, 16, np.inf])
+    counts = np.histogram(margins, edges)[0]
+    print(f"{name}: pairs by |margin| in nats")
+    for low, high, count in zip(edges, edges[1:], counts):
+        print(f"{low:8.2f} to {high:8.2f} {count:8}  " + "#" * round(50 * count / counts.sum()))
 
-def summary(folder, kind):
-    """Of the training pairs, at most 1024: what a user may recognise."""
-    values = np.load(folder / f"train-{kind}.npy", mmap_mode="r")[:1024].astype(np.float32)
-    what = "log-probs" if kind == "logps" else "gradient norms"
-    values = values if kind == "logps" else np.linalg.norm(values, axis=2)
-    return f"mean {what} of (chosen, rejected): {[round(float(x), 2) for x in values.mean(0)]}"
+def write_part(kind, rows, folder, splits, content, args):
+    """data/{kind}: these rows of each split and of its log-probs; written aside, then renamed."""
+    data, aside = Path(args.data, kind), Path(args.data, f"{kind}.tmp")
+    origin = dict(reference=folder.name, noise_margin=args.noise_margin)
+    meta = json.loads(Path(args.data, "meta.json").read_text()) | dict(origin=origin)
+    if data.exists():
+        made = json.loads((data / "meta.json").read_text()).get("origin")
+        if made != origin:
+            fail(f"{data} is the split {made}, not {origin}; delete it")
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    key = dict(content)
+    for name, split in splits.items():
+        split["pairs"].select(rows[name]).save_to_disk(str(aside / name))
+        hashed = json.dumps([meta["content_hash"][name], kind, origin, len(rows[name])])
+        meta["content_hash"][name] = hashlib.sha256(hashed.encode()).hexdigest()[:16]
+        tokens = split["lengths"][rows[name]].sum(0)
+        key[name] = [meta["content_hash"][name], *tokens.tolist()]
+    own = aside / f"ref-{name_of(key)}"
+    own.mkdir()
+    for name in splits:
+        np.save(own / f"{name}-logps.npy", np.load(folder / f"{name}-logps.npy")[rows[name]])
+    write_meta(own, splits, key, args)
+    meta["counts"] = meta.get("counts", {}) | {name: len(rows[name]) for name in splits}
+    (aside / "meta.json").write_text(json.dumps(meta, indent=1))
+    aside.rename(data)
+    print(f"{data}: {', '.join(f'{len(rows[name])} pairs in {name}' for name in splits)}")
 
+# ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
-def main():
-    args = parse_args(Args)
-    if args.sketch_dim and args.lora_rank and not importlib.util.find_spec("peft"):
-        fail("--lora_rank needs a package: pip install peft")
-    if args.sketch_dim:  # every sequence will have to be a row of its own
-        args = dataclasses.replace(args, layout="concatenated")
-    rank, world, device, dtype = start_process_group(args.dtype)
-    splits, _ = load_data(args)
-    model, weights, digest = build_model(args)
-    folder, key = reference_folder(args, digest, dtype, splits)
-    jobs = [(folder, key, splits, "logps", (2,), "float32")]
-    if args.sketch_dim:
-        train, shape = dict(train=splits["train"]), (2, args.sketch_dim)
-        jobs += [(*sketch_folder(args, folder), train, "sketch", shape, args.sketch_dtype)]
-        choose_parameters(model, weights, args)
-        names = [name for name, weight in model.named_parameters() if weight.requires_grad]
-        with explain(f"--sketch_modules {args.sketch_modules} is no regular expression ({{}})"):
-            names = {name for name in names if re.search(args.sketch_modules, name)}
-        if not names:
-            fail(f"--sketch_modules {args.sketch_modules} finds no parameter that is trained")
-        state = watch(model, names, args.sketch_dim)
-        if rank == 0 and 2 * len(splits["train"]["rows"]) > args.sketch_dim:
-            print(f"--sketch_dim {args.sketch_dim}: of the {2 * len(splits['train']['rows'])} "
-                  "directions of delta, the penalty of auxdpo.py will see only so many")
-    complete = torch.tensor([(job[0] / "meta.json").is_file() for job in jobs]).int()
-    dist.all_reduce(complete, dist.ReduceOp.MIN)  # on every node
-    if complete[-1] and args.sketch_dim:
-        made = json.loads((jobs[-1][0] / "meta.json").read_text())["args"]["sketch_dtype"]
-        if made != args.sketch_dtype:
-            fail(f"{jobs[-1][0]} holds sketches in {made}, not --sketch_dtype {args.sketch_dtype}; "
-                 "delete it to make them anew")
-    if not complete.all():
-        policy = shard(Policy(model), weights, dtype, device, args.cpu_offload)
-    del weights
+# -- command line, errors, processes
+def parse_args(cls):
+    """Command line -> dataclass `cls`; --help shows its source, comments and all. A number must be
+    above 0; it may be 0 where that is the default, or where its comment says what "0 =" means."""
+    source = inspect.getsource(cls)
+    parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
+    parser.format_help = lambda: source
+    parser.error = fail
+    args = cls(**vars(parser.parse_args()))
+    for name, value in vars(args).items():
+        comment = re.search(rf"^    {name}: .*?  # (.*)", source, re.MULTILINE)[1]
+        least = 0 if "0 =" in comment or getattr(cls, name, None) == 0 else 1e-300
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            fail(f"--{name} {value} must be finite and {'above' if least else 'not below'} 0")
+    return args
 
-    def logps(pairs):
-        with torch.no_grad():
-            return policy(collate(pairs, args.layout))[0].T.float()  # (n, 2)
+def fail(message):
+    """End the program with one line on stderr and exit status 1."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # rank 0 says it too, and torchrun ends the others before they repeat it
+    raise SystemExit("error: " + " ".join(message.split()))
 
-    for (folder, *job), ready in zip(jobs, complete):
-        kind = job[2]
-        compute = logps if kind == "logps" else lambda pairs: sketches(policy, pairs, state, device)
-        if not ready:
-            fill(folder, *job[:3], compute, *job[3:], args)
-        if rank == 0:
-            print(f"{folder} is complete; {summary(folder, kind)}")
-    if args.noise_margin:
-        split_by_margin(jobs[0][0], splits, dtype, args)
-    dist.destroy_process_group()
+@contextlib.contextmanager
+def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
+    """An error of these kinds in the `with` block ends the program with the line `trouble`, with
+    the reason for its {}. All kinds by default: each library has its own for a damaged file."""
+    try:
+        yield
+    except kinds as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
+        fail(trouble.replace("{}", line[:200]))
 
+def start_process_group(dtype):
+    """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
+    # Each micro-batch has another shape. On a GPU these break the memory into pieces (138 GiB were
+    # reserved at a peak of 65) unless its segments can grow, and cuDNN plans each for 0.1 s.
+    if not any("ALLOC_CONF" in name for name in os.environ):  # it has two older names
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_flush_denormal(True)  # on a CPU, denormal numbers can be many times slower
+    cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    if dtype == "auto":
+        dtype = "bfloat16" if cuda else "float32"
+    return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
+
+def to_device(array):
+    """numpy or list -> torch, where the model computes; the host does not wait for the copy."""
+    tensor = torch.as_tensor(array)
+    return tensor.pin_memory().cuda(non_blocking=True) if torch.cuda.is_available() else tensor
+
+# -- data, stored log-probs, micro-batches
+def load_data(args, names=("train", "val")):
+    """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
+    meta = json.loads(Path(args.data, "meta.json").read_text())
+    vocabulary = transformers.AutoTokenizer.from_pretrained(args.model).get_vocab()
+    vocabulary = json.dumps(sorted(vocabulary.items())).encode()
+    if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
+        fail(f"--data {args.data} has the tokens of another model than --model {args.model}; run "
+             "prepare_data.py for it")
+    splits = {}
+    for name in names:
+        pairs = datasets.load_from_disk(f"{args.data}/{name}")
+        sides = [pairs.data[side] for side in ("prompt", "chosen", "rejected")]
+        lengths = np.stack([pc.list_value_length(side).to_numpy() for side in sides], 1).astype(int)
+        tokens = pair_tokens(lengths, args.layout)
+        if tokens.max() > args.max_tokens:
+            pair = pairs[int(tokens.argmax())]["id"]
+            fail(f"pair {pair} of {args.data}/{name} has {tokens.max()} tokens, over --max_tokens "
+                 f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
+        content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
+        splits[name] = dict(pairs=pairs, lengths=lengths, hash=content)
+    return splits
+
+def content_hashes(weights, splits, dtype):
+    """All that log-probs depend on: weights (a sample of each tensor), tokens and precision."""
+    digest = hashlib.sha256()
+    if dist.get_rank() == 0:
+        for name, tensor in sorted(weights.state_dict().items()):
+            sample = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    digest = [digest.hexdigest()[:16]]
+    dist.broadcast_object_list(digest, 0)
+    return dict(weights=digest[0], dtype=str(dtype).removeprefix("torch."),
+                train=splits["train"]["hash"], val=splits["val"]["hash"])
+
+def pair_tokens(lengths, layout):
+    """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
+    if layout == "packed":
+        return lengths.sum(1)
+    longest = lengths[:, 0] + lengths[:, 1:].max(1)
+    return 2 * longest if layout == "concatenated" else longest
+
+def fill(order, tokens, layout, limit):
+    """Put pairs into parts, longest pair first, as many in each as `limit` tokens allow."""
+    parts, used, longest = [], math.inf, 0
+    for i in order:
+        more = tokens[i] if layout == "packed" else longest  # padded to the first of its part
+        if used + more > limit:
+            parts.append([])
+            used, more, longest = 0, tokens[i], tokens[i]
+        parts[-1].append(i)
+        used += more
+    return parts
+
+def micro_batches(rows, lengths, args, world):
+    """Deal the pairs in `rows` into micro-batches -> list of arrays of rows, some maybe empty.
+
+    Their number is a multiple of the ranks, `world`: under FSDP all ranks must run equally often.
+    Pairs of similar length go together (less padding), and the fullest is small (no rank waits)."""
+    tokens = pair_tokens(lengths[rows], args.layout)
+    order = np.argsort(-pair_tokens(lengths[rows], "separate"), kind="stable")  # longest first
+    count = math.ceil(len(fill(order, tokens, args.layout, args.max_tokens)) / world) * world
+    # Find a limit as low as possible with which that many suffice.
+    for limit in np.linspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 32):
+        parts = fill(order, tokens, args.layout, limit)
+        if len(parts) <= count:
+            break
+    parts += [[]] * (count - len(parts))
+    return [rows[np.array(part, int)] for part in parts]
+
+def collate(pairs, layout):
+    """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
+
+    inputs        for the model: input_ids (1, L) packed or (texts, T) padded; position_ids, the
+                  places of tokens in their own texts; packed only, texts: see attention_tables
+    targets (M,)  all response tokens, those of all chosen responses first; sizes, their lengths
+    source (M,)   where, in the flattened input_ids, the token before each target stands"""
+    chosen = [(pair["prompt"], pair["chosen"]) for pair in pairs]
+    rejected = [(pair["prompt"], pair["rejected"]) for pair in pairs]
+    if layout == "packed":
+        return [pack(chosen, rejected)]
+    if layout == "separate":
+        return [pad(chosen), pad(rejected)]
+    return [pad(chosen + rejected)]
+
+def pad(texts):
+    """A row per (prompt, response), filled up with zeros on the right; for `places`, see pack."""
+    tokens = [torch.tensor(prompt + response) for prompt, response in texts]
+    ids = pad_sequence(tokens, batch_first=True)  # (texts, T)
+    width = ids.shape[1]
+    places = [row * width + torch.arange(len(text)) for row, text in enumerate(tokens)]
+    inputs = dict(input_ids=to_device(ids), position_ids=to_device(torch.arange(width)[None]))
+    return dict(inputs=inputs, **predictions(places, texts))
+
+def pack(chosen, rejected):
+    """One row without padding, with each prompt once. Two pairs, prompts p and P:
+
+        place           0 1 2 3 4 5 6 7 8 9 10 11 12 13
+        input_ids       p p c c c P C C C r  r  R  R  R
+        position_ids    0 1 2 3 4 0 1 2 3 2  3  1  2  3
+
+    Only attention must know that the row holds four texts: those of the first pair have the places
+    0 1 2 3 4 and 0 1 9 10."""
+    ids, positions, places = [], [], []
+    for prompt, response in chosen:
+        positions += range(len(prompt + response))
+        places.append(len(ids) + torch.arange(len(prompt + response)))
+        ids += prompt + response
+    for i, (prompt, response) in enumerate(rejected):
+        positions += range(len(prompt), len(prompt + response))
+        new = len(ids) + torch.arange(len(response))
+        places.append(torch.cat([places[i][:len(prompt)], new]))
+        ids += response
+    inputs = dict(input_ids=to_device([ids]), position_ids=to_device([positions]),
+                  texts=attention_tables(places, len(ids)))
+    return dict(inputs=inputs, **predictions(places, chosen + rejected))
+
+def predictions(places, texts):
+    """Where the tokens that predict the responses stand, and what they should predict."""
+    responses = [response for prompt, response in texts]
+    source = [place[-len(response) - 1:-1] for place, response in zip(places, responses)]
+    return dict(source=to_device(torch.cat(source)), targets=to_device(np.concatenate(responses)),
+                sizes=[len(response) for response in responses])
+
+def attention_tables(places, size):
+    """Group texts of similar length into padded tables of their places in a packed row of `size`
+    tokens. For the row drawn in pack it is one table, with zeros as padding:
+
+        0  1  2  3  4
+        5  6  7  8  0     back: where each token of the row stands in all tables, flattened:
+        0  1  9 10  0     10 11 2 3 4 15 6 7 8 12 13 16 17 18. A prompt stands in two texts, with
+        5 11 12 13  0     the same result in both, so that back may lead to either."""
+    groups = []
+    for place in sorted(places, key=len, reverse=True):
+        # At most a fifth is padding. A single table takes twice the time on a CPU.
+        if not groups or len(place) < 0.8 * len(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(place)
+    tables, back, start = [], torch.zeros(size, dtype=torch.long), 0
+    for group in groups:
+        table = pad_sequence(group, batch_first=True)  # (k, T) for k texts
+        for place in group:
+            back[place] = start + torch.arange(len(place))
+            start += table.shape[1]
+        tables.append(to_device(table))
+    return dict(tables=tables, back=to_device(back))
+
+# -- forward pass and attention
+def token_logps(logits, targets):
+    """float32 logits (t, V), targets (t,) -> log pi(target) (t,)."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+def head_pass(hidden, targets, head, config, score):
+    """Scores of hidden (t, h), targets (t,), with the scaling and soft-capping of some models."""
+    logits = head(hidden).float()  # (t, V)
+    scale = getattr(config, "logit_scale", None) or 1  # Cohere
+    scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    if scale != 1:
+        logits = logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return score(logits, targets)
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward gives log pi(y|x). The output head is computed within it, as FSDP
+    has the head's weights whole only in the forward pass of its root module."""
+
+    def __init__(self, model, score):
+        super().__init__()
+        self.model, self.score = model, score
+
+    def forward(self, batches):
+        """Dicts of collate -> (2, n, ...), sums over each response of score(logits (t, V), targets
+        (t,)) (..., t), which for token_logps are log-probs (2, n)."""
+        sums, head = [], self.model.get_output_embeddings()
+        config = self.model.config.get_text_config()
+        size = math.ceil(2**26 / config.vocab_size)  # tokens with 256 MiB of logits
+        for batch in batches:
+            output = self.model.base_model(**batch["inputs"], use_cache=False)
+            hidden = output.last_hidden_state.flatten(0, 1)
+            hidden = hidden.index_select(0, batch["source"])  # (M, h) what predicts responses
+            # Logits exist for one chunk of tokens at a time. The backward pass makes them again,
+            # except for the last chunk, with which it begins.
+            *chunks, last = zip(hidden.split(size), batch["targets"].split(size))
+            scores = [checkpoint(head_pass, *chunk, head, config, self.score, use_reentrant=False)
+                      for chunk in chunks]
+            scores.append(head_pass(*last, head, config, self.score))
+            sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
+        return torch.stack(sums).unflatten(0, (2, -1))
+
+# Every layer of the model calls this with query (b, H, L, d) and key, value, maybe of fewer heads,
+# and wants (b, L, H, d). Padding is on the right, so causality alone keeps it out.
+@torch.compiler.disable  # compiled, it would be another graph for each number of tables
+def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
+    """Packed (b is 1): gather the texts into padded tables, attend, put the results back."""
+    if texts is None:
+        return causal_attention(module, query, key, value, **kwargs), None
+    outputs = []
+    for table in texts["tables"]:  # (k, T)
+        gathered = []
+        for tensor in (query, key, value):
+            tokens = tensor[0].index_select(1, table.flatten())  # (H, k T, d)
+            gathered.append(tokens.unflatten(1, table.shape).transpose(0, 1))  # (k, H, T, d)
+        output = causal_attention(module, *gathered, **kwargs)  # (k, T, H, d)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs).index_select(0, texts["back"])[None], None
+
+def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
+    """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d)."""
+    length = query.shape[2]
+    window = sliding_window or length
+    # Soft-caps (Gemma-2) and sinks (gpt-oss) are not in torch's kernels but in the model's file.
+    special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    mask = None
+    if special or window < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        mask = mask.tril().triu(1 - window)  # (T, T) the query (row) sees the key (column)
+    if special:
+        file = sys.modules[type(module).__module__]
+        bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
+        return file.eager_attention_forward(module, query, key, value, bias, **kwargs)[0]
+    grouped = query.shape[1] != key.shape[1]
+    output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None,
+                                            scale=kwargs.get("scaling"), enable_gqa=grouped)
+    return output.transpose(1, 2)
+
+# -- model
+def read_model(args):
+    """-> the model without weights (on the meta device), and on rank 0 a second one with them."""
+    transformers.utils.logging.disable_progress_bar()
+    auto = transformers.AutoModelForCausalLM
+    config = transformers.AutoConfig.from_pretrained(args.model)
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=torch.float32)
+    if dist.get_rank() > 0:
+        return model, None
+    weights, info = auto.from_pretrained(args.model, dtype=torch.float32, output_loading_info=True)
+    same = dict(model.named_parameters()).keys() == dict(weights.named_parameters()).keys()
+    if info["missing_keys"] or not same:
+        trouble = sorted(info["missing_keys"]) or "an output head that the config ties"
+        fail(f"the weights of --model {args.model} are not those of its config.json: {trouble}")
+    return model, weights
+
+def choose_attention(model, args):
+    """Use our attention if the model mixes tokens by attention only."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    plain = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
+    if plain and model._supports_attention_backend:
+        transformers.AttentionInterface.register("gathered", gathered_attention)
+        model.set_attn_implementation("gathered")
+    elif args.layout == "packed":
+        fail(f"--layout packed needs plain attention, but {config.model_type} mixes tokens in "
+             "other ways too; use --layout concatenated or --layout separate")
+
+def choose_trained(model, weights, args):
+    """Train LoRA adapters if --lora_rank says so, and only what --train_modules matches."""
+    if args.lora_rank:
+        from peft import LoraConfig
+        rank = args.lora_rank
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        model.add_adapter(lora)
+        if weights is not None:  # rank 0, where the adapters get their random start
+            torch.manual_seed(args.seed)
+            weights.add_adapter(lora)
+    for name, parameter in model.named_parameters():
+        if not re.search(args.train_modules, name):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        fail(f"--train_modules {args.train_modules} matches no parameter, such as {name}")
+
+def blocks_of(model):
+    """The transformer's blocks, which are sharded, recomputed and compiled one by one."""
+    return [module for module in model.modules()
+            if type(module).__name__.removeprefix("FSDP") in model._no_split_modules]
+
+def shard(policy, device, dtype, args):
+    """FSDP2: every block is gathered when it is needed, and the rest with the root."""
+    world = dist.get_world_size()
+    group = args.shard_group or world
+    if world % group:
+        fail(f"--shard_group {group} does not divide the {world} ranks")
+    mesh = dist.init_device_mesh(device.type, (world // group, group),
+                                 mesh_dim_names=("copies", "shards"))
+    if group == world:
+        mesh = mesh["shards"]
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+    for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
+        fully_shard(block, **rules)
+    # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
+    # instead of 1.87, with 128k words. Its backward pass needs the token ids only.
+    table = policy.model.get_input_embeddings()
+    if table.weight is not policy.model.get_output_embeddings().weight:
+        fully_shard(table, **rules)
+        table.set_unshard_in_backward(False)
+    fully_shard(policy, **rules)
+
+def place_weights(model, weights, device):
+    """Send the weights from rank 0 to where they belong, one tensor after another."""
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():  # rotary frequencies and the like
+        if weights is not None:
+            buffer.copy_(weights.get_buffer(name))
+        dist.broadcast(buffer, 0)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights.state_dict() if weights else {}, options=options)
+
+@torch.no_grad()
+def check_forward(weights, args):
+    """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
+    if weights is None:
+        return
+    ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
+    pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
+    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
+                 "--layout, or adapt Policy and head_pass to it"):
+        weights.eval().set_attn_implementation("eager")  # SDPA ignored Gemma-2's cap before 5.23
+        for text in (ids[:40], ids[:3] + ids[40:]):
+            logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
+            own.append(token_logps(logits, torch.tensor(text[3:])).sum().item())
+        choose_attention(weights, args)
+        ours = Policy(weights, token_logps)(collate([pair], args.layout)).flatten().tolist()
+    if not np.allclose(ours, own, rtol=1e-4, equal_nan=True):
+        fail(f"--layout {args.layout} does not fit --model {args.model}: log-probs {ours}, in its "
+             f"own forward pass {own}; try another --layout, or adapt Policy and head_pass")
 
 if __name__ == "__main__":
-    main()
+    with explain("{}; what is computed is kept: mend this and run the same command again",
+                 (OSError, dcp.CheckpointException, ModuleNotFoundError)):
+        main()
