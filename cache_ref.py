@@ -7,27 +7,26 @@ Model, precision and forward pass are those of training, which checks this befor
     python cache_ref.py --model MODEL --data data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME [--sketch_dim 4096]
 
-Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats, row i for row i of the
-split; the hash is of weights, tokens and precision. Values that are not known yet are NaN, so a
-killed run continues where it was, with any number of processes, and two may fill one file at once.
-meta.json appears when the files are complete.
+Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats; the hash is of
+weights, tokens and precision. Values that are not known yet are NaN, so a killed run continues
+where it was, with any number of processes. meta.json appears when the files are complete.
 
-For auxdpo.py a second pass adds ref-<hash>/sketch-<hash>/train-sketch.npy, (rows, 2, K): of every
-response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x), so short that all fit on disk
-and such that <sketch(g), sketch(g')> estimates <g, g'> without bias. A weight W (out, in) of a
-linear layer has the gradient sum_t d_t x_t^T, d the gradient of its output and x its input, and
+--noise_margin 3 (nats), as in ComPO (Chen et al. 2025, https://arxiv.org/abs/2505.05465): the pairs
+that the reference can hardly tell apart, |log ref(y_w|x) - log ref(y_l|x)| <= 3, go to
+data/NAME/noisy, the others to data/NAME/clean: data folders for every script, with their log-probs.
+
+--sketch_dim K, for auxdpo.py: a second pass adds ref-<hash>/sketch-<hash>/train-sketch.npy, (rows,
+2, K), of every response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x): short, and
+such that <sketch(g), sketch(g')> estimates <g, g'> without bias. A weight W (out, in) of a linear
+layer has the gradient sum_t d_t x_t^T, with d the gradient of its output and x its input, and
 
     sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t))
 
-with CS, a count sketch, the sum of the entries with random signs into K buckets. So it takes one
-batched backward pass over frozen weights, and no gradient of a weight is ever formed.
+where CS, a count sketch, sums the entries with random signs into K buckets. This takes one batched
+backward pass over frozen weights, and the gradient of a weight is never formed.
 
-With --noise_margin 3 (nats), as in ComPO (Chen et al. 2025, https://arxiv.org/abs/2505.05465), the
-pairs that the reference can hardly tell apart, |log ref(y_w|x) - log ref(y_l|x)| <= 3, go to
-data/NAME/noisy, the others to data/NAME/clean: data folders for every script, with their log-probs.
-
-Read to line 407: settings, the pass, how its files are filled, sketches, the split. Below the rule
-stand the helpers of dpo.py; you can fork this file without opening them.
+Read to line 370: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, sys, time
 import types, uuid
@@ -87,13 +86,10 @@ def main():
         with torch.no_grad():
             return policy(collate(pairs, args.layout)).T  # (n, 2)
 
-    def gradients(pairs):
-        return sketches(policy, pairs, state)  # (n, 2, K)
-
     folder = Path(args.data, f"ref-{name_of(content)}")
     fill_folder(folder, splits, "logps", (2,), "float32", logps, content, args)
     if args.sketch_dim:
-        state = watch(model, args)
+        gradients = functools.partial(sketches, policy, watch(model, args))
         train, shape, key = dict(train=splits["train"]), (2, args.sketch_dim), sketch_key(args)
         fill_folder(folder / f"sketch-{name_of(key)}", train, "sketch", shape, args.sketch_dtype,
                     gradients, key, args)
@@ -116,15 +112,13 @@ def fill_folder(folder, splits, kind, shape, dtype, compute, key, args):
     if is_writer():
         folder.mkdir(exist_ok=True)
     for name, split in splits.items():
-        path = folder / f"{name}-{kind}.npy"
-        shape_of_all = (len(split["pairs"]), *shape)
-        missing = missing_rows(path, shape_of_all, dtype)
-        while len(missing) > 0:  # once, unless another job has replaced the file at the same time
+        path, rows = folder / f"{name}-{kind}.npy", len(split["pairs"])
+        missing = missing_rows(path, (rows, *shape), dtype)
+        while len(missing) > 0:  # once, unless another job has made the file at the same time
             if dist.get_rank() == 0:
-                print(f"{path}: {len(split['pairs']) - len(missing)} of {len(split['pairs'])} pairs "
-                      f"are done; {path.stat().st_size / 1e6:.3g} MB on disk")
+                print(f"{path}: {rows - len(missing)} of {rows} pairs are done")
             fill_file(path, missing, split, dtype, compute, args)
-            missing = missing_rows(path, shape_of_all, dtype)
+            missing = missing_rows(path, (rows, *shape), dtype)
     if is_writer() and not (folder / "meta.json").exists():
         write_meta(folder, splits, key, args)
     dist.barrier()
@@ -133,12 +127,14 @@ def fill_folder(folder, splits, kind, shape, dtype, compute, key, args):
 
 def write_meta(folder, splits, key, args):
     """meta.json, which makes a folder complete: its key, and the hashes of the log-probs in it."""
-    paths = {name: folder / f"{name}-logps.npy" for name in splits}
-    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()
-              for name, path in paths.items() if path.exists()}
+    hashes = {}
+    for name in splits:
+        path = folder / f"{name}-logps.npy"
+        if path.exists():  # not in a folder of sketches
+            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     record = dict(key=key, args=dataclasses.asdict(args), sha256=hashes,
                   torch=torch.__version__, transformers=transformers.__version__)
-    aside = folder / f"meta-{uuid.uuid4().hex}.tmp"
+    aside = folder / f"{uuid.uuid4().hex}.json"
     aside.write_text(json.dumps(record))
     aside.rename(folder / "meta.json")
 
@@ -151,25 +147,13 @@ def missing_rows(path, shape, dtype):
             tqdm.write(f"{path} is damaged, and will be computed again")
             path.unlink()
         if not path.exists():
-            new_file(path, shape, dtype)
+            aside = path.with_name(f"{uuid.uuid4().hex}.npy")
+            np.save(aside, np.full(shape, np.nan, dtype))
+            aside.rename(path)
         last = np.load(path, mmap_mode="r").reshape(shape[0], -1)[:, -1]  # it is written last
         missing = torch.from_numpy(np.isnan(last)).int()
     dist.all_reduce(missing, dist.ReduceOp.MAX)
     return np.flatnonzero(missing.numpy())
-
-def new_file(path, shape, dtype):
-    """An .npy file full of NaN, whole or not at all."""
-    aside = path.with_name(f"{path.name}-{uuid.uuid4().hex}.tmp")
-    with open(aside, "wb") as file:
-        header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape)
-        np.lib.format.write_array_header_1_0(file, header)
-        row = np.full(shape[1:], np.nan, dtype).tobytes()
-        for _ in range(shape[0]):
-            file.write(row)
-    if path.exists():  # another job was faster
-        aside.unlink()
-    else:
-        aside.rename(path)
 
 def fill_file(path, missing, split, dtype, compute, args):
     """Compute the missing rows with all ranks, and write them into the file of every node."""
@@ -188,18 +172,15 @@ def fill_file(path, missing, split, dtype, compute, args):
         gathered = [None] * world
         dist.all_gather_object(gathered, (rows, values))
         for rows, values in gathered[:len(plan) - i]:
-            check_finite(path, rows, values, split)
+            finite = np.isfinite(values).reshape(len(rows), -1).all(1)  # (n,)
+            if not finite.all():
+                pair = split["pairs"][int(rows[~finite][0])]["id"]
+                fail(f"{path}: the values of pair {pair} are not finite in {dtype}; take it out of "
+                     "the data, or try float32 (--dtype, --sketch_dtype)")
             if is_writer():
                 write_rows(path, rows, values)
             bar.update(len(rows))
     bar.close()
-
-def check_finite(path, rows, values, split):
-    for row, value in zip(rows, values):
-        if not np.isfinite(value).all():
-            pair = split["pairs"][int(row)]["id"]
-            fail(f"{path}: the values of pair {pair} are not finite in {value.dtype}; take it out of "
-                 "the data, or try float32 (--dtype, --sketch_dtype)")
 
 def write_rows(path, rows, values):
     """Write rows where they belong in an .npy file. By seek, not by mapped memory: of a file on a
@@ -214,20 +195,19 @@ def write_rows(path, rows, values):
 
 # -- sketches
 def sketch_key(args):
-    """What makes sketches these, beside the reference and the data: a folder of them for each."""
+    """The settings that make sketches what they are; each such dict has a folder of its own."""
     names = ("sketch_dim", "sketch_modules", "train_modules", "lora_rank")
-    key = {name: getattr(args, name) for name in names}
-    return key | dict(seed=args.seed if args.lora_rank else 0)
+    seed = args.seed if args.lora_rank else 0  # of the initial adapters
+    return {name: getattr(args, name) for name in names} | dict(seed=seed)
 
-def sketches(policy, pairs, state):
+def sketches(policy, state, pairs):
     """-> float32 (n, 2, K), the sketched gradients of log pi of both responses of n pairs."""
     batch, = collate(pairs, "concatenated")  # every text is a row of its own
     inputs = batch["inputs"]
     rows, width = inputs["input_ids"].shape
     inputs["position_ids"] = inputs["position_ids"].expand(rows, -1)  # GPT-2 has them embedded
     prompts = to_device([len(pair["prompt"]) for pair in pairs] * 2)  # (rows,)
-    responses = to_device([len(pair["chosen"]) for pair in pairs]
-                          + [len(pair["rejected"]) for pair in pairs])
+    responses = to_device(batch["sizes"])  # (rows,)
     device = prompts.device
     real = torch.arange(width, device=device) < (prompts + responses)[:, None]  # (rows, width)
     state.cells = real.flatten().nonzero()[:, 0]  # places of the tokens that are not padding
@@ -244,16 +224,14 @@ def sketches(policy, pairs, state):
 
 def watch(model, args, salt=""):
     """Freeze all weights, and let every backward pass sketch the gradients of those that would be
-    trained and that --sketch_modules matches -> what its hooks share. Another salt makes another,
-    independent sketch."""
-    names = set()
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and re.search(args.sketch_modules, name):
-            names.add(name)
+    trained and that --sketch_modules matches -> what its hooks share. Another salt, other random
+    signs and buckets."""
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    names = {name for name in names if re.search(args.sketch_modules, name)}
     if not names:
         fail(f"--sketch_modules {args.sketch_modules} matches no parameter that is trained")
     model.requires_grad_(False)
-    state = types.SimpleNamespace(dim=args.sketch_dim, salt=salt, active=False, tables={},
+    state = types.SimpleNamespace(dim=args.sketch_dim, salt=salt, active=False,
                                   head=model.get_output_embeddings())
     known = {id(weight): name for name, weight in model.named_parameters()}  # tied: one name
     for module in model.modules():
@@ -272,7 +250,7 @@ def is_product(module):
     return name in ("Linear", "Embedding", "Conv1D") or hasattr(module, "embed_scale")
 
 def remember(state, own, module, inputs, output):
-    """Forward hook of a layer whose weights `own`, {name in the layer: name in the model}, count."""
+    """Forward hook of a layer; own is {name in it: name in the model} of the weights that count."""
     if state.active and torch.is_grad_enabled():
         if not output.requires_grad:
             output.requires_grad_()  # the backward pass ends at the first layer that counts
@@ -303,7 +281,8 @@ def add_product(state, own, module, x, d, row):
     if "weight" not in own:
         return
     if isinstance(module, torch.nn.Embedding):  # an id is the place of the only 1 in a vector
-        signs, buckets = hash_table(state, own["weight"], 0, module.num_embeddings, d.device)
+        signs, buckets = hash_table(state.salt + own["weight"], 0, module.num_embeddings, state.dim,
+                                    d.device)
         left = d.new_zeros(len(d), state.dim, dtype=torch.float32)
         left[torch.arange(len(d)), buckets[x]] = signs[x] * (x != module.padding_idx)
         scale = getattr(module, "embed_scale", 1)  # Gemma
@@ -331,52 +310,36 @@ def add_norm(state, own, module, x, d):
 
 def count_sketch(values, state, name, axis):
     """values (t, size) -> (t, K): in each bucket the signed sum of its entries."""
-    signs, buckets = hash_table(state, name, axis, values.shape[1], values.device)
+    signs, buckets = hash_table(state.salt + name, axis, values.shape[1], state.dim, values.device)
     sums = torch.zeros(len(values), state.dim, device=values.device)
     return sums.scatter_add_(1, buckets.expand(len(values), -1), values * signs)
 
-def hash_table(state, name, axis, size, device):
-    """Signs and buckets for one axis of a weight, random of its name alone; all buckets are equally
-    full. They are kept, as they are needed for every batch."""
-    if (name, axis) not in state.tables:
-        digest = hashlib.sha256(f"{state.salt}{name} {axis}".encode()).digest()
-        random = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        signs = torch.randint(2, (size,), generator=random) * 2.0 - 1
-        places = torch.randperm(math.ceil(size / state.dim) * state.dim, generator=random)
-        state.tables[name, axis] = signs.to(device), (places[:size] % state.dim).to(device)
-    return state.tables[name, axis]
+@functools.cache
+def hash_table(name, axis, size, dim, device):
+    """Random signs and buckets for an axis of a weight `name`; all buckets are equally full."""
+    seed = int.from_bytes(hashlib.sha256(f"{name} {axis}".encode()).digest()[:7], "big")
+    random = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (size,), generator=random) * 2.0 - 1
+    buckets = torch.randperm(math.ceil(size / dim) * dim, generator=random)[:size] % dim
+    return signs.to(device), buckets.to(device)
 
 # -- noisy and clean pairs
 def split_by_margin(folder, splits, content, args):
     """data/noisy, the pairs with |log ref(y_w|x) - log ref(y_l|x)| of at most noise_margin, and
     data/clean, the others, each with its part of the cache `folder`."""
-    margins = {}
-    for name in splits:
-        logps = np.load(folder / f"{name}-logps.npy")
-        margins[name] = np.abs(logps[:, 0] - logps[:, 1])
-        if dist.get_rank() == 0:
-            print_histogram(name, margins[name], args.noise_margin)
     for kind in ("noisy", "clean"):
         rows = {}
-        for name, margin in margins.items():
-            noisy = margin <= args.noise_margin
+        for name in splits:
+            logps = np.load(folder / f"{name}-logps.npy")
+            noisy = np.abs(logps[:, 0] - logps[:, 1]) <= args.noise_margin
             rows[name] = np.flatnonzero(noisy if kind == "noisy" else ~noisy)
             if len(rows[name]) == 0:
                 fail(f"--noise_margin {args.noise_margin} leaves no {kind} pairs in {name}, of "
-                     f"{len(margin)}; choose another, or prepare a larger --val_fraction")
-        # The nodes take turns, as they may share the file system.
-        for turn in range(dist.get_world_size()):
+                     f"{len(noisy)}; choose another, or prepare a larger --val_fraction")
+        for turn in range(dist.get_world_size()):  # as the nodes may share their file system
             if turn == dist.get_rank() and is_writer():
                 write_part(kind, rows, folder, splits, content, args)
             dist.barrier()
-
-def print_histogram(name, margins, margin):
-    """How many pairs have which |log ref(y_w|x) - log ref(y_l|x)|."""
-    edges = margin * np.array([0, 0.25, 0.5, 1, 2, 4, 8, 16, np.inf])
-    counts = np.histogram(margins, edges)[0]
-    print(f"{name}: pairs by |margin| in nats")
-    for low, high, count in zip(edges, edges[1:], counts):
-        print(f"{low:8.2f} to {high:8.2f} {count:8}  " + "#" * round(50 * count / counts.sum()))
 
 def write_part(kind, rows, folder, splits, content, args):
     """data/{kind}: these rows of each split and of its log-probs; written aside, then renamed."""
@@ -401,10 +364,10 @@ def write_part(kind, rows, folder, splits, content, args):
     for name in splits:
         np.save(own / f"{name}-logps.npy", np.load(folder / f"{name}-logps.npy")[rows[name]])
     write_meta(own, splits, key, args)
-    meta["counts"] = meta.get("counts", {}) | {name: len(rows[name]) for name in splits}
+    meta["counts"] = {name: len(rows[name]) for name in splits}
     (aside / "meta.json").write_text(json.dumps(meta, indent=1))
     aside.rename(data)
-    print(f"{data}: {', '.join(f'{len(rows[name])} pairs in {name}' for name in splits)}")
+    print(f"{data}: {meta['counts']} pairs")
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
@@ -417,11 +380,12 @@ def parse_args(cls):
     parser.format_help = lambda: source
     parser.error = fail
     args = cls(**vars(parser.parse_args()))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
-        comment = re.search(rf"^    {name}: .*?  # (.*)", source, re.MULTILINE)[1]
-        least = 0 if "0 =" in comment or getattr(cls, name, None) == 0 else 1e-300
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            fail(f"--{name} {value} must be finite and {'above' if least else 'not below'} 0")
+        may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
+        least = 0 if may_be_0 else sys.float_info.min
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value} must be finite and {'not below' if may_be_0 else 'above'} 0")
     return args
 
 def fail(message):
@@ -432,8 +396,7 @@ def fail(message):
 
 @contextlib.contextmanager
 def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
-    """An error of these kinds in the `with` block ends the program with the line `trouble`, with
-    the reason for its {}. All kinds by default: each library has its own for a damaged file."""
+    """An error in the `with` block ends the program with the line `trouble`, {} is the reason."""
     try:
         yield
     except kinds as error:
@@ -471,8 +434,7 @@ def load_data(args, names=("train", "val")):
     vocabulary = transformers.AutoTokenizer.from_pretrained(args.model).get_vocab()
     vocabulary = json.dumps(sorted(vocabulary.items())).encode()
     if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
-        fail(f"--data {args.data} has the tokens of another model than --model {args.model}; run "
-             "prepare_data.py for it")
+        fail(f"--data {args.data} has other tokens than --model {args.model}: run prepare_data.py")
     splits = {}
     for name in names:
         pairs = datasets.load_from_disk(f"{args.data}/{name}")
@@ -520,7 +482,6 @@ def fill(order, tokens, layout, limit):
 
 def micro_batches(rows, lengths, args, world):
     """Deal the pairs in `rows` into micro-batches -> list of arrays of rows, some maybe empty.
-
     Their number is a multiple of the ranks, `world`: under FSDP all ranks must run equally often.
     Pairs of similar length go together (less padding), and the fullest is small (no rank waits)."""
     tokens = pair_tokens(lengths[rows], args.layout)
@@ -536,7 +497,6 @@ def micro_batches(rows, lengths, args, world):
 
 def collate(pairs, layout):
     """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
-
     inputs        for the model: input_ids (1, L) packed or (texts, T) padded; position_ids, the
                   places of tokens in their own texts; packed only, texts: see attention_tables
     targets (M,)  all response tokens, those of all chosen responses first; sizes, their lengths
@@ -631,14 +591,13 @@ def head_pass(hidden, targets, head, config, score):
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log pi(y|x). The output head is computed within it, as FSDP
     has the head's weights whole only in the forward pass of its root module."""
-
     def __init__(self, model, score):
         super().__init__()
         self.model, self.score = model, score
 
     def forward(self, batches):
-        """Dicts of collate -> (2, n, ...), sums over each response of score(logits (t, V), targets
-        (t,)) (..., t), which for token_logps are log-probs (2, n)."""
+        """Dicts of collate -> log pi(y|x) (2, n), sums over each response of score(logits (t, V),
+        targets (t,)). A score that has k numbers for each token, (k, t), makes it (2, n, k)."""
         sums, head = [], self.model.get_output_embeddings()
         config = self.model.config.get_text_config()
         size = math.ceil(2**26 / config.vocab_size)  # tokens with 256 MiB of logits
@@ -655,11 +614,10 @@ class Policy(torch.nn.Module):
             sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
         return torch.stack(sums).unflatten(0, (2, -1))
 
-# Every layer of the model calls this with query (b, H, L, d) and key, value, maybe of fewer heads,
-# and wants (b, L, H, d). Padding is on the right, so causality alone keeps it out.
 @torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
-    """Packed (b is 1): gather the texts into padded tables, attend, put the results back."""
+    """Every layer calls this with query (b, H, L, d), key and value (maybe fewer heads), and wants
+    (b, L, H, d). Packed, b is 1: gather the texts into tables, attend, put the results back."""
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs = []
@@ -673,7 +631,8 @@ def gathered_attention(module, query, key, value, attention_mask, texts=None, **
     return torch.cat(outputs).index_select(0, texts["back"])[None], None
 
 def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
-    """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d)."""
+    """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d). Padding comes last, so
+    that causality alone keeps it out."""
     length = query.shape[2]
     window = sliding_window or length
     # Soft-caps (Gemma-2) and sinks (gpt-oss) are not in torch's kernels but in the model's file.
@@ -704,8 +663,8 @@ def read_model(args):
     weights, info = auto.from_pretrained(args.model, dtype=torch.float32, output_loading_info=True)
     same = dict(model.named_parameters()).keys() == dict(weights.named_parameters()).keys()
     if info["missing_keys"] or not same:
-        trouble = sorted(info["missing_keys"]) or "an output head that the config ties"
-        fail(f"the weights of --model {args.model} are not those of its config.json: {trouble}")
+        missing = sorted(info["missing_keys"]) or "an output head that the config ties"
+        fail(f"--model {args.model}: config.json and weights do not agree on {missing}")
     return model, weights
 
 def choose_attention(model, args):
@@ -770,7 +729,8 @@ def place_weights(model, weights, device):
             buffer.copy_(weights.get_buffer(name))
         dist.broadcast(buffer, 0)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights.state_dict() if weights else {}, options=options)
+    state = {} if weights is None else weights.state_dict()
+    set_model_state_dict(model, state, options=options)
 
 @torch.no_grad()
 def check_forward(weights, args):
@@ -787,9 +747,8 @@ def check_forward(weights, args):
             own.append(token_logps(logits, torch.tensor(text[3:])).sum().item())
         choose_attention(weights, args)
         ours = Policy(weights, token_logps)(collate([pair], args.layout)).flatten().tolist()
-    if not np.allclose(ours, own, rtol=1e-4, equal_nan=True):
-        fail(f"--layout {args.layout} does not fit --model {args.model}: log-probs {ours}, in its "
-             f"own forward pass {own}; try another --layout, or adapt Policy and head_pass")
+        same = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
+        assert same, f"log-probs {ours}, in its own forward pass {own}"
 
 if __name__ == "__main__":
     with explain("{}; what is computed is kept: mend this and run the same command again",

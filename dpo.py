@@ -11,8 +11,7 @@ trained and nothing is sampled. The reference is not in memory: cache_ref.py sto
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME    (or python, or ./launch.sh)
 
 Departures from the paper: the label_smoothing of cDPO and the sft_weight of RPO, both 0 by default.
-
-Read to line 194: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 192: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -176,22 +175,21 @@ def main():
 
 def pair_losses(policy, rows, split, args):
     """The pairs in these rows -> losses (n,) to be minimised, metrics {name: sum over the n}."""
-    counts = 1.0
+    factor = 1.0
     if len(rows) == 0:  # FSDP needs every rank: one without a pair computes some pair, times 0
-        rows, counts = np.array([0]), 0.0
+        rows, factor = np.array([0]), 0.0
     pairs = [split["pairs"][int(row)] for row in rows]
     lengths = to_device(split["lengths"][rows].T)  # (3, n) prompt, chosen, rejected
     ref_logps = to_device(split["ref_logps"][rows].T)  # (2, n)
 
     logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
     losses, metrics = preference_loss(logps, ref_logps, lengths[1:], args)
-
     metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
     losses = losses * to_device(np.float32([pair.get("weight", 1.0) for pair in pairs]))
     losses = losses - args.sft_weight * logps[0] / lengths[1]
     metrics["loss"] = losses
-    sums = {name: counts * value.detach().double().sum() for name, value in metrics.items()}
-    return counts * losses, sums
+    sums = {name: factor * value.detach().double().sum() for name, value in metrics.items()}
+    return factor * losses, sums
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
@@ -204,11 +202,12 @@ def parse_args(cls):
     parser.format_help = lambda: source
     parser.error = fail
     args = cls(**vars(parser.parse_args()))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
-        comment = re.search(rf"^    {name}: .*?  # (.*)", source, re.MULTILINE)[1]
-        least = 0 if "0 =" in comment or getattr(cls, name, None) == 0 else 1e-300
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            fail(f"--{name} {value} must be finite and {'above' if least else 'not below'} 0")
+        may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
+        least = 0 if may_be_0 else sys.float_info.min
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value} must be finite and {'not below' if may_be_0 else 'above'} 0")
     return args
 
 def fail(message):
@@ -219,8 +218,7 @@ def fail(message):
 
 @contextlib.contextmanager
 def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
-    """An error of these kinds in the `with` block ends the program with the line `trouble`, with
-    the reason for its {}. All kinds by default: each library has its own for a damaged file."""
+    """An error in the `with` block ends the program with the line `trouble`, {} is the reason."""
     try:
         yield
     except kinds as error:
@@ -287,7 +285,7 @@ def batch_rows(step, pairs, args):
     return order[index * args.batch_size:(index + 1) * args.batch_size]
 
 def learning_rate(step, steps, args):
-    """Of optimiser step 0 <= step < steps; it is above 0 at all of them, first and last too."""
+    """The rate of optimiser step 0 <= step < steps. It is never 0, not even at the last step."""
     warmup = int(args.warmup * steps)
     if step < warmup:
         return args.learning_rate * (step + 1) / (warmup + 1)
@@ -302,8 +300,7 @@ def load_data(args, names=("train", "val")):
     vocabulary = transformers.AutoTokenizer.from_pretrained(args.model).get_vocab()
     vocabulary = json.dumps(sorted(vocabulary.items())).encode()
     if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
-        fail(f"--data {args.data} has the tokens of another model than --model {args.model}; run "
-             "prepare_data.py for it")
+        fail(f"--data {args.data} has other tokens than --model {args.model}: run prepare_data.py")
     splits = {}
     for name in names:
         pairs = datasets.load_from_disk(f"{args.data}/{name}")
@@ -343,7 +340,7 @@ def load_reference(content, splits, args):
             found.append((path.parent, meta["sha256"]))
     if len(found) != 1:
         fail(f"{args.data} has {len(found)} caches, not one, by these weights, of these tokens, in "
-             f"--dtype {args.dtype}: {remake} --dtype {args.dtype}, or delete old ref-*")
+             f"{content['dtype']}: {remake}, or delete old ref-*")
     folder, hashes = found[0]
     for name, split in splits.items():
         path = folder / f"{name}-logps.npy"
@@ -372,7 +369,6 @@ def fill(order, tokens, layout, limit):
 
 def micro_batches(rows, lengths, args, world):
     """Deal the pairs in `rows` into micro-batches -> list of arrays of rows, some maybe empty.
-
     Their number is a multiple of the ranks, `world`: under FSDP all ranks must run equally often.
     Pairs of similar length go together (less padding), and the fullest is small (no rank waits)."""
     tokens = pair_tokens(lengths[rows], args.layout)
@@ -388,7 +384,6 @@ def micro_batches(rows, lengths, args, world):
 
 def collate(pairs, layout):
     """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
-
     inputs        for the model: input_ids (1, L) packed or (texts, T) padded; position_ids, the
                   places of tokens in their own texts; packed only, texts: see attention_tables
     targets (M,)  all response tokens, those of all chosen responses first; sizes, their lengths
@@ -483,14 +478,13 @@ def head_pass(hidden, targets, head, config, score):
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log pi(y|x). The output head is computed within it, as FSDP
     has the head's weights whole only in the forward pass of its root module."""
-
     def __init__(self, model, score):
         super().__init__()
         self.model, self.score = model, score
 
     def forward(self, batches):
-        """Dicts of collate -> (2, n, ...), sums over each response of score(logits (t, V), targets
-        (t,)) (..., t), which for token_logps are log-probs (2, n)."""
+        """Dicts of collate -> log pi(y|x) (2, n), sums over each response of score(logits (t, V),
+        targets (t,)). A score that has k numbers for each token, (k, t), makes it (2, n, k)."""
         sums, head = [], self.model.get_output_embeddings()
         config = self.model.config.get_text_config()
         size = math.ceil(2**26 / config.vocab_size)  # tokens with 256 MiB of logits
@@ -507,11 +501,10 @@ class Policy(torch.nn.Module):
             sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
         return torch.stack(sums).unflatten(0, (2, -1))
 
-# Every layer of the model calls this with query (b, H, L, d) and key, value, maybe of fewer heads,
-# and wants (b, L, H, d). Padding is on the right, so causality alone keeps it out.
 @torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
-    """Packed (b is 1): gather the texts into padded tables, attend, put the results back."""
+    """Every layer calls this with query (b, H, L, d), key and value (maybe fewer heads), and wants
+    (b, L, H, d). Packed, b is 1: gather the texts into tables, attend, put the results back."""
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs = []
@@ -525,7 +518,8 @@ def gathered_attention(module, query, key, value, attention_mask, texts=None, **
     return torch.cat(outputs).index_select(0, texts["back"])[None], None
 
 def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
-    """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d)."""
+    """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d). Padding comes last, so
+    that causality alone keeps it out."""
     length = query.shape[2]
     window = sliding_window or length
     # Soft-caps (Gemma-2) and sinks (gpt-oss) are not in torch's kernels but in the model's file.
@@ -556,8 +550,8 @@ def read_model(args):
     weights, info = auto.from_pretrained(args.model, dtype=torch.float32, output_loading_info=True)
     same = dict(model.named_parameters()).keys() == dict(weights.named_parameters()).keys()
     if info["missing_keys"] or not same:
-        trouble = sorted(info["missing_keys"]) or "an output head that the config ties"
-        fail(f"the weights of --model {args.model} are not those of its config.json: {trouble}")
+        missing = sorted(info["missing_keys"]) or "an output head that the config ties"
+        fail(f"--model {args.model}: config.json and weights do not agree on {missing}")
     return model, weights
 
 def build_policy(model, weights, score, device, dtype, args):
@@ -651,7 +645,8 @@ def place_weights(model, weights, device):
             buffer.copy_(weights.get_buffer(name))
         dist.broadcast(buffer, 0)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights.state_dict() if weights else {}, options=options)
+    state = {} if weights is None else weights.state_dict()
+    set_model_state_dict(model, state, options=options)
 
 @torch.no_grad()
 def check_reference(policy, split, dtype, args):
@@ -676,31 +671,38 @@ def open_run(content, args):
     out, last = Path(args.out), [0]
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_settings(out / "args.json", content, args)
-        copy_model_files(out / "final.tmp", args)  # if this fails, then now and not at the end
         steps = [int(path.name.removeprefix("step-")) for path in out.glob("step-*")]
         last = [max(steps, default=0)]
-        log = out / "log.jsonl"  # a resumed run writes the lines after its checkpoint again
-        lines = log.read_text().splitlines(keepends=True) if last[0] > 0 else []
-        lines = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last one
-        lines = [line for line in lines if json.loads(line)["step"] <= last[0]]
-        (out / "log.tmp").write_text("".join(lines))
-        (out / "log.tmp").rename(log)
+        settings = dataclasses.asdict(args) | dict(content=content)
+        if (out / "log.jsonl").exists():
+            check_settings(settings, args)
+            cut_log(out / "log.jsonl", last[0])
+        else:
+            write_settings(out / "args.json", settings)
+        copy_model_files(out / "final.tmp", args)  # if this fails, then now and not at the end
     dist.broadcast_object_list(last, 0)
     return last[0]
 
-def write_settings(path, content, args):
-    """args.json: what is needed to repeat the run. Stop if another run has its own there."""
-    settings = dataclasses.asdict(args) | dict(content=content)
-    if path.exists():
-        if not args.resume:
-            fail(f"--out {args.out} holds a run: use --resume, or choose another --out")
-        old = json.loads(path.read_text())["args"]
-        for name in settings.keys() - MAY_CHANGE:
-            if settings[name] != old.get(name):
-                fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not "
-                     f"{settings[name]}: repeat its settings, or choose another --out")
-        return
+def check_settings(settings, args):
+    """Stop unless --resume is given, and the run in --out has the same settings."""
+    if not args.resume:
+        fail(f"--out {args.out} holds a run: use --resume, or choose another --out")
+    old = json.loads(Path(args.out, "args.json").read_text())["args"]
+    for name in settings.keys() - MAY_CHANGE:
+        if settings[name] != old.get(name):
+            fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not {settings[name]}: "
+                 "repeat its settings, or choose another --out")
+
+def cut_log(path, step):
+    """Keep the lines up to this step, as a resumed run writes those after its checkpoint again."""
+    lines = path.read_text().splitlines(keepends=True) if step > 0 else []
+    lines = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last one
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.with_suffix(".tmp").write_text("".join(kept))
+    path.with_suffix(".tmp").rename(path)
+
+def write_settings(path, settings):
+    """args.json: what is needed to repeat the run."""
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
     record = dict(args=settings, ranks=dist.get_world_size(), commit=commit,
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -755,7 +757,7 @@ def load_checkpoint(policy, optimizer, step, args):
 
 def copy_model_files(folder, args):
     """All files of --model but its weights, as they are: configs, tokenizer, chat template, ..."""
-    source, kinds = args.model, (".json", ".jinja", ".txt", ".model", ".py")
+    source, kinds = args.model, (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
     if not Path(source).is_dir():
         source = huggingface_hub.snapshot_download(source, allow_patterns=[f"*{k}" for k in kinds])
     folder.mkdir(exist_ok=True)
@@ -771,8 +773,8 @@ def save_final(policy, args):
         aside, final, model = Path(args.out, "final.tmp"), Path(args.out, "final"), policy.model
         dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
         names = dict([*policy.named_parameters(), *policy.named_buffers()])  # without a tied head
-        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()
-                 if name in names}
+        state = {name.removeprefix("model."): state[name].to(dtype)
+                 for name in names if name in state}
         model.generation_config = transformers.GenerationConfig()  # --model's may be refused
         model.save_pretrained(aside, state_dict=state)
         (aside / "generation_config.json").unlink(missing_ok=True)

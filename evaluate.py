@@ -30,10 +30,11 @@ results/ gets table.md, differences.md (every two models, bootstrap intervals), 
 samples.jsonl and logps.npz: every s, so that another question needs no model. torchrun deals texts
 over processes; --shard splits a model that one device does not hold.
 """
-import argparse, contextlib, dataclasses, hashlib, importlib.util, inspect, itertools, json, math
-import os, re, sys, time
+import contextlib, dataclasses, hashlib, importlib.util, inspect, itertools, json, math
+import os, re, time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -69,7 +70,7 @@ class Args:
     # memory and speed
     max_tokens: int = 8192  # bound on the tokens of one forward pass, or of one batch of samples
     shard: bool = False  # split every model over the processes (FSDP) instead of copying it
-    dtype: str = "auto"  # of the computation: auto (bfloat16 on a GPU) | bfloat16 | float32
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
 
 
 COLUMNS = {  # metric: its heading; per cent, nats or tokens
@@ -86,44 +87,36 @@ BEST = "best of "
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
-
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
-    raise SystemExit(f"error: {' '.join(message.split())}")
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # rank 0 says it too, and torchrun ends the others before they repeat it
+    raise SystemExit("error: " + " ".join(message.split()))
 
 @contextlib.contextmanager
-def explain(trouble):
-    """Replace any error inside `with` by the line `trouble`, the reason standing for its {}."""
+def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
+    """An error in the `with` block ends the program with the line `trouble`, {} is the reason."""
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # every layer has its own; that of a checkpoint is no Exception
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        fail(trouble.replace("{}", lines[-1 if "Traceback" in str(error) else 0][:200]))
+    except kinds as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
+        fail(trouble.replace("{}", line[:200]))
 
 def parse_args(cls):
-    """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
-    are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
-    for field in dataclasses.fields(cls):
-        default, note = getattr(cls, field.name, None), notes[field.name].replace("%", "%%")
-        words = re.sub(r" \(.*?\)", "", note).split(": ")[-1].split(" | ")
-        kind = dict(type=field.type, choices=words if len(words) > 1 else None)
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        note += "" if default is None else f" [{default}]"
-        kind |= dict(default=default, required=default is None, help=note)
-        parser.add_argument(f"--{field.name}", **kind)
+    """Command line -> dataclass `cls`; --help shows its source, comments and all. A number must be
+    above 0; it may be 0 where that is the default, or where its comment says what "0 =" means."""
+    source = inspect.getsource(cls)
+    parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
+    parser.format_help = lambda: source
+    parser.error = fail
     args = cls(**vars(parser.parse_args()))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
-        zero = "0 =" in notes[name] or not getattr(cls, name, 0)
-        if type(value) in (int, float) and not (0 < value < math.inf or zero and value == 0):
-            least = "at least" if zero else "above"
-            fail(f"--{name} {value} must be finite and {least} 0: {notes[name]}")
+        may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
+        least = 0 if may_be_0 else sys.float_info.min
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value} must be finite and {'not below' if may_be_0 else 'above'} 0")
     return args
 
 def vocab_hash(tokenizer) -> str:
@@ -133,18 +126,23 @@ def vocab_hash(tokenizer) -> str:
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
+    # Each micro-batch has another shape. On a GPU these break the memory into pieces (138 GiB were
+    # reserved at a peak of 65) unless its segments can grow, and cuDNN plans each for 0.1 s.
+    if not any("ALLOC_CONF" in name for name in os.environ):  # it has two older names
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_flush_denormal(True)  # on a CPU, denormal numbers can be many times slower
     cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    dtype = dict(auto="bfloat16" if cuda else "float32").get(dtype, dtype)
+    if dtype == "auto":
+        dtype = "bfloat16" if cuda else "float32"
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
 
 # ---- end of the helpers ----
-
 
 # ---- models, and what they are asked: all of it dealt over the ranks
 
@@ -912,4 +910,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with explain("{}; mend this and run the same command again",
+                 (OSError, dcp.CheckpointException, ModuleNotFoundError)):
+        main()

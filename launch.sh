@@ -89,16 +89,16 @@ script = sys.modules["script"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 del sys.argv[0]; script.parse_args(script.Args)' "$@"
 }
-reference_flags() {  # ARGS: sets flags, those that cache_ref.py has too, and model, data, dtype
-  local name value; model="" data="" dtype=auto flags=(); local known=" $(sed -n 's/^    \([a-z_]*\): .*/--\1/p; /^# ---- /q' cache_ref.py | tr '\n' ' ')"
+reference_flags() {  # ARGS: sets model, data, dtype, and flags, which are for cache_ref.py
+  local name value words known reference=""; model="" data="" dtype=auto flags=()
+  known=" $(sed -n '/^class Args/,/^[^ ]/s/^    \([a-z_]*\): .*/--\1/p' cache_ref.py | xargs) "
   while [ $# -gt 0 ]; do
-    name=${1%%=*} value=${1#*=}
-    case $known in *" ${name/--no-/--} "*)
-      flags+=("$1")
-      case "${1#"$name"} ${2:---}" in =*|" --"*) ;; *) value=$2; flags+=("$2"); shift ;; esac
-      case $name in --model) model=$value ;; --data) data=$value ;; --dtype) dtype=$value ;; esac ;;
-    esac; shift
+    name=${1%%=*} value=${1#*=} words=("$1")
+    case "$1 ${2---}" in "$name --"*) ;; "$name "*) value=$2 words+=("$2"); shift ;; esac
+    case $name in --model|--reference|--data|--dtype) printf -v "${name#--}" %s "$value" ;; esac
+    case $known in *" $name "*) flags+=("${words[@]}") ;; esac; shift
   done
+  [ -z "$reference" ] || { model=$reference; flags+=(--model "$model"); }  # the last one counts
 }
 
 # cache_ref.py must read the model to know that its cache is complete, so it is left out where there

@@ -27,11 +27,12 @@ subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs 
 that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 """
-import argparse, bisect, dataclasses, functools, gzip, hashlib, inspect, itertools, json, math
+import bisect, dataclasses, functools, gzip, hashlib, inspect, itertools, json, math
 import multiprocessing, os, platform, random, re, shutil, sys, time, types, zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, process
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -56,7 +57,7 @@ class Args:
     score_header: bool = False  # score what opens the assistant's turn too, as SimPO's authors do
     eos_token: str = ""  # ends a response (default: as the template does, else the EOS)
     max_length: int = 2048  # tokens of prompt and response; longer is dropped, never cut
-    wrong_options: str = "all"  # of multiple choice, set against the right one: all | one
+    wrong_options: Literal["all", "one"] = "all"  # of multiple choice, set against the right one
     ties: bool = False  # keep the subset Ties of RewardBench-2, in which several answers are right
     # split and speed
     val_fraction: float = 0.05  # fraction of the prompts, chosen by hash, that go to val
@@ -68,31 +69,25 @@ class Args:
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
-    raise SystemExit(f"error: {' '.join(message.split())}")
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # rank 0 says it too, and torchrun ends the others before they repeat it
+    raise SystemExit("error: " + " ".join(message.split()))
 
 
 def parse_args(cls):
-    """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
-    are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
-    for field in dataclasses.fields(cls):
-        default, note = getattr(cls, field.name, None), notes[field.name].replace("%", "%%")
-        words = re.sub(r" \(.*?\)", "", note).split(": ")[-1].split(" | ")
-        kind = dict(type=field.type, choices=words if len(words) > 1 else None)
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        note += "" if default is None else f" [{default}]"
-        kind |= dict(default=default, required=default is None, help=note)
-        parser.add_argument(f"--{field.name}", **kind)
+    """Command line -> dataclass `cls`; --help shows its source, comments and all. A number must be
+    above 0; it may be 0 where that is the default, or where its comment says what "0 =" means."""
+    source = inspect.getsource(cls)
+    parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
+    parser.format_help = lambda: source
+    parser.error = fail
     args = cls(**vars(parser.parse_args()))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
-        zero = "0 =" in notes[name] or not getattr(cls, name, 0)
-        if type(value) in (int, float) and not (0 < value < math.inf or zero and value == 0):
-            least = "at least" if zero else "above"
-            fail(f"--{name} {value} must be finite and {least} 0: {notes[name]}")
+        may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
+        least = 0 if may_be_0 else sys.float_info.min
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value} must be finite and {'not below' if may_be_0 else 'above'} 0")
     return args
 
 

@@ -4,24 +4,32 @@
 
 The reward is the mean log-prob per token, which is also what ranks sequences in decoding, and a
 chosen response must win by the target margin gamma. There is no reference: nothing is cached, and
-nothing but a small learning rate keeps the policy near where it started.
+nothing but a small learning rate keeps the policy near its start.
 
     python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
     torchrun --nproc_per_node=8 simpo.py --model MODEL --data data/NAME    (without cache_ref.py)
 
-The authors also score the tokens that open the assistant's turn: prepare_data.py --score_header.
-gamma is given as the ratio gamma / beta, as in their code; TRL's simpo_gamma is gamma itself.
+Departures from the paper: 1. gamma is given as the ratio gamma / beta, as in the authors' code;
+TRL's simpo_gamma is gamma itself. 2. The authors also score the tokens that open the assistant's
+turn: prepare_data.py --score_header. 3. label_smoothing and sft_weight, 0 by default.
+Differs from dpo.py: no reference, mean log-probs, the margin; the default of beta. The log-probs
+are checked against the model's own forward pass, which cache_ref.py does for the other scripts.
 
-Differs from dpo.py: no reference, mean log-probs, the margin; the default of beta.
+Read to line 193: settings, loss, training loop. Below the rule stand the helpers, the same in every
+script; you can fork this file without opening them.
 
-Symbols: n pairs, T tokens of the longest row, L of a micro-batch, M of its responses, V vocabulary,
-h hidden size, H heads, d head size. What stands along a first dimension of 2 is (chosen, rejected).
+Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
+pairs. A batch is the pairs of an optimiser step, a micro-batch those that a rank computes at once.
+Shapes: n pairs of a micro-batch, L its tokens, M those in responses, T tokens of the longest text,
+V vocabulary, h hidden size, H heads, d head size. A leading dimension of 2 means chosen, rejected.
 """
-import argparse, bisect, contextlib, dataclasses, functools, hashlib, importlib.util, inspect, json
-import math, os, re, resource, shutil, signal, subprocess, sys, time
+import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, resource, shutil
+import signal, subprocess, sys, threading, time
 from pathlib import Path
+from typing import Literal
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow.compute as pc
 import torch
@@ -30,583 +38,684 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
-from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
+    StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
-
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     # input and output
-    model: str  # Hugging Face folder or hub name: policy at step 0, and reference if there is one
+    model: str  # Hugging Face folder or hub name: the policy at step 0
     data: str  # folder made by prepare_data.py
     out: str = f"out/{Path(__file__).stem}"  # the run's args.json, log.jsonl, checkpoints, final/
     resume: bool = False  # continue from the last checkpoint in --out; begin if there is none
     save_every: int = 0  # steps between checkpoints; 0 = only one on SIGTERM
     keep: int = 2  # how many checkpoints stay on disk
-    hub_repo: str = ""  # push final/ to this Hugging Face hub repository
     # optimisation
     epochs: int = 1  # passes over the training pairs
-    max_steps: int = 0  # stop after so many optimiser steps; 0 = all epochs
+    max_steps: int = 0  # optimiser steps, instead of --epochs; 0 = all epochs
     batch_size: int = 32  # pairs per optimiser step, over all ranks whatever their number
     learning_rate: float = 5e-7  # peak, AdamW
-    schedule: str = "linear"  # after warm-up: linear (to zero) | cosine (to zero) | constant
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
     warmup: float = 0.1  # fraction of the steps in which the learning rate rises; 0 = none
     weight_decay: float = 0.0  # AdamW, decoupled
     max_grad_norm: float = 1.0  # gradient clipping, L2 norm over all parameters
-    seed: int = 0  # of all that is random
+    seed: int = 0  # of the order of the pairs and of LoRA's adapters
     # memory and speed
-    layout: str = "packed"  # packed (no padding, each prompt once) | concatenated | separate
+    layout: Literal["packed", "concatenated", "separate"] = "packed"  # how pairs enter the model
     max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
-    dtype: str = "auto"  # of the computation: auto (bfloat16 on a GPU) | bfloat16 | float32
-    activation_checkpointing: str = "off"  # recompute: off | selective (no matrix products) | full
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
+    activation_checkpointing: Literal["off", "selective", "full"] = "off"  # less memory, more time
     compile: bool = False  # torch.compile each block
-    cpu_offload: bool = False  # keep weights, gradients and optimiser state in host memory
-    shard_group: int = 0  # ranks that hold one copy of all that, such as a node's; 0 = all ranks
+    shard_group: int = 0  # ranks that share one copy of the weights, such as a node's; 0 = all
     lora_rank: int = 0  # train LoRA adapters of this rank (peft) instead of all weights; 0 = off
     train_modules: str = ""  # train only the parameters whose names match this regex; empty = all
-    liger: bool = False  # Liger kernels for norms, rotary embedding and MLP (GPU only)
     # logging
     log_every: int = 10  # steps between lines of log.jsonl
     eval_every: int = 100  # steps between evaluations on val/, also first and last; 0 = never
     wandb: str = ""  # Weights & Biases project that gets the log too
     # algorithm
     beta: float = 2.0  # scale of the reward, beta of eq. 4
-    gamma_beta_ratio: float = 0.25  # target margin gamma of eq. 5, divided by beta
+    gamma_beta_ratio: float = 0.25  # target margin gamma of eq. 5, divided by beta; 0 = no margin
     label_smoothing: float = 0.0  # probability that a preference label is wrong, eps of cDPO
     sft_weight: float = 0.0  # weight of -log pi(y_w|x) / |y_w|, added to the loss as in RPO
-    router_aux_coef: float = 0.0  # weight of the load-balancing loss of a mixture of experts
 
-
-def preference_loss(logps, ref_logps, lengths, args):
-    """The algorithm: log-probs logps (2, n) in nats, lengths (2, n) in tokens -> losses
-    (n,) and per-pair metrics {name: (n,)}; rewards include beta. There are no ref_logps."""
+def preference_loss(logps, lengths, args):
+    """The algorithm: log-probs logps (2, n) in nats, lengths (2, n) in tokens -> losses (n,) and
+    metrics of each pair {name: (n,)}."""
     rewards = args.beta * logps / lengths  # (2, n) eq. 4
     margins = rewards[0] - rewards[1] - args.beta * args.gamma_beta_ratio  # (n,) eq. 5
     losses = -(1 - args.label_smoothing) * F.logsigmoid(margins)  # (n,) eq. 6
     losses = losses - args.label_smoothing * F.logsigmoid(-margins)  # (n,) 0 by default
     return losses, reward_metrics(rewards, logps, lengths)
 
+def main():
+    args = parse_args(Args)
+    rank, world, device, dtype = start_process_group(args.dtype)
+    sigterm = threading.Event()  # set when the job's time is up
+    signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
+
+    # Data, model, optimiser.
+    with explain(f"--data {args.data}, --model {args.model} or --out {args.out}: {{}}"):
+        splits = load_data(args)
+        model, weights = read_model(args)  # the model is empty; only rank 0 has the weights
+        content = content_hashes(weights, splits, dtype)
+        start = open_run(content, args)
+    check_forward(weights, args)
+    train, val = splits["train"], splits["val"]
+    policy = build_policy(model, weights, token_logps, device, dtype, args)
+    del weights  # each rank has its share of them in the policy
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay,
+                                  fused=True)
+
+    # A new run starts at step 0, one that is resumed at the step of its last checkpoint.
+    epoch_steps = math.ceil(len(train["pairs"]) / args.batch_size)
+    steps = args.max_steps or args.epochs * epoch_steps
+    log = open_log(args)
+    evaluation = {}
+    if start > 0:
+        load_checkpoint(policy, optimizer, start, args)
+    if start == 0 and args.eval_every:
+        evaluation = evaluate(policy, val, args)
+        log({"step": 0} | evaluation)
+
+    sums, seconds = [], 0.0  # metrics of the micro-batches and time, since the last line of the log
+    all_tokens, all_seconds = 0, 0.0
+    bar = tqdm(range(start, steps), args.out, initial=start, total=steps, disable=rank > 0)
+    for step in bar:
+        # The batch is the same on all ranks; each rank takes its share of the micro-batches.
+        began = time.time()
+        batch = batch_rows(step, len(train["pairs"]), args)
+        for rows in micro_batches(batch, train["lengths"], args, world)[rank::world]:
+            losses, metrics = pair_losses(policy, rows, train, args)
+            loss = losses.sum() / len(batch)
+            (loss * world).backward()  # FSDP takes the mean over ranks, we want the sum
+            sums.append(metrics)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        grad_norm = grad_norm.full_tensor().item()  # of all ranks; the CPU waits for the GPU here
+        if not math.isfinite(grad_norm):  # a loss that is not finite ends here too
+            ids = [train["pairs"][int(row)]["id"] for row in batch]
+            fail(f"step {step}: the gradient norm {grad_norm} is not finite; lower --learning_rate "
+                 f"{args.learning_rate}, or look at the pairs of this batch: {' '.join(ids)}")
+        rate = learning_rate(step, steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        policy.zero_grad()
+        seconds += time.time() - began  # without evaluations and checkpoints
+
+        done = step + 1
+        stopping = torch.tensor(float(sigterm.is_set()))
+        dist.all_reduce(stopping)  # a signal on any rank stops all of them
+        saving = stopping or (args.save_every > 0 and done % args.save_every == 0)
+        # Checkpoints do not hold the sums, so these are logged before each.
+        if saving or done % args.log_every == 0 or done == steps:
+            means = mean_over_pairs(sums)
+            log({"step": done, "epoch": done / epoch_steps, "lr": rate, "grad_norm": grad_norm,
+                 "tokens/s": means["tokens"] / seconds, "memory/GiB": peak_memory()} | means)
+            bar.set_postfix(loss=means["loss"], accuracy=means["rewards/accuracies"])
+            all_tokens += means["tokens"]
+            all_seconds += seconds
+            sums, seconds = [], 0.0
+        if args.eval_every and (done % args.eval_every == 0 or done == steps):
+            evaluation = evaluate(policy, val, args)
+            log({"step": done} | evaluation)
+        if saving:
+            save_checkpoint(policy, optimizer, done, args)
+        if stopping:
+            fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
+    save_final(policy, args)
+    if rank == 0:  # a block of lines for grep, such as "eval/loss: 0.61"
+        summary = {"seconds": all_seconds, "tokens/s": all_tokens / max(all_seconds, 1e-9),
+                   "memory/GiB": peak_memory(), "steps": steps, "final": f"{args.out}/final"}
+        for name, value in (evaluation | summary).items():
+            print(f"{name}: {value}")
+    dist.destroy_process_group()
+
+def pair_losses(policy, rows, split, args):
+    """The pairs in these rows -> losses (n,) to be minimised, metrics {name: sum over the n}."""
+    factor = 1.0
+    if len(rows) == 0:  # FSDP needs every rank: one without a pair computes some pair, times 0
+        rows, factor = np.array([0]), 0.0
+    pairs = [split["pairs"][int(row)] for row in rows]
+    lengths = to_device(split["lengths"][rows].T)  # (3, n) prompt, chosen, rejected
+
+    logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
+    losses, metrics = preference_loss(logps, lengths[1:], args)
+    metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
+    losses = losses * to_device(np.float32([pair.get("weight", 1.0) for pair in pairs]))
+    losses = losses - args.sft_weight * logps[0] / lengths[1]
+    metrics["loss"] = losses
+    sums = {name: factor * value.detach().double().sum() for name, value in metrics.items()}
+    return factor * losses, sums
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
+# -- command line, errors, processes
+def parse_args(cls):
+    """Command line -> dataclass `cls`; --help shows its source, comments and all. A number must be
+    above 0; it may be 0 where that is the default, or where its comment says what "0 =" means."""
+    source = inspect.getsource(cls)
+    parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
+    parser.format_help = lambda: source
+    parser.error = fail
+    args = cls(**vars(parser.parse_args()))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
+    for name, value in vars(args).items():
+        may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
+        least = 0 if may_be_0 else sys.float_info.min
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value} must be finite and {'not below' if may_be_0 else 'above'} 0")
+    return args
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))  # torchrun ends the others after rank 0
-    raise SystemExit(f"error: {' '.join(message.split())}")
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # rank 0 says it too, and torchrun ends the others before they repeat it
+    raise SystemExit("error: " + " ".join(message.split()))
 
 @contextlib.contextmanager
-def explain(trouble):
-    """Replace any error inside `with` by the line `trouble`, the reason standing for its {}."""
+def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
+    """An error in the `with` block ends the program with the line `trouble`, {} is the reason."""
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # every layer has its own; that of a checkpoint is no Exception
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        fail(trouble.replace("{}", lines[-1 if "Traceback" in str(error) else 0][:200]))
-
-def parse_args(cls):
-    """Command line -> frozen dataclass `cls`. A field's comment is its --help; words between bars
-    are its choices; a number is above 0, or may be 0 if that is the default or noted as "0 ="."""
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}; see {parser.prog} --help")
-    for field in dataclasses.fields(cls):
-        default, note = getattr(cls, field.name, None), notes[field.name].replace("%", "%%")
-        words = re.sub(r" \(.*?\)", "", note).split(": ")[-1].split(" | ")
-        kind = dict(type=field.type, choices=words if len(words) > 1 else None)
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        note += "" if default is None else f" [{default}]"
-        kind |= dict(default=default, required=default is None, help=note)
-        parser.add_argument(f"--{field.name}", **kind)
-    args = cls(**vars(parser.parse_args()))
-    for name, value in vars(args).items():
-        zero = "0 =" in notes[name] or not getattr(cls, name, 0)
-        if type(value) in (int, float) and not (0 < value < math.inf or zero and value == 0):
-            least = "at least" if zero else "above"
-            fail(f"--{name} {value} must be finite and {least} 0: {notes[name]}")
-    return args
-
-def vocab_hash(tokenizer) -> str:
-    """16 hex digits that change when any token or its id does."""
-    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
+    except kinds as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
+        fail(trouble.replace("{}", line[:200]))
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
+    # Each micro-batch has another shape. On a GPU these break the memory into pieces (138 GiB were
+    # reserved at a peak of 65) unless its segments can grow, and cuDNN plans each for 0.1 s.
+    if not any("ALLOC_CONF" in name for name in os.environ):  # it has two older names
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_flush_denormal(True)  # on a CPU, denormal numbers can be many times slower
     cuda = torch.cuda.is_available()  # true for ROCm as well, where "nccl" is RCCL
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    torch.set_flush_denormal(True)  # a saturated batch is many times slower on a CPU without it
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    dtype = dict(auto="bfloat16" if cuda else "float32").get(dtype, dtype)
+    if dtype == "auto":
+        dtype = "bfloat16" if cuda else "float32"
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
 
-def load_data(args, names=("train", "val")):
-    """{split: dict(rows=dataset, lengths=(rows, 3) of its three columns, hash)}, tokenizer"""
-    data, splits = Path(args.data), {}
-    remake = f"run: prepare_data.py --model {args.model} --out {data} --dataset ..."
-    near = Path(args.model).parent
-    no_hub_name = len(near.parts) > 1 or near.is_dir() and near != Path()
-    if not Path(args.model).exists() and no_hub_name:
-        fail(f"--model {args.model} is not there; correct the path")
-    with explain(f"--data {data} or the tokenizer of {args.model} cannot be read ({{}}); {remake}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        meta = json.loads((data / "meta.json").read_text())
-        for name in names:
-            rows = datasets.load_from_disk(str(data / name))
-            columns = (rows.data[side] for side in ("prompt", "chosen", "rejected"))
-            lengths = np.stack([pc.list_value_length(c).to_numpy() for c in columns], 1).astype(int)
-            content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
-            splits[name] = dict(rows=rows, lengths=lengths, hash=content)
-    if vocab_hash(tokenizer) != meta["vocab_hash"]:
-        fail(f"--data {data} holds the tokens of another model than --model {args.model}; {remake}")
-    for name, split in splits.items():
-        if len(split["rows"]) == 0 or split["lengths"].min() == 0:
-            fail(f"{data}/{name} has no pairs, or an empty prompt or response; {remake}")
-        cost = pair_costs(split["lengths"], args.layout)
-        if cost.max() > args.max_tokens:
-            pair = split["rows"][int(cost.argmax())]["id"]
-            fail(f"pair {pair} in {data}/{name} has {cost.max()} tokens, over --max_tokens "
-                 f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
-    return splits, tokenizer
-
-def pair_costs(lengths, layout):
-    """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
-    longest = lengths[:, 0] + lengths[:, 1:].max(1)
-    return {"packed": lengths.sum(1), "concatenated": 2 * longest, "separate": longest}[layout]
-
-def micro_batches(rows, lengths, layout, max_tokens, world):
-    """Deal `rows` into lists, a multiple of `world` of them; rank k runs lists k, k + world, ...
-
-    Neighbours in length share a list, no list exceeds max_tokens, and the largest is as small as it
-    can be: ranks finish together. A list may be empty if there are few rows."""
-    cost, longest = (pair_costs(lengths[rows], name) for name in (layout, "separate"))
-
-    def split(limit):
-        lists, used = [], math.inf
-        for i in np.argsort(-longest, kind="stable"):
-            step = cost[i] if layout == "packed" or not lists else cost[lists[-1][0]]  # padding
-            if used + step > limit:
-                lists.append([])
-                used, step = 0, cost[i]
-            lists[-1].append(i)
-            used += step
-        return lists
-
-    count = math.ceil(len(split(max_tokens)) / world) * world
-    enough = lambda limit: len(split(limit)) <= count
-    lists = split(bisect.bisect_left(range(max_tokens), True, lo=cost.max(), key=enough))
-    while len(lists) < count:
-        big = lists.pop(max(range(len(lists)), key=lambda i: len(lists[i])))
-        lists += [big[:len(big) // 2], big[len(big) // 2:]]
-    return [rows[np.array(part, np.int64)] for part in sorted(lists, key=len)]
-
 def to_device(array):
-    """numpy -> torch, where the model computes; the host does not wait for the copy."""
-    tensor = torch.from_numpy(array)
+    """numpy or list -> torch, where the model computes; the host does not wait for the copy."""
+    tensor = torch.as_tensor(array)
     return tensor.pin_memory().cuda(non_blocking=True) if torch.cuda.is_available() else tensor
 
-def collate(pairs, layout, put=torch.from_numpy):
-    """The tensors of a micro-batch: a list, one dict per forward pass (two if layout is separate).
+# -- metrics, order of the pairs, learning rate
+def reward_metrics(rewards, logps, lengths):
+    """{name: (n,)} under the names that dashboards know; all inputs (2, n)."""
+    margins = rewards[0] - rewards[1]
+    correct = (margins > 0).float()
+    correct[margins.abs() < 1e-4] = 0.5  # a tie but for rounding, as at step 0, counts half
+    return {"rewards/accuracies": correct, "rewards/margins": margins,
+            "rewards/chosen": rewards[0], "rewards/rejected": rewards[1],
+            "logps/chosen": logps[0], "logps/rejected": logps[1],
+            "lengths/chosen": lengths[0], "lengths/rejected": lengths[1]}
 
-    Rows are prompt + response, right-padded, chosen first: input_ids (rows, T). Packed, they are
-    one row (1, L) without padding and second copies of prompts, and pack says what of it makes up
-    each row: keys (K,), row after row; counts (rows, 2), how many of a row's tokens, its last, no
-    row before it has, and how many there are; ends (2, rows + 1), both added up. source (M,)
-    indexes the flattened input_ids: the token that predicts targets (M,); sizes are the response
-    lengths and sum to M."""
-    batches = []
-    for sides in [["chosen"], ["rejected"]] if layout == "separate" else [["chosen", "rejected"]]:
-        texts = [(pair["prompt"], pair[side]) for side in sides for pair in pairs]
-        starts, responses = np.array([[len(x), len(y)] for x, y in texts]).T[:, :, None]
-        columns = np.arange((starts + responses).max())
-        real = columns < starts + responses  # masks come from lengths, never from token ids
-        response = real & (columns >= starts)
-        ids = np.zeros(real.shape, np.int64)
-        ids[real] = np.concatenate([x + y for x, y in texts])
-        cells = np.arange(ids.size).reshape(ids.shape)
-        batch, pack = dict(input_ids=ids, position_ids=columns[None], real=real), {}
-        if layout == "packed":
-            kept = real & (response | (np.arange(len(texts)) < len(pairs))[:, None])
-            first, second = np.split(np.cumsum(kept).reshape(kept.shape) - 1, 2)
-            cells = np.concatenate([first, np.where(response[len(pairs):], second, first)])
-            batch |= dict(input_ids=ids[kept][None], position_ids=np.nonzero(kept)[1][None])
-            counts = np.stack([kept.sum(1), real.sum(1)])  # (2, rows) new tokens, all tokens
-            ends = np.pad(counts.cumsum(1), ((0, 0), (1, 0))).astype(np.int32)
-            pack = dict(keys=put(cells[real]), ends=put(ends), longest=counts.max(1).tolist(),
-                        counts=counts.T)  # an array, as torch.compile would know a list by heart
-        batch |= dict(targets=ids[response], source=cells[:, :-1][response[:, 1:]])
-        batch = {name: put(array) for name, array in batch.items()}
-        batches.append(batch | dict(sizes=responses[:, 0].tolist(), pack=pack))
-    return batches
-
-def gathered_attention(module, query, key, value, attention_mask, pack=None, **kwargs):
-    """Causal attention over right-padded rows that start at position 0: no padding mask is needed.
-
-    query (b, H, L, d); key, value may have fewer heads. Packed, b = 1, and pack of collate says
-    which tokens are a row: one kernel for all rows, or one row after another where it is not
-    (varlen_agrees) or cannot do what the model asks for. Returns (b, L, H, d)."""
-    if not pack:
-        return causal_attention(module, query, key, value, **kwargs), None
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, H, d)
-    key, value = (x.index_select(0, pack["keys"]) for x in (key, value))  # (K, H, d)
-    fits = key.shape == value.shape and key.shape[2] % 8 == 0 and key.shape[2] <= 256
-    if pack.get("fused") and fits and not special(kwargs):
-        back = (kwargs.get("sliding_window") or 0) - 1  # keys before its own that a query sees
-        output = varlen_attn(query, key, value, *pack["ends"], *pack["longest"],
-                             scale=kwargs.get("scaling"), window_size=(back, 0), **GROUPED)
-    else:
-        query = query.index_select(0, pack["keys"])
-        output = attention_by_row(module, query, key, value, pack["counts"], kwargs)
-    return output[None], None
-
-@torch.compiler.disable  # compiled, it would be another graph for each number of rows
-def attention_by_row(module, query, key, value, counts, kwargs):
-    """query, key, value (K, H, d) of rows that stand one after another -> new tokens (L, H, d)."""
-    outputs, sizes = [], counts[:, 1].tolist()
-    for (new, length), *row in zip(counts, *(x.split(sizes) for x in (query, key, value))):
-        q, k, v = (x.transpose(0, 1)[None] for x in row)  # (1, H, length, d)
-        q = q[:, :, -new:] if 2 * new < length else q  # a mask costs what causality saves, a half
-        outputs.append(causal_attention(module, q, k, v, **kwargs)[0, -new:])
-    return torch.cat(outputs)
-
-def special(kwargs):
-    """Whether a layer asks for what no kernel can express: soft-caps (Gemma-2), sinks (gpt-oss)."""
-    return any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
-
-def causal_attention(module, query, key, value, scaling=None, sliding_window=None, **kwargs):
-    """query (b, H, q, d), key, value (b, H or fewer, k, d) -> (b, q, H, d). The last query sees all
-    k keys, the one before it k - 1 and so on, but only the last `sliding_window` of them."""
-    (queries, length), groups = (query.shape[2], key.shape[2]), query.shape[1] // key.shape[1]
-    window, mask = sliding_window or length, None
-    if special(kwargs) or queries < length or window < length:
-        place = torch.arange(length, device=query.device)
-        distance = place[length - queries:, None] - place  # (q, k) how far back the key is
-        mask = (distance >= 0) & (distance < window)
-    if special(kwargs):  # left to the model's own definition
-        attend = sys.modules[type(module).__module__].eager_attention_forward
-        bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
-        kwargs |= dict(scaling=scaling, dropout=0.0)
-        return attend(module, query, key, value, bias, **kwargs)[0]
-    grouped = True if groups > 1 else False  # torch.compile needs a plain one
-    if mask is not None and grouped:  # no fused kernel takes both a mask and grouped heads
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        grouped = False
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None,
-                                          scale=scaling, enable_gqa=grouped).transpose(1, 2)
-
-# torch 2.11 takes grouped heads without being asked
-GROUPED = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-@torch.enable_grad()
-def varlen_agrees(device, dtype):
-    """Whether this device has PyTorch's kernel for rows of unequal length in this precision, and it
-    gives what one row after another gives, and its gradient, for three small pairs."""
-    pairs = [dict(prompt=[0] * prompt, chosen=[0] * chosen, rejected=[0] * rejected)
-             for prompt, chosen, rejected in [(2, 9, 5), (40, 3, 7), (150, 200, 90)]]
-    batch = collate(pairs, "packed", lambda array: torch.from_numpy(array).to(device))[0]
-    shape, found = (3, 1, 4, batch["input_ids"].numel(), 64), []
-    states = torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
-    query, key, value = states.requires_grad_()
-    try:
-        for which in range(6):
-            fused, window = which < 3, (None, 4, 170)[which % 3]
-            inputs = None, query, key[:, :2], value[:, :2], None, batch["pack"] | dict(fused=fused)
-            output = gathered_attention(*inputs, sliding_window=window)[0]
-            found += [output.detach(), torch.autograd.grad(output.cos().sum(), states)[0]]
-        same = all((a - b).norm() < 0.05 * b.norm() for a, b in zip(found[:6], found[6:]))
-        assert same, "it computes something else"
-    except Exception as error:  # no such kernel, or called in another way
-        if device.type == "cuda" and dist.get_rank() == 0:
-            tqdm.write(f"attention row by row, not by torch.nn.attention.varlen: {error!r:.99}")
-        return False
-    return True
-
-transformers.AttentionInterface.register("gathered", gathered_attention)
-
-def token_logps(logits, targets):
-    """float32 logits (t, V), targets (t,) -> log pi(target) (t,)."""
-    return -F.cross_entropy(logits, targets, reduction="none")
-
-def head_pass(hidden, targets, head, config, score):
-    """hidden (t, h), targets (t,) -> score(logits, targets), with all that models do to logits."""
-    logits = head(hidden).float()  # (t, V)
-    scale = getattr(config, "logit_scale", None) or 1  # Cohere
-    scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
-    logits = logits if scale == 1 else scale * logits  # a factor of 1 would copy all of them
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
-    return score(logits if cap is None else cap * torch.tanh(logits / cap), targets)
-
-BALANCE = "load_balancing_loss_func"  # as transformers' mixtures of experts call it
-
-class Policy(torch.nn.Module):
-    """A causal LM whose forward gives log pi(y|x). As the root of FSDP it sees the whole head.
-
-    What is summed over each response is score(logits (t, V), targets (t,)), shaped (..., t)."""
-
-    def __init__(self, model, score=token_logps):
-        super().__init__()
-        self.model, self.score, self.fused = model, score, False  # shard decides about fused
-
-    def forward(self, batches, router=False, chunk=0):
-        """batches of collate -> summed scores (2, n, ...), and the mean router loss (or 0).
-
-        Logits exist for `chunk` response tokens at a time (0: 256 MiB of them), and the backward
-        pass makes them again, but for the last chunk, with which it begins."""
-        sums, router_loss = [], 0.0
-        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        chunk = chunk or math.ceil(2**26 / config.vocab_size)
-        for batch in batches:
-            inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-            inputs |= dict(pack=batch["pack"] | dict(fused=self.fused)) if batch["pack"] else {}
-            inputs |= dict(output_router_logits=True) if router else {}
-            output = self.model.base_model(**inputs, use_cache=False)
-            hidden = output.last_hidden_state.flatten(0, 1)
-            hidden = hidden.index_select(0, batch["source"])  # (M, h)
-            parts = [(*part, head, config, self.score)
-                     for part in zip(hidden.split(chunk), batch["targets"].split(chunk))]
-            again = parts[:-1] if batch is batches[-1] else parts
-            scores = [checkpoint(head_pass, *part, use_reentrant=False) for part in again]
-            scores += [head_pass(*part) for part in parts[len(again):]]
-            sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
-            if router:
-                balance = getattr(sys.modules[type(self.model).__module__], BALANCE)
-                experts = getattr(config, "num_experts", None) or config.num_local_experts
-                real = None if batch["pack"] else batch["real"]
-                loss = balance(output.router_logits, experts, config.num_experts_per_tok, real)
-                router_loss = router_loss + loss / len(batches)
-        return torch.stack(sums).reshape(2, -1, *sums[0].shape).clone(), router_loss
-
-def build_model(args):
-    """-> the model without memory (meta device), its float32 weights on rank 0, and their hash."""
-    transformers.utils.logging.disable_progress_bar()
-    weights, digest = None, hashlib.sha256()
-    auto, plain = transformers.AutoModelForCausalLM, {"full_attention", "sliding_attention"}
-    with explain(f"--model {args.model} cannot be read as a causal language model ({{}})"):
-        config = transformers.AutoConfig.from_pretrained(args.model)
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=torch.float32)
-        if dist.get_rank() == 0:
-            how = dict(dtype=torch.float32, output_loading_info=True)
-            weights, info = auto.from_pretrained(args.model, **how)
-            assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
-            model.generation_config = weights.generation_config
-    plain = set(getattr(config.get_text_config(), "layer_types", None) or plain) <= plain
-    plain = plain and model._supports_attention_backend and not model._is_stateful
-    if args.layout == "packed" and not plain:
-        fail(f"--layout packed needs plain attention, but {config.model_type} mixes tokens "
-             "in other ways too; use --layout concatenated or --layout separate")
-    if plain:
-        model.set_attn_implementation("gathered")
-    if weights:
-        check_forward(weights, plain, args)
-    for key, tensor in sorted(weights.state_dict().items()) if weights else ():
-        values = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()  # a sample is enough
-        digest.update(f"{key}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
-    digest = [digest.hexdigest()[:16]]
-    dist.broadcast_object_list(digest, 0)
-    return model, weights, digest[0]
-
-def choose_parameters(model, weights, args):
-    """Mark what is trained, in the empty model and in rank 0's weights: --lora_rank adds adapters
-    and freezes the rest, --train_modules freezes what its regex does not find."""
-    for each in (model, weights) if weights else (model,):
-        if args.lora_rank:
-            from peft import LoraConfig
-            torch.manual_seed(args.seed)
-            sizes = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank)
-            each.add_adapter(LoraConfig(**sizes, target_modules="all-linear"))
-        with explain(f"--train_modules {args.train_modules} is not a regular expression ({{}})"):
-            for name, parameter in each.named_parameters():
-                found = parameter.requires_grad and re.search(args.train_modules, name)
-                parameter.requires_grad_(bool(found))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        names = [name for name, _ in model.named_parameters()]
-        fail(f"--train_modules {args.train_modules} finds no parameter to train; there are "
-             f"{names[0]}, {names[len(names) // 2]}, {names[-1]} and the like")
-
-def checkpoint_blocks(model, how):
-    """Keep the inputs of each block alone, and compute the rest again in the backward pass (full);
-    selective: keep the outputs of matrix products and attention too, so that the rest is cheap."""
-    options = dict(use_reentrant=False)
-    if how == "selective":
-        kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention",
-                   "cudnn_attention")
-        names = "mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in kernels)
-        kept = [getattr(torch.ops.aten, name).default for name in names]
-        kept += [torch.ops.torch_attn._varlen_attn.default]
-        options["context_fn"] = functools.partial(
-            torch.utils.checkpoint.create_selective_checkpoint_contexts, kept)
-    old_name = model.gradient_checkpointing_enable  # until transformers 5.22
-    getattr(model, "activation_checkpointing_enable", old_name)(options)
+def mean_over_pairs(sums):
+    """Sums of micro-batches -> means over the pairs of all ranks; pairs and tokens stay sums."""
+    names = sorted(sums[0])
+    totals = sum(torch.stack([each[name] for name in names]) for each in sums)
+    dist.all_reduce(totals)
+    totals = dict(zip(names, totals.tolist()))
+    means = {name: total / totals["pairs"] for name, total in totals.items()}
+    return means | dict(pairs=totals["pairs"], tokens=totals["tokens"])
 
 @torch.no_grad()
-def check_forward(weights, plain, args):
-    """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
-    ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
-    pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
-    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
-                 "--layout, or adapt Policy and head_pass to it"):
-        if plain:  # before 5.23 the default, SDPA, left out the soft-cap of Gemma-2
-            weights.set_attn_implementation("eager")
-        for text in (ids[:40], ids[:3] + ids[40:]):
-            logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
-            own.append(-F.cross_entropy(logits, torch.tensor(text[3:]), reduction="sum").item())
-        if plain:
-            weights.set_attn_implementation("gathered")
-        ours = Policy(weights)(collate([pair], args.layout))[0].flatten().tolist()
-        agree = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
-        assert agree, f"log-probs {ours}, in its own forward {own}"
-
-def shard(policy, weights, dtype, device, cpu_offload=False, compiled=False, group=0):
-    """Split every block and the rest of a Policy over the ranks (FSDP2); rank 0 has the weights.
-    With a group, over each so many neighbouring ranks, and gradients are reduced between groups."""
-    world = dist.get_world_size()
-    if group and world % group:
-        fail(f"--shard_group {group} does not divide the {world} ranks")
-    shape = (world // group, group) if group % world else (world,)
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape):])
-    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
-    if cpu_offload and device.type == "cuda":
-        rules["offload_policy"] = CPUOffloadPolicy()
-    policy.fused = varlen_agrees(device, dtype)
-    model = policy.eval().model  # dropout or router noise would make it another one
-    blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-    for block in blocks[::-1]:  # blocks within blocks first
-        block.training = getattr(block, "gradient_checkpointing", False)  # the one use of training
-        fully_shard(block, **rules)
-        if compiled:  # what is within the hooks of FSDP, which it could not trace
-            block.forward = torch.compile(block.forward, dynamic=True)
-    table = model.get_input_embeddings()
-    if table.weight is not model.get_output_embeddings().weight:
-        fully_shard(table, **rules)  # reduced after the head, not with it: a peak half as high
-        table.set_unshard_in_backward(False)  # whose gradient needs the token ids alone
-    fully_shard(policy, **rules)
-    whole = dict([*weights.named_parameters(), *weights.named_buffers()]) if weights else {}
-    for key, empty in [*model.named_parameters(), *model.named_buffers()]:
-        tensor = whole[key].detach() if whole else torch.empty(empty.shape, dtype=empty.dtype)
-        tensor = tensor.to(device)
-        if isinstance(empty, torch.nn.Parameter):
-            tensor = distribute_tensor(tensor, mesh, empty.placements)
-            tensor = tensor.cpu() if "offload_policy" in rules else tensor
-            tensor = torch.nn.Parameter(tensor, empty.requires_grad)
-        else:  # rotary frequencies and the like
-            dist.broadcast(tensor, 0)
-        path, _, leaf = key.rpartition(".")
-        setattr(model.get_submodule(path), leaf, tensor)
-    model.tie_weights()
-    return policy
-
-def reward_metrics(rewards, logps, lengths):
-    """{name: (n,)} under the names that dashboards know; a tie counts half; all inputs (2, n)."""
-    margins = rewards[0] - rewards[1]
-    accuracies = (margins > 0) + 0.5 * (margins == 0)
-    metrics = {"rewards/accuracies": accuracies, "rewards/margins": margins}
-    for name, values in {"rewards": rewards, "logps": logps, "lengths": lengths}.items():
-        metrics |= {f"{name}/chosen": values[0], f"{name}/rejected": values[1]}
-    return metrics
-
-def pair_losses(policy, part, split, totals, args):
-    """Losses (n,) of a micro-batch as they are optimised; adds its metrics to the sums `totals`."""
-    real = min(len(part), 1)  # 0 for an empty list: the rank computes along, with weight 0
-    part = part if real else [0]
-    pairs = [split["rows"][int(row)] for row in part]
-    batches = collate(pairs, args.layout, to_device)
-    logps, router_loss = policy(batches, args.router_aux_coef > 0)
-    lengths = to_device(split["lengths"][part].T)  # (3, n)
-    ref_logps = to_device(split["ref"][part].T) if "ref" in split else None
-    losses, metrics = preference_loss(logps, ref_logps, lengths[1:], args)
-    metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
-    losses = losses * to_device(np.float32([pair.get("weight", 1.0) for pair in pairs]))
-    losses = losses - args.sft_weight * metrics["logps/chosen"] / lengths[1]
-    if args.router_aux_coef:
-        losses = losses + args.router_aux_coef * router_loss
-        metrics["aux_loss"] = router_loss.expand(len(pairs))
-    metrics["loss"] = losses
-    for name, value in metrics.items():
-        totals[name] = totals.get(name, 0.0) + real * value.detach().double().sum()
-    return real * losses
-
-def mean_over_pairs(totals):
-    """Sums made by pair_losses -> means over the pairs of all ranks; pairs and tokens stay sums."""
-    sums = torch.stack([totals[name] for name in sorted(totals)])
-    dist.all_reduce(sums)
-    sums = dict(zip(sorted(totals), sums.tolist()))
-    return {n: v if n in ("pairs", "tokens") else v / sums["pairs"] for n, v in sums.items()}
-
 def evaluate(policy, split, args):
-    """Metrics of a whole split as {eval/...: mean}, dealt over the ranks."""
-    totals, world, rows = {}, dist.get_world_size(), np.arange(len(split["rows"]))
-    lists = micro_batches(rows, split["lengths"], args.layout, args.max_tokens, world)
-    with torch.no_grad():
-        for part in lists[dist.get_rank()::world]:
-            pair_losses(policy, part, split, totals, args)
-    means = mean_over_pairs(totals)
-    return {f"eval/{k}": v for k, v in means.items() if k not in ("pairs", "tokens")}
+    """Means over all pairs of a split, {eval/...: mean}; the ranks share the work."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = np.arange(len(split["pairs"]))
+    parts = micro_batches(rows, split["lengths"], args, world)[rank::world]
+    means = mean_over_pairs([pair_losses(policy, part, split, args)[1] for part in parts])
+    return {f"eval/{name}": means[name] for name in means if name not in ("pairs", "tokens")}
 
 def batch_rows(step, pairs, args):
-    """Rows of optimiser step `step`: a function of the seed, so that a resumed run repeats none."""
+    """Rows of optimiser step `step`, by the seed alone: a resumed run goes on where it was."""
     epoch, index = divmod(step, math.ceil(pairs / args.batch_size))
     order = np.random.default_rng((args.seed, epoch)).permutation(pairs)
     return order[index * args.batch_size:(index + 1) * args.batch_size]
 
 def learning_rate(step, steps, args):
-    """For optimiser step 0 <= step < steps; neither the first nor the last has a rate of 0."""
+    """The rate of optimiser step 0 <= step < steps. It is never 0, not even at the last step."""
     warmup = int(args.warmup * steps)
     if step < warmup:
         return args.learning_rate * (step + 1) / (warmup + 1)
     left = (steps - step) / (steps - warmup)  # 1 -> 0
-    cosine = 0.5 - 0.5 * math.cos(math.pi * left)
-    return args.learning_rate * dict(linear=left, cosine=cosine, constant=1.0)[args.schedule]
+    factors = dict(linear=left, cosine=0.5 - 0.5 * math.cos(math.pi * left), constant=1.0)
+    return args.learning_rate * factors[args.schedule]
 
-def open_run(args):
-    """Rank 0 opens the run's folder and writes args.json -> step to continue from (0 = afresh)."""
-    step = [0]
+# -- data, stored log-probs, micro-batches
+def load_data(args, names=("train", "val")):
+    """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
+    meta = json.loads(Path(args.data, "meta.json").read_text())
+    vocabulary = transformers.AutoTokenizer.from_pretrained(args.model).get_vocab()
+    vocabulary = json.dumps(sorted(vocabulary.items())).encode()
+    if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
+        fail(f"--data {args.data} has other tokens than --model {args.model}: run prepare_data.py")
+    splits = {}
+    for name in names:
+        pairs = datasets.load_from_disk(f"{args.data}/{name}")
+        sides = [pairs.data[side] for side in ("prompt", "chosen", "rejected")]
+        lengths = np.stack([pc.list_value_length(side).to_numpy() for side in sides], 1).astype(int)
+        tokens = pair_tokens(lengths, args.layout)
+        if tokens.max() > args.max_tokens:
+            pair = pairs[int(tokens.argmax())]["id"]
+            fail(f"pair {pair} of {args.data}/{name} has {tokens.max()} tokens, over --max_tokens "
+                 f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
+        content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
+        splits[name] = dict(pairs=pairs, lengths=lengths, hash=content)
+    return splits
+
+def content_hashes(weights, splits, dtype):
+    """All that log-probs depend on: weights (a sample of each tensor), tokens and precision."""
+    digest = hashlib.sha256()
     if dist.get_rank() == 0:
-        with explain(f"--out {args.out}: args.json or log.jsonl cannot be written or read ({{}}); "
-                     "make room, or choose another --out"):
-            step = [prepare_folder(Path(args.out), args)]
-    dist.broadcast_object_list(step, 0)
-    return step[0]
+        for name, tensor in sorted(weights.state_dict().items()):
+            sample = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    digest = [digest.hexdigest()[:16]]
+    dist.broadcast_object_list(digest, 0)
+    return dict(weights=digest[0], dtype=str(dtype).removeprefix("torch."),
+                train=splits["train"]["hash"], val=splits["val"]["hash"])
 
-def prepare_folder(out, args):
-    out.mkdir(parents=True, exist_ok=True)
-    new, old = dataclasses.asdict(args), {}
-    if (out / "args.json").exists():
-        old = json.loads((out / "args.json").read_text())["args"]
-        if not args.resume:
-            fail(f"--out {out} holds a run: continue it with --resume, or choose another --out")
-    free = """out resume save_every keep hub_repo layout max_tokens activation_checkpointing compile
-        cpu_offload shard_group liger log_every eval_every wandb""".split()  # change only rounding
-    changed = [k for k in new if k in old and k not in free and old[k] != new[k]]
-    if changed:
-        changed = ", ".join(f"--{k} {old[k]}, now {new[k]}" for k in changed)
-        fail(f"--out {out} holds another run: {changed}; repeat its flags, or choose another --out")
-    step = max([int(path.name[5:]) for path in out.glob("step-*")], default=0)
-    log = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-    log = [line for line in log if line.endswith("}") and json.loads(line)["step"] <= step > 0]
-    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    record = dict(args=new, ranks=dist.get_world_size(),
+def pair_tokens(lengths, layout):
+    """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
+    if layout == "packed":
+        return lengths.sum(1)
+    longest = lengths[:, 0] + lengths[:, 1:].max(1)
+    return 2 * longest if layout == "concatenated" else longest
+
+def fill(order, tokens, layout, limit):
+    """Put pairs into parts, longest pair first, as many in each as `limit` tokens allow."""
+    parts, used, longest = [], math.inf, 0
+    for i in order:
+        more = tokens[i] if layout == "packed" else longest  # padded to the first of its part
+        if used + more > limit:
+            parts.append([])
+            used, more, longest = 0, tokens[i], tokens[i]
+        parts[-1].append(i)
+        used += more
+    return parts
+
+def micro_batches(rows, lengths, args, world):
+    """Deal the pairs in `rows` into micro-batches -> list of arrays of rows, some maybe empty.
+    Their number is a multiple of the ranks, `world`: under FSDP all ranks must run equally often.
+    Pairs of similar length go together (less padding), and the fullest is small (no rank waits)."""
+    tokens = pair_tokens(lengths[rows], args.layout)
+    order = np.argsort(-pair_tokens(lengths[rows], "separate"), kind="stable")  # longest first
+    count = math.ceil(len(fill(order, tokens, args.layout, args.max_tokens)) / world) * world
+    # Find a limit as low as possible with which that many suffice.
+    for limit in np.linspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 32):
+        parts = fill(order, tokens, args.layout, limit)
+        if len(parts) <= count:
+            break
+    parts += [[]] * (count - len(parts))
+    return [rows[np.array(part, int)] for part in parts]
+
+def collate(pairs, layout):
+    """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
+    inputs        for the model: input_ids (1, L) packed or (texts, T) padded; position_ids, the
+                  places of tokens in their own texts; packed only, texts: see attention_tables
+    targets (M,)  all response tokens, those of all chosen responses first; sizes, their lengths
+    source (M,)   where, in the flattened input_ids, the token before each target stands"""
+    chosen = [(pair["prompt"], pair["chosen"]) for pair in pairs]
+    rejected = [(pair["prompt"], pair["rejected"]) for pair in pairs]
+    if layout == "packed":
+        return [pack(chosen, rejected)]
+    if layout == "separate":
+        return [pad(chosen), pad(rejected)]
+    return [pad(chosen + rejected)]
+
+def pad(texts):
+    """A row per (prompt, response), filled up with zeros on the right; for `places`, see pack."""
+    tokens = [torch.tensor(prompt + response) for prompt, response in texts]
+    ids = pad_sequence(tokens, batch_first=True)  # (texts, T)
+    width = ids.shape[1]
+    places = [row * width + torch.arange(len(text)) for row, text in enumerate(tokens)]
+    inputs = dict(input_ids=to_device(ids), position_ids=to_device(torch.arange(width)[None]))
+    return dict(inputs=inputs, **predictions(places, texts))
+
+def pack(chosen, rejected):
+    """One row without padding, with each prompt once. Two pairs, prompts p and P:
+
+        place           0 1 2 3 4 5 6 7 8 9 10 11 12 13
+        input_ids       p p c c c P C C C r  r  R  R  R
+        position_ids    0 1 2 3 4 0 1 2 3 2  3  1  2  3
+
+    Only attention must know that the row holds four texts: those of the first pair have the places
+    0 1 2 3 4 and 0 1 9 10."""
+    ids, positions, places = [], [], []
+    for prompt, response in chosen:
+        positions += range(len(prompt + response))
+        places.append(len(ids) + torch.arange(len(prompt + response)))
+        ids += prompt + response
+    for i, (prompt, response) in enumerate(rejected):
+        positions += range(len(prompt), len(prompt + response))
+        new = len(ids) + torch.arange(len(response))
+        places.append(torch.cat([places[i][:len(prompt)], new]))
+        ids += response
+    inputs = dict(input_ids=to_device([ids]), position_ids=to_device([positions]),
+                  texts=attention_tables(places, len(ids)))
+    return dict(inputs=inputs, **predictions(places, chosen + rejected))
+
+def predictions(places, texts):
+    """Where the tokens that predict the responses stand, and what they should predict."""
+    responses = [response for prompt, response in texts]
+    source = [place[-len(response) - 1:-1] for place, response in zip(places, responses)]
+    return dict(source=to_device(torch.cat(source)), targets=to_device(np.concatenate(responses)),
+                sizes=[len(response) for response in responses])
+
+def attention_tables(places, size):
+    """Group texts of similar length into padded tables of their places in a packed row of `size`
+    tokens. For the row drawn in pack it is one table, with zeros as padding:
+
+        0  1  2  3  4
+        5  6  7  8  0     back: where each token of the row stands in all tables, flattened:
+        0  1  9 10  0     10 11 2 3 4 15 6 7 8 12 13 16 17 18. A prompt stands in two texts, with
+        5 11 12 13  0     the same result in both, so that back may lead to either."""
+    groups = []
+    for place in sorted(places, key=len, reverse=True):
+        # At most a fifth is padding. A single table takes twice the time on a CPU.
+        if not groups or len(place) < 0.8 * len(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(place)
+    tables, back, start = [], torch.zeros(size, dtype=torch.long), 0
+    for group in groups:
+        table = pad_sequence(group, batch_first=True)  # (k, T) for k texts
+        for place in group:
+            back[place] = start + torch.arange(len(place))
+            start += table.shape[1]
+        tables.append(to_device(table))
+    return dict(tables=tables, back=to_device(back))
+
+# -- forward pass and attention
+def token_logps(logits, targets):
+    """float32 logits (t, V), targets (t,) -> log pi(target) (t,)."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+def head_pass(hidden, targets, head, config, score):
+    """Scores of hidden (t, h), targets (t,), with the scaling and soft-capping of some models."""
+    logits = head(hidden).float()  # (t, V)
+    scale = getattr(config, "logit_scale", None) or 1  # Cohere
+    scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    if scale != 1:
+        logits = logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return score(logits, targets)
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward gives log pi(y|x). The output head is computed within it, as FSDP
+    has the head's weights whole only in the forward pass of its root module."""
+    def __init__(self, model, score):
+        super().__init__()
+        self.model, self.score = model, score
+
+    def forward(self, batches):
+        """Dicts of collate -> log pi(y|x) (2, n), sums over each response of score(logits (t, V),
+        targets (t,)). A score that has k numbers for each token, (k, t), makes it (2, n, k)."""
+        sums, head = [], self.model.get_output_embeddings()
+        config = self.model.config.get_text_config()
+        size = math.ceil(2**26 / config.vocab_size)  # tokens with 256 MiB of logits
+        for batch in batches:
+            output = self.model.base_model(**batch["inputs"], use_cache=False)
+            hidden = output.last_hidden_state.flatten(0, 1)
+            hidden = hidden.index_select(0, batch["source"])  # (M, h) what predicts responses
+            # Logits exist for one chunk of tokens at a time. The backward pass makes them again,
+            # except for the last chunk, with which it begins.
+            *chunks, last = zip(hidden.split(size), batch["targets"].split(size))
+            scores = [checkpoint(head_pass, *chunk, head, config, self.score, use_reentrant=False)
+                      for chunk in chunks]
+            scores.append(head_pass(*last, head, config, self.score))
+            sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
+        return torch.stack(sums).unflatten(0, (2, -1))
+
+@torch.compiler.disable  # compiled, it would be another graph for each number of tables
+def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
+    """Every layer calls this with query (b, H, L, d), key and value (maybe fewer heads), and wants
+    (b, L, H, d). Packed, b is 1: gather the texts into tables, attend, put the results back."""
+    if texts is None:
+        return causal_attention(module, query, key, value, **kwargs), None
+    outputs = []
+    for table in texts["tables"]:  # (k, T)
+        gathered = []
+        for tensor in (query, key, value):
+            tokens = tensor[0].index_select(1, table.flatten())  # (H, k T, d)
+            gathered.append(tokens.unflatten(1, table.shape).transpose(0, 1))  # (k, H, T, d)
+        output = causal_attention(module, *gathered, **kwargs)  # (k, T, H, d)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs).index_select(0, texts["back"])[None], None
+
+def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
+    """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d). Padding comes last, so
+    that causality alone keeps it out."""
+    length = query.shape[2]
+    window = sliding_window or length
+    # Soft-caps (Gemma-2) and sinks (gpt-oss) are not in torch's kernels but in the model's file.
+    special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    mask = None
+    if special or window < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        mask = mask.tril().triu(1 - window)  # (T, T) the query (row) sees the key (column)
+    if special:
+        file = sys.modules[type(module).__module__]
+        bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
+        return file.eager_attention_forward(module, query, key, value, bias, **kwargs)[0]
+    grouped = query.shape[1] != key.shape[1]
+    output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None,
+                                            scale=kwargs.get("scaling"), enable_gqa=grouped)
+    return output.transpose(1, 2)
+
+# -- model
+def read_model(args):
+    """-> the model without weights (on the meta device), and on rank 0 a second one with them."""
+    transformers.utils.logging.disable_progress_bar()
+    auto = transformers.AutoModelForCausalLM
+    config = transformers.AutoConfig.from_pretrained(args.model)
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=torch.float32)
+    if dist.get_rank() > 0:
+        return model, None
+    weights, info = auto.from_pretrained(args.model, dtype=torch.float32, output_loading_info=True)
+    same = dict(model.named_parameters()).keys() == dict(weights.named_parameters()).keys()
+    if info["missing_keys"] or not same:
+        missing = sorted(info["missing_keys"]) or "an output head that the config ties"
+        fail(f"--model {args.model}: config.json and weights do not agree on {missing}")
+    return model, weights
+
+def build_policy(model, weights, score, device, dtype, args):
+    """Choose what is trained and how it is computed, spread it over the ranks -> Policy."""
+    choose_attention(model, args)
+    choose_trained(model, weights, args)
+    policy = Policy(model, score).eval()  # dropout would make the policy another model
+    if args.activation_checkpointing != "off":
+        checkpoint_blocks(model, args.activation_checkpointing)
+    shard(policy, device, dtype, args)
+    if args.compile:  # within the hooks of FSDP, which torch.compile cannot trace
+        for block in blocks_of(model):
+            block.forward = torch.compile(block.forward, dynamic=True)
+    place_weights(model, weights, device)
+    return policy
+
+def choose_attention(model, args):
+    """Use our attention if the model mixes tokens by attention only."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    plain = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
+    if plain and model._supports_attention_backend:
+        transformers.AttentionInterface.register("gathered", gathered_attention)
+        model.set_attn_implementation("gathered")
+    elif args.layout == "packed":
+        fail(f"--layout packed needs plain attention, but {config.model_type} mixes tokens in "
+             "other ways too; use --layout concatenated or --layout separate")
+
+def choose_trained(model, weights, args):
+    """Train LoRA adapters if --lora_rank says so, and only what --train_modules matches."""
+    if args.lora_rank:
+        from peft import LoraConfig
+        rank = args.lora_rank
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        model.add_adapter(lora)
+        if weights is not None:  # rank 0, where the adapters get their random start
+            torch.manual_seed(args.seed)
+            weights.add_adapter(lora)
+    for name, parameter in model.named_parameters():
+        if not re.search(args.train_modules, name):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        fail(f"--train_modules {args.train_modules} matches no parameter, such as {name}")
+
+def blocks_of(model):
+    """The transformer's blocks, which are sharded, recomputed and compiled one by one."""
+    return [module for module in model.modules()
+            if type(module).__name__.removeprefix("FSDP") in model._no_split_modules]
+
+def checkpoint_blocks(model, how):
+    """Keep the input of each block only, and compute the rest again in the backward pass (full:
+    1.19 of the time, 0.55 of the memory); or keep what matrix products and attention made as well
+    (selective: 1.15, 0.75), but not what bmm made, as Gemma 3n changes that in place."""
+    options = dict(use_reentrant=False)
+    if how == "selective":
+        kept = ("mm", "addmm", "_scaled_dot_product_flash_attention",
+                "_scaled_dot_product_efficient_attention",
+                "_scaled_dot_product_flash_attention_for_cpu")
+        kept = [getattr(torch.ops.aten, name).default for name in kept]
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+    model.gradient_checkpointing_enable(options)
+    for block in blocks_of(model):
+        block.training = True  # which switches it on; the modules in the block stay in eval mode
+
+def shard(policy, device, dtype, args):
+    """FSDP2: every block is gathered when it is needed, and the rest with the root."""
+    world = dist.get_world_size()
+    group = args.shard_group or world
+    if world % group:
+        fail(f"--shard_group {group} does not divide the {world} ranks")
+    mesh = dist.init_device_mesh(device.type, (world // group, group),
+                                 mesh_dim_names=("copies", "shards"))
+    if group == world:
+        mesh = mesh["shards"]
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+    for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
+        fully_shard(block, **rules)
+    # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
+    # instead of 1.87, with 128k words. Its backward pass needs the token ids only.
+    table = policy.model.get_input_embeddings()
+    if table.weight is not policy.model.get_output_embeddings().weight:
+        fully_shard(table, **rules)
+        table.set_unshard_in_backward(False)
+    fully_shard(policy, **rules)
+
+def place_weights(model, weights, device):
+    """Send the weights from rank 0 to where they belong, one tensor after another."""
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():  # rotary frequencies and the like
+        if weights is not None:
+            buffer.copy_(weights.get_buffer(name))
+        dist.broadcast(buffer, 0)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = {} if weights is None else weights.state_dict()
+    set_model_state_dict(model, state, options=options)
+
+@torch.no_grad()
+def check_forward(weights, args):
+    """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
+    if weights is None:
+        return
+    ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
+    pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
+    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
+                 "--layout, or adapt Policy and head_pass to it"):
+        weights.eval().set_attn_implementation("eager")  # SDPA ignored Gemma-2's cap before 5.23
+        for text in (ids[:40], ids[:3] + ids[40:]):
+            logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
+            own.append(token_logps(logits, torch.tensor(text[3:])).sum().item())
+        choose_attention(weights, args)
+        ours = Policy(weights, token_logps)(collate([pair], args.layout)).flatten().tolist()
+        same = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
+        assert same, f"log-probs {ours}, in its own forward pass {own}"
+
+# -- the run's folder: log, checkpoints, final model
+# A resumed run may change these: they move files, or change the numbers by rounding only. What the
+# folders of --model and --data hold is compared by its hashes.
+MAY_CHANGE = set("""model data out resume save_every keep layout max_tokens compile
+    activation_checkpointing shard_group log_every eval_every wandb""".split())
+
+def open_run(content, args):
+    """Make the folder --out, or find the run that is in it -> step of its last checkpoint, or 0."""
+    out, last = Path(args.out), [0]
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        steps = [int(path.name.removeprefix("step-")) for path in out.glob("step-*")]
+        last = [max(steps, default=0)]
+        settings = dataclasses.asdict(args) | dict(content=content)
+        if (out / "log.jsonl").exists():
+            check_settings(settings, args)
+            cut_log(out / "log.jsonl", last[0])
+        else:
+            write_settings(out / "args.json", settings)
+        copy_model_files(out / "final.tmp", args)  # if this fails, then now and not at the end
+    dist.broadcast_object_list(last, 0)
+    return last[0]
+
+def check_settings(settings, args):
+    """Stop unless --resume is given, and the run in --out has the same settings."""
+    if not args.resume:
+        fail(f"--out {args.out} holds a run: use --resume, or choose another --out")
+    old = json.loads(Path(args.out, "args.json").read_text())["args"]
+    for name in settings.keys() - MAY_CHANGE:
+        if settings[name] != old.get(name):
+            fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not {settings[name]}: "
+                 "repeat its settings, or choose another --out")
+
+def cut_log(path, step):
+    """Keep the lines up to this step, as a resumed run writes those after its checkpoint again."""
+    lines = path.read_text().splitlines(keepends=True) if step > 0 else []
+    lines = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last one
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.with_suffix(".tmp").write_text("".join(kept))
+    path.with_suffix(".tmp").rename(path)
+
+def write_settings(path, settings):
+    """args.json: what is needed to repeat the run."""
+    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+    record = dict(args=settings, ranks=dist.get_world_size(), commit=commit,
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                  commit=subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+                  torch=torch.__version__, transformers=transformers.__version__,
                   source=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16])
-    record |= {each.__name__: each.__version__ for each in (torch, transformers, datasets, np)}
-    for name, text in {"log.jsonl": "".join(f"{line}\n" for line in log),  # the rest comes again
-                       "args.json": json.dumps(record, indent=1)}.items():
-        (out / "new.txt").write_text(text)
-        (out / "new.txt").rename(out / name)  # a kill leaves the old file or the new one
-    return step
+    path.write_text(json.dumps(record, indent=1))
 
-INTACT = "earlier checkpoints are intact: make room and continue with --resume"
+def open_log(args):
+    """-> a function that adds a dict to log.jsonl, the console and maybe Weights & Biases."""
+    if dist.get_rank() > 0:
+        return lambda line: None
+    if args.wandb:
+        import wandb
+        wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args))
+
+    def log(line):
+        with open(Path(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+        tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in line.items()))
+        if args.wandb:
+            wandb.log(line, step=line["step"])
+    return log
+
+def peak_memory():
+    """GiB of this rank, of its GPU or, without one, of its process."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else host
 
 def checkpoint_state(policy, optimizer):
     options = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen: the base of LoRA
@@ -615,18 +724,12 @@ def checkpoint_state(policy, optimizer):
 
 def save_checkpoint(policy, optimizer, step, args):
     """out/step-NNNNNN: weights, optimiser, random state; written aside, renamed when complete."""
-    out, state = Path(args.out), checkpoint_state(policy, optimizer)[0]
-    with explain(f"{out}/new.tmp cannot be written ({{}}); {INTACT}"):
-        if dist.get_rank() == 0:
-            shutil.rmtree(out / "new.tmp", ignore_errors=True)
-        dist.barrier()
-        dcp.save(state, checkpoint_id=out / "new.tmp")
-        if dist.get_rank() == 0:
-            (out / "new.tmp").rename(out / f"step-{step:06d}")
-            for path in sorted(out.glob("step-*"))[:-args.keep]:
-                shutil.rmtree(out / "old.tmp", ignore_errors=True)  # left by a kill
-                path.rename(out / "old.tmp")  # first: a kill leaves no half-deleted checkpoint
-                shutil.rmtree(out / "old.tmp")
+    out = Path(args.out)
+    dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=out / "new.tmp")
+    if dist.get_rank() == 0:
+        (out / "new.tmp").rename(out / f"step-{step:06d}")
+        for path in sorted(out.glob("step-*"))[:-args.keep]:
+            shutil.rmtree(path)
     dist.barrier()
 
 def load_checkpoint(policy, optimizer, step, args):
@@ -638,148 +741,36 @@ def load_checkpoint(policy, optimizer, step, args):
                        optim_state_dict=state["optim"], options=options)
     torch.set_rng_state(state["rng"])
 
-def save_final(policy, tokenizer, args):
-    """out/final: a Hugging Face folder (LoRA: an adapter) in the precision of --model; hub_repo."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(policy, options=options)
-    if dist.get_rank() == 0:
-        dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
-        state = {key.removeprefix("model."): tensor.to(dtype) for key, tensor in state.items()}
-        policy.model.config.dtype = dtype
-        save_folder(policy.model, state, tokenizer, args)
-    dist.barrier()
+def copy_model_files(folder, args):
+    """All files of --model but its weights, as they are: configs, tokenizer, chat template, ..."""
+    source, kinds = args.model, (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+    if not Path(source).is_dir():
+        source = huggingface_hub.snapshot_download(source, allow_patterns=[f"*{k}" for k in kinds])
+    folder.mkdir(exist_ok=True)
+    for path in Path(source).iterdir():
+        if path.suffix in kinds and not path.name.endswith(".index.json"):  # of weights in parts
+            shutil.copyfile(path, folder / path.name)
 
-def save_folder(model, state, tokenizer, args):
-    """Rank 0: a model with the weights `state` as out/final, whole or not at all; hub_repo."""
-    aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
-    with explain(f"{aside} cannot be written ({{}}); {INTACT}"):
+def save_final(policy, args):
+    """out/final: a Hugging Face folder (LoRA: an adapter) in the precision of --model."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(policy, options=options)  # whole on rank 0, empty elsewhere
+    if dist.get_rank() == 0:
+        aside, final, model = Path(args.out, "final.tmp"), Path(args.out, "final"), policy.model
+        dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
+        names = dict([*policy.named_parameters(), *policy.named_buffers()])  # without a tied head
+        state = {name.removeprefix("model."): state[name].to(dtype)
+                 for name in names if name in state}
+        model.generation_config = transformers.GenerationConfig()  # --model's may be refused
         model.save_pretrained(aside, state_dict=state)
-        tokenizer.save_pretrained(aside)
+        (aside / "generation_config.json").unlink(missing_ok=True)
+        copy_model_files(aside, args)  # over a config that says float32
+        if args.lora_rank:
+            (aside / "config.json").unlink()  # an adapter has none
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-    if args.hub_repo:
-        import huggingface_hub
-        with explain(f"--hub_repo {args.hub_repo} failed ({{}}); the weights are in {final}"):
-            huggingface_hub.create_repo(args.hub_repo, exist_ok=True)
-            huggingface_hub.upload_folder(repo_id=args.hub_repo, folder_path=final)
-
-def speed(means, seconds, policy, args):
-    """tokens/s of all ranks, peak memory of this one, MFU (arXiv 2204.02311) of a known GPU."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peaks = dict(A100=312, H100=989, H200=989, B200=2250, MI300X=1307, L40S=362)  # bf16 TFLOP/s
-    peak = [tera * 1e12 for gpu, tera in peaks.items() if gpu in name and args.dtype != "float32"]
-    memory = torch.cuda.max_memory_allocated() if name else 1024 * resource.getrusage(0).ru_maxrss
-    line = {"tokens/s": means["tokens"] / seconds, "memory/GiB": memory / 2**30}
-    if peak and not args.train_modules:  # the head sees response tokens only, an embedding none
-        model = policy.model
-        tables = [model.get_output_embeddings().weight, model.get_input_embeddings().weight]
-        trunk, head = sum(p.numel() for p in {*model.parameters()} - {*tables}), tables[0].numel()
-        responses = (means["lengths/chosen"] + means["lengths/rejected"]) * means["pairs"]
-        work = (4 if args.lora_rank else 6) * (trunk * means["tokens"] + head * responses)
-        line["mfu"] = work / seconds / dist.get_world_size() / peak[0]
-    return line
-
-def open_log(args):
-    """A function of a dict that, on rank 0, adds it to log.jsonl, the console and maybe wandb."""
-    if args.wandb and dist.get_rank() == 0:
-        import wandb
-        wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args))
-
-    def log(line):
-        if dist.get_rank() == 0:
-            with explain(f"{args.out}/log.jsonl cannot be written ({{}}); {INTACT}"):
-                with open(Path(args.out, "log.jsonl"), "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in line.items()))
-            if args.wandb:
-                wandb.log(line, step=line["step"])
-    return log
-
-
-# ---- end of the helpers ----
-
-
-def main():
-    args = parse_args(Args)
-    for flag, package in dict(wandb="wandb", lora_rank="peft", liger="liger_kernel").items():
-        if getattr(args, flag) and not importlib.util.find_spec(package):
-            fail(f"--{flag} needs a package: pip install {package.replace('_', '-')}")
-    rank, world, device, dtype = start_process_group(args.dtype)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-
-    # what is trained
-    splits, tokenizer = load_data(args)
-    train, pairs = splits["train"], len(splits["train"]["rows"])
-    if args.batch_size > pairs:
-        fail(f"--batch_size {args.batch_size} is more than the {pairs} pairs of {args.data}/train")
-    model, weights, digest = build_model(args)
-    if args.router_aux_coef and not hasattr(sys.modules[type(model).__module__], BALANCE):
-        fail(f"--router_aux_coef {args.router_aux_coef} is for a mixture of experts, which "
-             f"{model.config.model_type} is not")
-    choose_parameters(model, weights, args)
-    if args.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance as use_liger
-        use_liger(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    if args.activation_checkpointing != "off":
-        checkpoint_blocks(model, args.activation_checkpointing)
-    policy = shard(Policy(model), weights, dtype, device, args.cpu_offload, args.compile,
-                   args.shard_group)
-    del weights
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay,
-                                  fused=True)
-
-    # the run
-    epoch_steps = math.ceil(pairs / args.batch_size)
-    steps = min(args.epochs * epoch_steps, args.max_steps or math.inf)
-    start = open_run(args)
-    if start:
-        load_checkpoint(policy, optimizer, start, args)
-    log, totals, clock = open_log(args), {}, time.time()
-    if args.eval_every and not start:
-        log({"step": 0} | evaluate(policy, splits["val"], args))
-    for step in tqdm(range(start, steps), args.out, initial=start, total=steps, disable=rank > 0):
-        rows, computed = batch_rows(step, pairs, args), []
-        lists = micro_batches(rows, train["lengths"], args.layout, args.max_tokens, world)
-        for part in lists[rank::world]:
-            losses = pair_losses(policy, part, train, totals, args)
-            (losses.sum() * world / len(rows)).backward()  # FSDP takes the mean over ranks
-            computed += [(part, losses.detach())]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).full_tensor().item()
-        broken = [int(row) for part, losses in computed
-                  for row in part[~losses.isfinite().numpy(force=True)[:len(part)]]]
-        flags = torch.tensor([len(broken) + (not math.isfinite(norm)), len(stop)], device=device)
-        dist.all_reduce(flags)  # a CPU-GPU sync point: the ranks stop together
-        if flags[0]:
-            names = [None] * world
-            dist.all_gather_object(names, [train["rows"][row]["id"] for row in broken])
-            fail(f"step {step}: loss {losses.mean():.4g} or gradient {norm:.4g} is not finite, "
-                 f"pairs {sum(names, []) or 'none alone'}; the checkpoints in {args.out} are good: "
-                 f"take the pairs out, or lower --learning_rate {args.learning_rate}")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        done = step + 1
-        saving = flags[1] or args.save_every and done % args.save_every == 0
-        logging = saving or done % args.log_every == 0 or done == steps
-        if logging:
-            means = mean_over_pairs(totals)
-            line = dict(step=done, epoch=done / epoch_steps, lr=group["lr"], grad_norm=norm)
-            log(line | means | speed(means, time.time() - clock, policy, args))
-        if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            log({"step": done} | evaluate(policy, splits["val"], args))
-        if saving:
-            save_checkpoint(policy, optimizer, done, args)
-        if logging:
-            totals, clock = {}, time.time()
-        if flags[1]:
-            fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
-    save_final(policy, tokenizer, args)
-    dist.destroy_process_group()
-
 
 if __name__ == "__main__":
-    main()
+    with explain("{}; mend this and run the same command again, a training with --resume",
+                 (OSError, dcp.CheckpointException, ModuleNotFoundError)):
+        main()

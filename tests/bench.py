@@ -2,6 +2,7 @@
 
     python tests/bench.py [--work hh,dialogues,...] [--contenders packed,concatenated,separate,trl,trl 8] [--rounds 5] [--out results/bench]
     python tests/bench.py --work hh --contenders "packed,packed selective,packed full,packed compile,trl 1 full,trl 8 full" --out results/bench_packed
+    python tests/bench.py --work dialogues,response-heavy --contenders packed --rounds 9 --old FOLDER --out results/bench_old
     python tests/bench.py --work hh --profile
 
 Each contender is a process of its own with the same model, the same pairs and the same global batch; they take turns, one step
@@ -11,7 +12,8 @@ that is fastest in a trial, and with 8, its default; its forward, collator and l
 overhead is not counted. Extra memory: the peak of a step above what is resident before it, which is weights and optimiser state.
 Useful tokens count each prompt once. A call adds its workloads to those in --out. `bound`: 6 x (parameters of the blocks' matrices x
 useful tokens + those of the head x response tokens) / the rate of a large matrix product, measured in each round, as a part of the
-time of the step. Attention's own products are not in it.
+time of the step. Attention's own products are not in it. --old FOLDER adds the contender `old packed`: the layout packed of an
+earlier state of this repository, whose checkout FOLDER is (git worktree add FOLDER 937b6ad, or another commit of its kind).
 """
 import argparse
 import gc
@@ -88,26 +90,56 @@ def make_work(name, folder):
 # ---------------------------------------------------------------------- contenders: step(pairs) -> loss
 def ours(layout, how, model_folder, pairs, max_tokens):
     """max_tokens holds for each layout, and is more if a pair needs it; how: nothing, compile, selective or full."""
+    import dpo
     import numpy as np
     import torch
+    lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
+    max_tokens = max(max_tokens, dpo.pair_tokens(lengths, layout).max())
+    args = dpo.Args(model=str(model_folder), data="", layout=layout, max_tokens=int(max_tokens), compile=how == "compile",
+                    activation_checkpointing=how if how in ("selective", "full") else "off")
+    _, _, device, dtype = dpo.start_process_group("float32")
+    model, weights = dpo.read_model(args)
+    policy = dpo.build_policy(model, weights, dpo.token_logps, device, dtype, args)
+    parameters = list(policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
+    split = dict(pairs=[pair | dict(id=str(i)) for i, pair in enumerate(pairs)], lengths=lengths,
+                 ref_logps=np.zeros((len(pairs), 2), np.float32))
+
+    def step(rows):
+        sums = []
+        for part in dpo.micro_batches(np.array(rows), lengths, args, 1):
+            losses, metrics = dpo.pair_losses(policy, part, split, args)
+            (losses.sum() / len(rows)).backward()
+            sums.append(metrics)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0).full_tensor()
+        optimizer.step()
+        optimizer.zero_grad()
+        return dpo.mean_over_pairs(sums)["loss"]
+    return step
+
+
+def old(folder, model_folder, pairs, max_tokens):
+    """The same in the layout packed by the dpo.py of another folder, as it was at commit 937b6ad."""
+    sys.path.insert(0, str(folder))
     import dpo
+    import numpy as np
+    import torch
+    assert Path(dpo.__file__).parent.samefile(folder)
     dpo.start_process_group("float32")
-    args = types.SimpleNamespace(model=model_folder, layout=layout, beta=0.1, label_smoothing=0.0, sft_weight=0.0,
+    args = types.SimpleNamespace(model=model_folder, layout="packed", beta=0.1, label_smoothing=0.0, sft_weight=0.0,
                                  router_aux_coef=0.0)
     model, weights, _ = dpo.build_model(args)
-    if how in ("selective", "full"):
-        dpo.checkpoint_blocks(model, how)
-    policy = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"), compiled=how == "compile")
+    policy = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
-    max_tokens = max(max_tokens, dpo.pair_costs(lengths, layout).max())
+    max_tokens = max(max_tokens, dpo.pair_costs(lengths, "packed").max())
     split = dict(rows=[pair | dict(id=str(i)) for i, pair in enumerate(pairs)], lengths=lengths,
                  ref=np.zeros((len(pairs), 2), np.float32))
 
     def step(rows):
         totals = {}
-        for part in dpo.micro_batches(np.array(rows), lengths, layout, max_tokens, 1):
+        for part in dpo.micro_batches(np.array(rows), lengths, "packed", max_tokens, 1):
             losses = dpo.pair_losses(policy, part, split, totals, args)
             (losses.sum() / len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0).full_tensor()
@@ -158,12 +190,14 @@ def memory(name):
     return int(line.split()[1]) * 1024
 
 
-def contender(name, model_folder, folder, max_tokens):
+def contender(name, model_folder, folder, max_tokens, old_folder):
     import ctypes
     pairs = json.loads((Path(folder) / "pairs.json").read_text())
     way, *how = name.split()
     if way == "trl":
         step = trl(model_folder, pairs, int(how[0]), how[-1])
+    elif way == "old":
+        step = old(old_folder, model_folder, pairs, max_tokens)
     else:
         step = ours(way, "".join(how), model_folder, pairs, max_tokens)
     for line in sys.stdin:
@@ -178,8 +212,9 @@ def contender(name, model_folder, folder, max_tokens):
 
 
 class Process:
-    def __init__(self, name, model, folder, max_tokens):
-        command = [sys.executable, __file__, "--contender", name, "--model", model, "--folder", folder, "--max_tokens", max_tokens]
+    def __init__(self, name, model, folder, args):
+        command = [sys.executable, __file__, "--contender", name, "--model", model, "--folder", folder, "--max_tokens", args.max_tokens]
+        command += ["--old", args.old] if args.old else []
         self.log = tempfile.TemporaryFile("w+")
         self.child = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
                                       text=True)
@@ -209,6 +244,11 @@ def matmul_rate(size=1024, rounds=20):
     return 2 * size**3 * rounds / (time.process_time() - start)
 
 
+def commit_of(folder):
+    """The commit of a checkout; a + if files have changed since."""
+    return subprocess.check_output(["git", "-C", folder, "describe", "--always", "--dirty=+", "--exclude=*"], text=True).strip()
+
+
 def compete(work, args):
     import transformers
     with tempfile.TemporaryDirectory() as name:
@@ -220,16 +260,16 @@ def compete(work, args):
         rows, best = deal(), {}
         vocabulary = transformers.AutoConfig.from_pretrained(model).vocab_size
         logits = lambda size: 2 * size * max(map(longest, pairs)) * vocabulary * 4  # bytes
-        names = args.contenders.split(",")
+        names = args.contenders.split(",") + ["old packed"] * bool(args.old)
         if "trl" in names:
             for size in (1, 2, 4):
                 if size == 1 or size <= count and logits(size) < 2**30:
-                    trial = Process(f"trl {size}", model, folder, args.max_tokens)
+                    trial = Process(f"trl {size}", model, folder, args)
                     trial.step(rows[:1])
                     best[size] = min(trial.step(rows[:8])["cpu"] for _ in range(2))
                     trial.end()
             names[names.index("trl")] = f"trl {min(best, key=best.get)}"
-        processes = {name: Process(name, model, folder, args.max_tokens) for name in names}
+        processes = {name: Process(name, model, folder, args) for name in names}
         first = {name: process.step(rows[:8]) for name, process in processes.items()}  # warm up, and agree
         losses = [result["loss"] for result in first.values()]
         assert max(losses) - min(losses) < 1e-3 * abs(losses[0]) + 1e-3, f"{work}: the losses differ: {first}"
@@ -252,6 +292,8 @@ def compete(work, args):
         how = (f"{work}: {args.rounds} rounds, {args.max_tokens} tokens per forward pass of ours or one pair, float32, "
                f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, matrix product "
                f"{median(rates) / 1e9:.0f} GFLOP per CPU second")
+        if args.old:
+            how += f", old packed: commit {commit_of(args.old)}, packed: {commit_of(ROOT)}"
     return dict(how=how) | {
         name: dict(cpu=median(r["cpu"] for r in rounds), wall=median(r["wall"] for r in rounds),
                    extra=median(r["extra"] for r in rounds), pairs=count, useful=prompts + responses,
@@ -313,12 +355,15 @@ def main():
     parser.add_argument("--max_tokens", type=int, default=1024, help="of a forward pass of ours; more if a pair needs it")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     parser.add_argument("--profile", action="store_true", help="instead: the operators of a step of packed")
+    parser.add_argument("--old", help="folder of a checkout of commit 937b6ad: adds the contender 'old packed'")
     for name in ("contender", "model", "folder"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     if args.contender:
-        return contender(args.contender, args.model, args.folder, args.max_tokens)
+        return contender(args.contender, args.model, args.folder, args.max_tokens, args.old)
+    if args.old and not Path(args.old, "dpo.py").is_file():
+        sys.exit(f"error: --old {args.old} is no checkout of this repository: git worktree add {args.old} 937b6ad")
     for name in args.contenders.split(","):
         if not re.fullmatch(r"(packed|concatenated|separate)( selective| full| compile)?|trl( [1-9]\d*( full)?)?", name):
             sys.exit(f"error: --contenders {name!r} is none: packed, concatenated, separate (selective, full, compile), trl, trl N (full)")

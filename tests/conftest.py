@@ -1,5 +1,6 @@
 """What the tests share: tiny random models, tiny data folders, one process group. No network."""
 
+import ast
 import contextlib
 import functools
 import json
@@ -167,14 +168,26 @@ def tiny_model(tmp_path_factory):
     return make
 
 
-def tiny_policy(script, folder, layout="packed", checkpointing="off"):
+def tiny_args(folder, **changes):
+    """The settings that make a Policy, as the command line would give them."""
+    settings = dict(model=folder, layout="packed", max_tokens=8192, activation_checkpointing="off", compile=False,
+                    shard_group=0, lora_rank=0, train_modules="", seed=0)
+    return types.SimpleNamespace(**settings | changes)
+
+
+def tiny_policy(script, folder, layout="packed", checkpointing="off", **changes):
     """The Policy that main() of a training script makes of a model folder, in a process group."""
-    model, weights, _ = script.build_model(types.SimpleNamespace(model=folder, layout=layout))
-    score = [script.token_scores] if hasattr(script, "token_scores") else []
-    if checkpointing != "off":
-        script.checkpoint_blocks(model, checkpointing)
-    policy = script.Policy(model, *score)
-    return script.shard(policy, weights, torch.float32, torch.device("cpu"))
+    args = tiny_args(folder, layout=layout, activation_checkpointing=checkpointing, **changes)
+    model, weights = script.read_model(args)
+    score = getattr(script, "token_scores", script.token_logps)
+    return script.build_policy(model, weights, score, torch.device("cpu"), torch.float32, args)
+
+
+def run_as_program(module):
+    """What `python SCRIPT.py` does after the definitions: main(), and one line for errors of files."""
+    block = ast.parse(Path(module.__file__).read_text()).body[-1]
+    assert isinstance(block, ast.If) and ast.unparse(block.test) == "__name__ == '__main__'"
+    exec(compile(ast.Module(block.body, []), module.__file__, "exec"), module.__dict__)
 
 
 def random_pairs(sizes, seed=0):
@@ -192,7 +205,7 @@ def random_pairs(sizes, seed=0):
 
 def write_tiny_data(folder, model, train, val, **columns):
     """The data folder that prepare_data.py would make of these pairs, for the tokenizer of `model`."""
-    import dpo
+    import prepare_data
 
     feature = datasets.List(datasets.Value("int32"))
     names = dict.fromkeys(("prompt", "chosen", "rejected"), feature)
@@ -204,7 +217,7 @@ def write_tiny_data(folder, model, train, val, **columns):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     meta = dict(
         arguments=dict(model=model),
-        vocab_hash=dpo.vocab_hash(tokenizer),
+        vocab_hash=prepare_data.vocab_hash(tokenizer),
         content_hash=dict(train="0" * 16, val="1" * 16),
     )
     Path(folder, "meta.json").write_text(json.dumps(meta))
@@ -237,9 +250,9 @@ def split_of(pairs, reference):
     import dpo
 
     with torch.no_grad():
-        logps = reference(dpo.collate(pairs, "packed"))[0]
+        logps = reference(dpo.collate(pairs, "packed"))
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
-    return dict(rows=pairs, lengths=lengths, ref=logps.T.numpy())
+    return dict(pairs=pairs, lengths=lengths, ref_logps=logps.T.numpy())
 
 
 def trl_dpo_loss(trainer, pairs):

@@ -4,17 +4,16 @@ Makes a randomly initialised model of a real shape and random pairs, then runs p
 dpo.py as a user would (through torchrun if there are several GPUs), in bfloat16 on a GPU and float32 on a CPU,
 in all three layouts, and checks what must hold on every device:
 
-    the first loss is ln 2 (dpo.py stops if it is not); the layouts agree on log-probs and gradient norm;
-    the kernel for rows of unequal length, if dpo.py takes it, agrees with attention row by row (its time is printed);
+    the stored log-probs are those of the policy before its first step (the scripts stop if they are not);
+    the layouts agree on log-probs and gradient norm;
     the host waits for the GPU nowhere between two micro-batches (torch.cuda.set_sync_debug_mode);
     a run continued from a checkpoint ends with the weights of the run that was not interrupted.
 
 Prints a Markdown table of tokens/s, MFU and peak memory for each layout of dpo.py and for the other scripts, one of
-seconds per pair of compo.py for a head of Mistral's shape, and exits with status 1 if a check fails.
+seconds per step of compo.py for a head of Mistral's shape, and exits with status 1 if a check fails.
 Sizes: tiny (2 layers, for CI), 0.5B, 1.5B, 3B, 8B.
 """
 import argparse
-import dataclasses
 import json
 import math
 import random
@@ -25,6 +24,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -37,8 +37,12 @@ SIZES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary: shapes of 
     "3B": (2048, 11008, 36, 16, 2, 151936), "8B": (4096, 14336, 32, 32, 8, 128256)}
 
 
+PEAKS = dict(A100=312, H100=989, H200=989, B200=2250, MI300X=1307, L40S=362)  # TFLOP/s, bfloat16, dense
+
+
 def make_model(folder, size):
-    """A Llama of this shape with random weights, saved as bfloat16, and a tokenizer of 500 words."""
+    """A Llama of this shape with random weights, saved as bfloat16, and a tokenizer of 500 words -> numbers in the blocks and
+    in the output head."""
     hidden, mlp, layers, heads, kv_heads, vocabulary = SIZES[size]
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
@@ -53,7 +57,7 @@ def make_model(folder, size):
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>",
                                          eos_token="</s>").save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
+    return sum(weight.numel() for weight in model.model.layers.parameters()), model.lm_head.weight.numel()
 
 
 def make_pairs(path, count, tokens):
@@ -86,94 +90,68 @@ def lines(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def mfu(line, blocks, head):
+    """Model FLOPs of a line of the log / peak FLOPs of the GPUs (arXiv 2204.02311), in per cent; None if the peak is not known.
+    The head sees response tokens only; attention's own products and what is computed twice are not counted."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((tera * 1e12 for gpu, tera in PEAKS.items() if gpu in name), None)
+    if peak is None:
+        return None
+    responses = line["pairs"] * (line["lengths/chosen"] + line["lengths/rejected"])
+    work, seconds = 6 * (blocks * line["tokens"] + head * responses), line["tokens"] / line["tokens/s"]
+    return 100 * work / seconds / torch.cuda.device_count() / peak
+
+
 def check_in_process(model, data, max_tokens):
-    """Two micro-batches forward and backward in this process. PyTorch raises at a call that waits for the GPU; then the same
-    with and without the kernel for rows of unequal length. Returns failures."""
+    """A micro-batch forward and backward in this process; PyTorch raises at a call that waits for the GPU."""
     sys.path.insert(0, str(ROOT))
     import dpo
     args = dpo.Args(model=str(model), data=str(data), max_tokens=max_tokens)
-    rank, world, device, dtype = dpo.start_process_group("auto")
+    _, _, device, dtype = dpo.start_process_group("auto")
+    splits = dpo.load_data(args)
+    empty, weights = dpo.read_model(args)
+    dpo.load_reference(dpo.content_hashes(weights, splits, dtype), splits, args)
+    policy = dpo.build_policy(empty, weights, dpo.token_logps, device, dtype, args)
     cuda = device.type == "cuda"
-    splits, _ = dpo.load_data(args)
-    empty, weights, digest = dpo.build_model(args)
-    dpo.load_reference(args, digest, dtype, splits)
-    policy, totals = dpo.shard(dpo.Policy(empty), weights, dtype, device), {}
-    transformers.AttentionInterface.register("gathered", dpo.gathered_attention)  # not that of a script imported later
     for mode in ("default", "default", "error", "error"):  # the first calls allocate, compile and load kernels
         if cuda:
             torch.cuda.set_sync_debug_mode(mode)
-        dpo.pair_losses(policy, [0, 1], splits["train"], totals, args).sum().backward()
+        losses, _ = dpo.pair_losses(policy, np.array([0, 1]), splits["train"], args)
+        losses.sum().backward()
     if cuda:
         torch.cuda.set_sync_debug_mode("default")
     print(f"no wait for the device between micro-batches: {'yes' if cuda else 'a CPU, nothing to see'}")
-    failures, found = [], {}
-    due = cuda and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0) and dtype == torch.bfloat16
-    if due and not policy.fused:
-        failures.append("attention goes row by row on a GPU that should have the kernel")
-    for fused in [True, False] if policy.fused else []:
-        policy.fused = fused
-        for _ in range(3):
-            policy.zero_grad()
-            torch.cuda.synchronize()
-            start = time.time()
-            logps, _ = policy(dpo.collate([splits["train"]["rows"][row] for row in range(8)], "packed", dpo.to_device))
-            (logps[0] - logps[1]).sum().backward()
-            torch.cuda.synchronize()
-            seconds = time.time() - start
-        norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters()), 1e9).full_tensor().item()
-        found[fused] = seconds, logps.detach(), norm
-    if found:
-        (fast, logps, norm), (slow, truth, true_norm) = found[True], found[False]
-        error = ((logps - truth) / truth).abs().max().item()
-        print(f"8 pairs forward and backward: {fast:.3f} s with the kernel for rows of unequal length, {slow:.3f} s row by row "
-              f"({slow / fast:.2f} x); largest relative error of a log-prob {error:.1e}, gradients {norm:.4g} and {true_norm:.4g}")
-        if error > 2e-3 or abs(norm / true_norm - 1) > 0.05:
-            failures.append(f"the kernel's log-probs differ by {error}, its gradient is {norm}, row by row {true_norm}")
-    else:
-        print(f"no kernel for rows of unequal length on {device.type} in {dtype}: row by row")
     dist.destroy_process_group()
-    return failures
 
 
-VARIANTS = ("gaussian", 1e-4), ("span", 1e-4), ("gaussian", 0.0), ("span", 0.0), ("exact", 1e-4)  # estimator, --rare
-
-
-def head_times(vocabulary, width, tokens, perturbations, variants=VARIANTS):
-    """Seconds per pair from hidden states to u, by compo.py on one device, as rows of a table. Logits are spread like a
-    language model's: standard deviation 3, and the targets among the likely tokens."""
+def step_times(vocabulary, width, tokens, perturbations):
+    """Seconds of a step of compo.py on one pair, on one device, as rows of a table. Logits are spread like a language model's:
+    standard deviation 3, and the targets among the likely tokens."""
     sys.path.insert(0, str(ROOT))
     import compo
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0,
-                                world_size=1)
+        compo.start_process_group("float32")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random = torch.Generator(device).manual_seed(0)
-    head = torch.nn.Linear(width, vocabulary, bias=False, device=device)
-    head.weight.data.normal_(0, 3 / math.sqrt(width), generator=random)
+    weight = torch.randn(vocabulary, width, device=device, generator=random) * 3 / math.sqrt(width)
     hidden = torch.randn(tokens, width, device=device, generator=random)
-    chosen = (hidden @ head.weight.T).detach().topk(20)[1][torch.arange(tokens), torch.arange(tokens) % 20].tolist()
-    pair = dict(chosen=chosen[:tokens // 2], rejected=chosen[tokens // 2:])
-    tail = SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace(get_text_config=SimpleNamespace))
-    split, rows = dict(entries=[hidden], rows=[pair]), []
-    base = compo.Args(model="", data="", perturbations=perturbations)
+    targets = (hidden @ weight.T).topk(20)[1][torch.arange(tokens), torch.arange(tokens) % 20].tolist()
+    output = SimpleNamespace(weight=SimpleNamespace(full_tensor=lambda: weight), bias=None)  # as FSDP has it
+    model = SimpleNamespace(get_output_embeddings=lambda: output, config=SimpleNamespace(get_text_config=SimpleNamespace))
+    split = dict(pairs=[dict(chosen=targets[:tokens // 2], rejected=targets[tokens // 2:])], hidden=[hidden.cpu()])
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for estimator, rare in variants:
-        args, seconds = dataclasses.replace(base, estimator=estimator, rare=rare), []
+    rows = []
+    for estimator in ("gaussian", "span", "exact"):
+        args = compo.Args(model="", data="", perturbations=perturbations, estimator=estimator)
+        head, seconds = compo.Head(model), []
         for step in range(3):
             synchronize()
             start = time.time()
-            before, *where = compo.mean_logps(tail, split, [0], args)
-            a, b = (torch.autograd.grad(each, [head.weight], retain_graph=True) for each in before)
             with torch.no_grad():
-                if estimator == "exact":
-                    u = [y / compo.inner(b, b) ** 0.5 - x / compo.inner(a, a) ** 0.5 for x, y in zip(a, b)]
-                else:
-                    where = [each.detach() for each in where]
-                    u, _ = compo.estimate(head.weight, compo.view_of(*where, tail, args), 0.0, step, args)
-                compo.sparse(u, args)
+                compo.update(head, compo.gather(split, [0]), step, args)
             synchronize()
             seconds.append(time.time() - start)
-        rows.append((estimator, rare, sorted(seconds)[1]))
+        rows.append((estimator, sorted(seconds)[1]))
     return rows
 
 
@@ -191,7 +169,8 @@ def main():
     cuda, folder, batch = torch.cuda.is_available(), args.folder, 8 if args.size == "tiny" else 32
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    parameters = make_model(folder / "model", args.size)
+    blocks, head = make_model(folder / "model", args.size)
+    torch.cuda.empty_cache()  # what this process does not use is for the scripts
     make_pairs(folder / "pairs.jsonl", batch * args.steps + 40, tokens)
     model, data = folder / "model", folder / "data"
     run("prepare_data.py", "--dataset", folder / "pairs.jsonl", "--model", model, "--out", data, "--plain",
@@ -220,8 +199,8 @@ def main():
             first[layout] = log[0] | log[1]  # evaluation at step 0, first step
         steady = [line for line in log[3:] if "tokens/s" in line]
         speed = sum(line["tokens/s"] for line in steady) / len(steady)
-        mfu = [line["mfu"] for line in steady if "mfu" in line]
-        rows.append((layout, speed, 100 * sum(mfu) / len(mfu) if mfu else None, steady[-1]["memory/GiB"]))
+        known = [mfu(line, blocks, head) for line in steady]
+        rows.append((layout, speed, None if None in known else sum(known) / len(known), steady[-1]["memory/GiB"]))
     bound, failures = 1e-2 if cuda else 1e-5, []
     for layout, line in first.items():
         for name in ("eval/logps/chosen", "eval/logps/rejected", "grad_norm"):
@@ -243,19 +222,19 @@ def main():
         failures.append(f"a resumed run differs by {difference}")
 
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if cuda else "CPU"
-    print(f"\n{parameters / 1e9:.2f}B parameters, {device}, torch {torch.__version__}, transformers "
+    print(f"\n{(blocks + head) / 1e9:.2f}B parameters in matrices, {device}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}, {'bfloat16' if cuda else 'float32'}, {tokens}-token rows {args.extra}\n")
     print("| layout, or script | tokens/s | MFU % | peak GiB |\n|---|---|---|---|")
-    for layout, speed, mfu, memory in rows:
-        print(f"| {layout} | {speed:,.0f} | {'' if mfu is None else f'{mfu:.1f}'} | {memory:.1f} |")
+    for layout, speed, share, memory in rows:
+        print(f"| {layout} | {speed:,.0f} | {'' if share is None else f'{share:.1f}'} | {memory:.1f} |")
     if args.size != "8B":  # all of it on one GPU
-        failures += check_in_process(model, data, 16 * tokens)
+        check_in_process(model, data, 16 * tokens)
     shutil.rmtree(folder)
     shape = (32000, 4096, 400, 1800) if cuda else (2000, 256, 40, 200)
     print("\nHead {} x {}, {} response tokens, {} perturbations\n".format(*shape))
-    print("| estimator | --rare | seconds per pair |\n|---|---|---|")
-    for estimator, rare, seconds in head_times(*shape):
-        print(f"| {estimator} | {rare:g} | {seconds:.3f} |")
+    print("| estimator | seconds per step of one pair |\n|---|---|")
+    for estimator, seconds in step_times(*shape):
+        print(f"| {estimator} | {seconds:.3f} |")
     if cuda:
         print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if failures:

@@ -10,7 +10,9 @@ the same call on 64 rows: wall time, all cores, against the tokenizer's own batc
 have one thread each, and the same pairs per step in all; the tokens/s are those of log.jsonl.
 """
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -52,29 +54,28 @@ def stepper(name, model_folder, data, max_tokens, rows, checkpointing="off"):
     """-> a function that takes one optimiser step of an algorithm on these rows."""
     script = importlib.import_module(name)
     args = script.Args(model=str(model_folder), data=str(data), max_tokens=max_tokens, activation_checkpointing=checkpointing)
-    splits, _ = script.load_data(args)
+    splits = script.load_data(args)
     train = splits["train"]
-    model, weights, digest = script.build_model(args)
+    model, weights = script.read_model(args)
+    content = script.content_hashes(weights, splits, torch.float32)
     if name != "simpo":
-        script.load_reference(args, digest, torch.float32, splits)
+        script.load_reference(content, splits, args)
     if name == "auxdpo":
-        script.load_sketches(args, digest, torch.float32, splits)
-    if checkpointing != "off":
-        script.checkpoint_blocks(model, checkpointing)
+        script.load_sketches(splits, args)
     score = script.token_scores if name == "wpo" else script.token_logps
-    policy = script.shard(script.Policy(model, score), weights, torch.float32, torch.device("cpu"))
+    policy = script.build_policy(model, weights, score, torch.device("cpu"), torch.float32, args)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, 1e-7, fused=True)
-    lists = script.micro_batches(rows, train["lengths"], args.layout, max_tokens, 1)
+    lists = script.micro_batches(rows, train["lengths"], args, 1)
 
     def step():
-        outputs = []
+        parts = [(part,) for part in lists]
         if name == "auxdpo":
-            margins, outputs = script.forward_first(policy, lists, train, args)
+            margins, parts = script.first_pass(policy, rows, train, args)  # with their log-probs, if kept
             script.update_delta(rows, margins, train, args)
-        for part in lists:
-            run = (lambda *_: outputs.pop()) if outputs else policy
-            (script.pair_losses(run, part, train, {}, args).sum() / len(rows)).backward()
+        for part, *kept in parts:
+            losses, _ = script.pair_losses(policy, part, train, args, *kept)
+            (losses.sum() / len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -85,18 +86,21 @@ def cacher(model_folder, data, max_tokens, folder):
     """-> a function that makes the whole cache of the training rows, files included."""
     import cache_ref
     args = cache_ref.Args(model=str(model_folder), data=str(data), max_tokens=max_tokens)
-    splits, _ = cache_ref.load_data(args)
-    splits = dict(train=splits["train"])
-    model, weights, _ = cache_ref.build_model(args)
-    policy = cache_ref.shard(cache_ref.Policy(model), weights, torch.float32, torch.device("cpu"))
+    splits = dict(train=cache_ref.load_data(args)["train"])
+    model, weights = cache_ref.read_model(args)
+    cache_ref.choose_attention(model, args)
+    policy = cache_ref.Policy(model, cache_ref.token_logps).eval()
+    cache_ref.shard(policy, torch.device("cpu"), torch.float32, args)
+    cache_ref.place_weights(model, weights, torch.device("cpu"))
 
     def compute(pairs):
         with torch.no_grad():
-            return policy(cache_ref.collate(pairs, args.layout))[0].T.float()
+            return policy(cache_ref.collate(pairs, args.layout)).T
 
     def make():
         shutil.rmtree(folder, ignore_errors=True)
-        cache_ref.fill(folder, {}, splits, "logps", compute, (2,), "float32", args)
+        with contextlib.redirect_stdout(io.StringIO()):  # it says how far it is
+            cache_ref.fill_folder(folder, splits, "logps", (2,), "float32", compute, {}, args)
     return make
 
 
@@ -115,7 +119,7 @@ def rank_rate(ranks, model, data, out, pairs):
     """tokens/s of `dpo.py`: the median of the steps after the first two."""
     shutil.rmtree(out, ignore_errors=True)
     flags = ["--model", model, "--data", data, "--out", out, "--batch_size", pairs, "--max_tokens", 1024, "--max_steps", 6,
-             "--epochs", 9, "--log_every", 1, "--eval_every", 0]
+             "--log_every", 1, "--eval_every", 0]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, ROOT / "dpo.py", *flags]
     done = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -184,7 +188,7 @@ def main():
             if "auxdpo" in args.steps:
                 import auxdpo
                 call("cache_ref.py", "--model", args.model, "--data", data, "--sketch_dim", auxdpo.Args.sketch_dim)
-            lengths = dpo.load_data(dpo.Args(model=str(args.model), data=str(data)))[0]["train"]["lengths"]
+            lengths = dpo.load_data(dpo.Args(model=str(args.model), data=str(data)))["train"]["lengths"]
             rows = np.arange(args.pairs)
             whole = int(lengths[rows].sum())
             say("| script | micro-batches | checkpointing | CPU s per step | to dpo.py |\n|---|---:|---|---:|---:|")

@@ -1,5 +1,5 @@
 """Claim: tests/gpu_check.py, the one command for a machine with a GPU, runs on a CPU in its tiny size: the pipeline
-from text to a trained model in all three layouts, ln 2, equal layouts, a resumed run equal to the bit."""
+from text to a trained model in all three layouts, equal layouts, a resumed run equal to the bit, and a step of compo.py."""
 import subprocess
 import sys
 
@@ -15,3 +15,4 @@ def test_the_whole_pipeline_passes_its_checks_in_the_tiny_size(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "all checks passed" in done.stdout
     assert "| packed |" in done.stdout and "| auxdpo full |" in done.stdout and "largest difference of a weight 0.0e+00" in done.stdout
+    assert "| exact |" in done.stdout

@@ -2,13 +2,12 @@
 bytes of weights, gradients and optimiser, within 20 %, from a configuration alone."""
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, random_pairs
+from conftest import ROOT, random_pairs, tiny_policy
 
 import dpo
 import plan
@@ -24,11 +23,9 @@ def folder(tmp_path_factory):
 
 
 def test_predicted_bytes_are_those_of_a_step(folder, process_group):
-    args = types.SimpleNamespace(model=folder, layout="packed")
-    model, weights, _ = dpo.build_model(args)
-    policy = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
-    batch = dpo.collate(random_pairs([(60, 60, 60)] * 4), "packed")
-    tokens = batch[0]["input_ids"].shape[1]
+    policy = tiny_policy(dpo, folder)
+    model, batch = policy.model, dpo.collate(random_pairs([(60, 60, 60)] * 4), "packed")
+    tokens = batch[0]["inputs"]["input_ids"].shape[1]
     storages = {}
 
     def pack(tensor):
