@@ -23,7 +23,7 @@ Departures from the paper and from its authors' notebook:
 5. The label_smoothing of cDPO and the sft_weight of RPO, both 0 by default.
 Differs from dpo.py: delta, its solver, a first pass for the margins, the sketches, delta's files.
 
-Read to line 329: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 327: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -150,32 +150,30 @@ def update_delta(rows, margins, split, args):
 
 def null_projection(sketch):
     """sketch (N, 2, K) -> (2N, 2N), the projection on all delta with c = 0."""
-    count, _, dim = sketch.shape
-    if count > 4096:
-        fail(f"--null exact is for small data, and {count} pairs are many; use --null soft")
+    if len(sketch) > 4096:
+        fail(f"--null exact is for small data, not for {len(sketch)} pairs; use --null soft")
     scores = torch.from_numpy(sketch.astype(float)).flatten(0, 1)  # (2N, K)
     values, vectors = torch.linalg.eigh(scores @ scores.T)  # ascending
     null = vectors[:, values < 1e-5 * values[-1]]  # (2N, q)
-    if 2 * count - null.shape[1] >= min(2 * count, dim):
-        fail(f"--null exact: the scores of {2 * count} responses, or {dim} numbers of sketches, "
-             "are independent; train less (--train_modules), raise --sketch_dim, or --null soft")
+    if len(scores) - null.shape[1] >= min(scores.shape):
+        fail(f"--null exact: the scores of {len(scores)} responses, in {scores.shape[1]} numbers, are "
+             "independent; train less (--train_modules), raise --sketch_dim, or use --null soft")
     return null @ null.T
 
-def first_pass(policy, batch, split, args):
-    """-> margins (N,) of the batch, without delta; this rank's micro-batches, [(rows, logps)]. The
-    loss needs delta, and delta all margins, so most are computed here and again in pair_losses. But
-    the last one (four with full checkpointing, where graphs are small) keeps its log-probs (2, n)
-    and their graph; the backward pass begins with it."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    parts = micro_batches(batch, split["lengths"], args, world)[rank::world]
+def first_pass(policy, parts, split, args):
+    """Micro-batches `parts` of this rank -> margins (N,) of all ranks', without delta, and [(rows,
+    log-probs (2, n) or None)]. As the loss needs delta, and delta all margins, pair_losses has to
+    compute log-probs again. But those computed last (or, with full checkpointing, where graphs are
+    small, the last four) keep their graphs, and the backward pass begins with them."""
     first_kept = len(parts) - (4 if args.activation_checkpointing == "full" else 1)
     margins, computed = torch.zeros(len(split["pairs"]), dtype=torch.float64), []
     for i, rows in enumerate(parts):
         pairs = [split["pairs"][int(row)] for row in rows] or [split["pairs"][0]]  # as pair_losses
         with torch.set_grad_enabled(i >= first_kept):
             logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
-        ratios = logps.detach().double().cpu()[:, :len(rows)] - split["ref_logps"][rows].T
-        margins[rows] = args.beta * (ratios[0] - ratios[1])
+        ref_logps = torch.from_numpy(split["ref_logps"][rows].T)  # (2, n)
+        rewards = args.beta * (logps.detach().double().cpu()[:, :len(rows)] - ref_logps)
+        margins[rows] = rewards[0] - rewards[1]
         computed.append((rows, logps if i >= first_kept else None))
     dist.all_reduce(margins)
     return margins, computed[::-1]
@@ -258,9 +256,10 @@ def main():
         # The batch is the same on all ranks; each rank takes its share of the micro-batches.
         began = time.time()
         batch = batch_rows(step, len(train["pairs"]), args)
-        margins, parts = first_pass(policy, batch, train, args)
+        parts = micro_batches(batch, train["lengths"], args, world)[rank::world]
+        margins, computed = first_pass(policy, parts, train, args)
         update_delta(batch, margins, train, args)
-        for rows, logps in parts:
+        for rows, logps in computed:
             losses, metrics = pair_losses(policy, rows, train, args, logps)
             loss = losses.sum() / len(batch)
             (loss * world).backward()  # FSDP takes the mean over ranks, we want the sum
@@ -320,7 +319,6 @@ def pair_losses(policy, rows, split, args, logps=None):
     if logps is None:  # first_pass has not kept them
         logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
     losses, metrics = preference_loss(logps, ref_logps, delta, lengths[1:], args)
-
     metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
     losses = losses * to_device(np.float32([pair.get("weight", 1.0) for pair in pairs]))
     losses = losses - args.sft_weight * logps[0] / lengths[1]

@@ -2,30 +2,24 @@
 
 It is the term log ref of DPO's eq. 7 (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), a
 constant that the training scripts read, so that the reference is never in memory beside the policy.
-Model, precision and forward pass are those of training, which checks this before its first step.
 
-    python cache_ref.py --model MODEL --data data/NAME
-    torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME [--sketch_dim 4096]
+    torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME    (or python)
 
 Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats; the hash is of
-weights, tokens and precision. Values that are not known yet are NaN, so a killed run continues
-where it was, with any number of processes. meta.json appears when the files are complete.
+weights, tokens and precision. What is not known yet is NaN, so a killed run continues there, with
+any number of processes. meta.json appears when no NaN is left.
 
 --noise_margin 3 (nats), as in ComPO (Chen et al. 2025, https://arxiv.org/abs/2505.05465): the pairs
 that the reference can hardly tell apart, |log ref(y_w|x) - log ref(y_l|x)| <= 3, go to
 data/NAME/noisy, the others to data/NAME/clean: data folders for every script, with their log-probs.
 
---sketch_dim K, for auxdpo.py: a second pass adds ref-<hash>/sketch-<hash>/train-sketch.npy, (rows,
-2, K), of every response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x): short, and
-such that <sketch(g), sketch(g')> estimates <g, g'> without bias. A weight W (out, in) of a linear
-layer has the gradient sum_t d_t x_t^T, with d the gradient of its output and x its input, and
+--sketch_dim K, for auxdpo.py: adds ref-<hash>/sketch-<hash>/train-sketch.npy (rows, 2, K), of every
+response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x): <sketch(g), sketch(g')>
+estimates <g, g'> without bias. Of a linear layer with input x, and d the gradient of its output, g
+is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
+buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-    sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t))
-
-where CS, a count sketch, sums the entries with random signs into K buckets. This takes one batched
-backward pass over frozen weights, and the gradient of a weight is never formed.
-
-Read to line 370: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line NNN: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, sys, time
@@ -109,29 +103,22 @@ def is_writer():
 def fill_folder(folder, splits, kind, shape, dtype, compute, key, args):
     """Fill folder/{split}-{kind}.npy (rows, *shape), where compute(pairs) gives the (n, *shape) of
     n pairs, and say in meta.json that they are complete."""
-    if is_writer():
-        folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for name, split in splits.items():
-        path, rows = folder / f"{name}-{kind}.npy", len(split["pairs"])
-        missing = missing_rows(path, (rows, *shape), dtype)
-        while len(missing) > 0:  # once, unless another job has made the file at the same time
-            if dist.get_rank() == 0:
-                print(f"{path}: {rows - len(missing)} of {rows} pairs are done")
-            fill_file(path, missing, split, dtype, compute, args)
-            missing = missing_rows(path, (rows, *shape), dtype)
+        path, complete = folder / f"{name}-{kind}.npy", False
+        while not complete:  # twice, unless another job makes the file at the same moment
+            complete = fill_file(path, shape, dtype, split, compute, args)
     if is_writer() and not (folder / "meta.json").exists():
-        write_meta(folder, splits, key, args)
+        write_meta(folder, key, args)
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{folder} is complete")
 
-def write_meta(folder, splits, key, args):
+def write_meta(folder, key, args):
     """meta.json, which makes a folder complete: its key, and the hashes of the log-probs in it."""
     hashes = {}
-    for name in splits:
-        path = folder / f"{name}-logps.npy"
-        if path.exists():  # not in a folder of sketches
-            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in folder.glob("*-logps.npy"):
+        hashes[path.stem.removesuffix("-logps")] = hashlib.sha256(path.read_bytes()).hexdigest()
     record = dict(key=key, args=dataclasses.asdict(args), sha256=hashes,
                   torch=torch.__version__, transformers=transformers.__version__)
     aside = folder / f"{uuid.uuid4().hex}.json"
@@ -155,12 +142,17 @@ def missing_rows(path, shape, dtype):
     dist.all_reduce(missing, dist.ReduceOp.MAX)
     return np.flatnonzero(missing.numpy())
 
-def fill_file(path, missing, split, dtype, compute, args):
-    """Compute the missing rows with all ranks, and write them into the file of every node."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def fill_file(path, shape, dtype, split, compute, args):
+    """Compute with all ranks what is missing, for the file of every node -> was nothing missing?"""
+    rank, world, total = dist.get_rank(), dist.get_world_size(), len(split["pairs"])
+    missing = missing_rows(path, (total, *shape), dtype)
+    if len(missing) == 0:
+        return True
+    if rank == 0:
+        print(f"{path}: {total - len(missing)} of {total} pairs are done")
     plan = []  # which pairs share a forward pass is a function of the data alone
-    for first in range(0, len(split["pairs"]), 1024):
-        window = np.arange(first, min(first + 1024, len(split["pairs"])))
+    for first in range(0, total, 1024):
+        window = np.arange(first, min(first + 1024, total))
         for rows in micro_batches(window, split["lengths"], args, 1):
             if np.isin(rows, missing).any():
                 plan.append(rows)
@@ -178,19 +170,17 @@ def fill_file(path, missing, split, dtype, compute, args):
                 fail(f"{path}: the values of pair {pair} are not finite in {dtype}; take it out of "
                      "the data, or try float32 (--dtype, --sketch_dtype)")
             if is_writer():
-                write_rows(path, rows, values)
+                write_rows(path, rows, values, total)
             bar.update(len(rows))
     bar.close()
+    return False
 
-def write_rows(path, rows, values):
-    """Write rows where they belong in an .npy file. By seek, not by mapped memory: of a file on a
-    network, two nodes would overwrite each other's pages."""
+def write_rows(path, rows, values, total):
+    """Write some of `total` rows where they belong in an .npy file, counted from its end. By seek,
+    not by mapped memory: of a file on a network, two nodes would overwrite each other's pages."""
     with open(path, "r+b") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        start = file.tell()
         for row, value in zip(rows, values):
-            file.seek(start + int(row) * value.nbytes)
+            file.seek((int(row) - total) * value.nbytes, os.SEEK_END)
             file.write(value.tobytes())
 
 # -- sketches
@@ -224,8 +214,7 @@ def sketches(policy, state, pairs):
 
 def watch(model, args, salt=""):
     """Freeze all weights, and let every backward pass sketch the gradients of those that would be
-    trained and that --sketch_modules matches -> what its hooks share. Another salt, other random
-    signs and buckets."""
+    trained and that --sketch_modules matches -> what its hooks share. salt makes other buckets."""
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     names = {name for name in names if re.search(args.sketch_modules, name)}
     if not names:
@@ -237,66 +226,62 @@ def watch(model, args, salt=""):
     for module in model.modules():
         own = {leaf: known[id(weight)] for leaf, weight in module.named_parameters(recurse=False)}
         own = {leaf: name for leaf, name in own.items() if name in names}
-        if own and not is_product(module) and "Norm" not in type(module).__name__:
-            fail(f"--sketch_dim knows linear layers, embeddings and norms, but not {own} of "
-                 f"{type(module).__name__}: leave it out with --sketch_modules")
+        kind = type(module).__name__.removeprefix("FSDP")  # which shard makes of it
+        if kind in ("Linear", "Embedding", "Conv1D") or hasattr(module, "embed_scale"):
+            add = add_product
+        elif "Norm" in kind or not own:
+            add = add_norm
+        else:
+            fail(f"--sketch_dim knows linear layers, embeddings and norms, not {kind}: leave its "
+                 f"{own} out with --sketch_modules")
         if own:
-            module.register_forward_hook(functools.partial(remember, state, own))
+            module.register_forward_hook(functools.partial(remember, state, own, add))
     return state
 
-def is_product(module):
-    """Is the gradient of its weight a sum of outer products, of its input and its output's?"""
-    name = type(module).__name__.removeprefix("FSDP")  # which shard makes of it
-    return name in ("Linear", "Embedding", "Conv1D") or hasattr(module, "embed_scale")
-
-def remember(state, own, module, inputs, output):
-    """Forward hook of a layer; own is {name in it: name in the model} of the weights that count."""
+def remember(state, own, add, module, inputs, output):
+    """Forward hook of a layer; own is {name in it: name in the model} of the weights that count.
+    Its backward hook `add` gets x, the input of the layer, and d, the gradient of its output."""
     if state.active and torch.is_grad_enabled():
         if not output.requires_grad:
             output.requires_grad_()  # the backward pass ends at the first layer that counts
-        output.register_hook(functools.partial(add_share, state, own, module, inputs[0].detach()))
+        output.register_hook(functools.partial(add, state, own, module, inputs[0].detach()))
 
-def add_share(state, own, module, x, d):
-    """Backward hook: the share of a layer, x its input and d the gradient of its output."""
-    if not is_product(module):
-        return add_norm(state, own, module, x, d)
-    rows, width = state.shape
+def add_product(state, own, module, x, d):
+    """Backward hook of a linear layer or an embedding, whose x are token ids."""
     if module is state.head:  # a chunk of hidden (M, h): a view, which knows where it begins
         first = x.storage_offset() // x.shape[-1]
         row = state.response_rows[first:first + len(x)]
     else:
-        x = x.flatten(0, -2) if x.is_floating_point() else x.flatten()  # or token ids
+        x = x.flatten(0, -2) if x.is_floating_point() else x.flatten()
         d = d.flatten(0, -2)
-        if not len(x) == len(d) == rows * width:
+        if not len(x) == len(d) == math.prod(state.shape):
             fail(f"--sketch_dim cannot tell the texts of {own} apart: leave it out with "
                  "--sketch_modules")
         x, d, row = x[state.cells], d[state.cells], state.rows
     for x, d, row in zip(x.split(1024), d.split(1024), row.split(1024)):
-        add_product(state, own, module, x, d, row)
+        if "bias" in own:
+            state.sums.index_add_(0, row, count_sketch(d, state, own["bias"], 0))
+        if "weight" in own:
+            spectrum = product_spectrum(state, own["weight"], module, x, d)
+            state.spectrum.index_add_(0, row, spectrum)
 
-def add_product(state, own, module, x, d, row):
-    """A linear layer or embedding: x (t, in) or ids (t,), d (t, out), row (t,) of the token."""
-    if "bias" in own:
-        state.sums.index_add_(0, row, count_sketch(d, state, own["bias"], 0))
-    if "weight" not in own:
-        return
+def product_spectrum(state, name, module, x, d):
+    """FFT (t, K // 2 + 1) of the sketches of d_t x_t^T; x (t, in) or token ids (t,), d (t, out)."""
     if isinstance(module, torch.nn.Embedding):  # an id is the place of the only 1 in a vector
-        signs, buckets = hash_table(state.salt + own["weight"], 0, module.num_embeddings, state.dim,
-                                    d.device)
+        size, scale = module.num_embeddings, getattr(module, "embed_scale", 1)  # Gemma
+        signs, buckets = hash_table(state.salt + name, 0, size, state.dim, d.device)
         left = d.new_zeros(len(d), state.dim, dtype=torch.float32)
         left[torch.arange(len(d)), buckets[x]] = signs[x] * (x != module.padding_idx)
-        scale = getattr(module, "embed_scale", 1)  # Gemma
-        right = count_sketch(scale * d, state, own["weight"], 1)
+        right = count_sketch(scale * d, state, name, 1)
     else:
         sides = (x, d) if type(module).__name__ == "Conv1D" else (d, x)  # GPT-2: (in, out)
-        left = count_sketch(sides[0], state, own["weight"], 0)
-        right = count_sketch(sides[1], state, own["weight"], 1)
-    state.spectrum.index_add_(0, row, torch.fft.rfft(left) * torch.fft.rfft(right))
+        left = count_sketch(sides[0], state, name, 0)
+        right = count_sketch(sides[1], state, name, 1)
+    return torch.fft.rfft(left) * torch.fft.rfft(right)
 
 def add_norm(state, own, module, x, d):
-    """A norm: its gradient, one vector for each row of x and d, is small enough to be computed."""
+    """Backward hook: the gradient of a norm for each row of x and d is small and can be formed."""
     weights = {leaf: getattr(module, leaf).detach().float() for leaf in own}
-
     def gradient(x, d):
         def forward(weights):
             return torch.func.functional_call(module, weights, (x,))
@@ -355,15 +340,14 @@ def write_part(kind, rows, folder, splits, content, args):
     key = dict(content)
     for name, split in splits.items():
         split["pairs"].select(rows[name]).save_to_disk(str(aside / name))
-        hashed = json.dumps([meta["content_hash"][name], kind, origin, len(rows[name])])
-        meta["content_hash"][name] = hashlib.sha256(hashed.encode()).hexdigest()[:16]
+        meta["content_hash"][name] = name_of([meta["content_hash"][name], kind, origin])
         tokens = split["lengths"][rows[name]].sum(0)
         key[name] = [meta["content_hash"][name], *tokens.tolist()]
     own = aside / f"ref-{name_of(key)}"
     own.mkdir()
     for name in splits:
         np.save(own / f"{name}-logps.npy", np.load(folder / f"{name}-logps.npy")[rows[name]])
-    write_meta(own, splits, key, args)
+    write_meta(own, key, args)
     meta["counts"] = {name: len(rows[name]) for name in splits}
     (aside / "meta.json").write_text(json.dumps(meta, indent=1))
     aside.rename(data)

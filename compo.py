@@ -6,43 +6,42 @@
     u = sum_i y_i z_i,  g = u / |u| without its entries below lambda_g       direction
     W <- W - gamma p g  if  p = #{i: y_i = -1} / m > lambda,  else the pair is skipped
 
-The method is for noisy pairs, whose two responses the reference finds about equally likely. Only
-the output head W moves. It is perturbed m times at random; it then moves towards the perturbations
-that made the chosen response more likely and the rejected one less, and away from the others.
+It is for noisy pairs, whose two responses the reference finds about equally likely. Only the output
+head W moves: towards random perturbations that make the chosen response more likely and the rejected
+one less, and away from the others.
 
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --noise_margin 3
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME/clean --out out/clean
     torchrun --nproc_per_node=8 compo.py --model out/clean/final --data data/NAME/noisy
 
-What the votes estimate: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) by W, and phi the
-angle between them. For small r, E[y z] = -(a/|a| - b/|b|) / sqrt(2 pi) and E[p] = phi / 2 pi. So the
-gate p > 0.2 asks for phi > 72 degrees, and --estimator exact is the limit of many perturbations.
+What votes estimate: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) by W, phi their angle.
+For small r, E[y z] = -(a/|a| - b/|b|) / sqrt(2 pi) and E[p] = phi / 2 pi. So the gate p > 0.2 asks
+for phi > 72 degrees, and --estimator exact is the limit of many perturbations.
 
-Why a step takes seconds: all layers below the head stay as they are, so they run once per pair and
-are freed. They leave H (t, h), what enters the head for t response tokens. Write H = L Q, where the
-rows of Q (k, h) are orthonormal. A perturbation changes the logits by r H z^T = r L G^T, where
-G = z Q^T (V, k) is random normal too. The oracle sees no more of z than G, so only G is drawn.
-The rest of z is independent of the votes. --estimator gaussian adds it to u as a single draw of
-noise with its variance, so that u is distributed as published. --estimator span leaves it out.
+Why it takes seconds: the layers below the head do not change. They run once per pair, leave H (t, h),
+what enters the head for t response tokens, and are freed. Write H = L Q, the rows of Q (k, h)
+orthonormal. Then z changes the logits by r H z^T = r L G^T with G = z Q^T (V, k), also normal. The
+oracle sees nothing else of z, so only G is drawn. The rest of z is independent of the votes:
+--estimator gaussian adds it to u as one draw of noise with its variance, so that u is distributed
+as published, and --estimator span leaves it out.
 
-Departures from the paper and its public code: 1. Only G is drawn of z. 2. A share of the entries of
-g is kept (--keep_fraction), as the size of entries depends on that of the head; lambda_g itself is
---entry_threshold. 3. z is N(0, I), as in the code; z of length 1, as in the paper's text, would
-change the votes by rounding only. 4. gamma is the code's, as the paper does not state it. 5. The
-code rounds W to bfloat16, which loses most of a step. Here W is float32, in final/ too, and a W that
-the embedding shares becomes one of its own. 6. The code tries a step out before it makes it:
---accept_step, off by default. 7. Not published: --pairs_per_step, --baseline, span and exact.
-Differs from dpo.py: votes instead of a loss, a backward pass and AdamW; only the head is trained.
-The log-probs are checked against the model's own forward pass, as there is no cache of them.
+Departures from the paper and its public code: 1. Only G is drawn. 2. --keep_fraction sets lambda_g
+by the share of entries kept, as their size depends on V h; --entry_threshold sets it directly. 3. z
+is normal, as in the code; of length 1, as in the text, it would change nothing but rounding. 4. The
+paper does not state gamma, 0.035 is the code's. 5. The code stores W in bfloat16, which loses most
+of a step; here it is float32 and a tensor of its own, even if --model shares it with the embedding.
+6. The code's trial step is off: --accept_step. 7. Ours: --pairs_per_step, --baseline, span, exact.
+Differs from dpo.py: votes and one tensor instead of loss, AdamW and all weights; no reference, so
+the log-probs are checked against the model's own forward pass.
 
-Read to line 422: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 368: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
-pairs. A batch is the pairs of one step, a perturbation is one z or its G.
+pairs, a batch is what the head needs of the pairs of a step (see run_trunk).
 Shapes: t response tokens of a batch, k rank of their H, V vocabulary, h hidden size, B perturbations
-computed at once; in helpers n pairs, L tokens, M of them in responses, T tokens of the longest text,
-H heads, d head size. A leading dimension of 2 means chosen, rejected.
+at once; in helpers n pairs of L tokens, M of them in responses, T tokens of the longest text, H
+heads, d head size. A leading dimension of 2 means chosen, rejected.
 """
 import contextlib, dataclasses, gc, hashlib, inspect, json, math, os, re, resource, shutil, signal
 import subprocess, sys, threading, time, types
@@ -92,42 +91,45 @@ class Args:
     estimator: Literal["gaussian", "span", "exact"] = "gaussian"  # of the direction u
     perturbations: int = 1800  # m
     radius: float = 5e-4  # r, size of a perturbation
-    gate: float = 0.2  # lambda, share of successes that a step needs; 0 = any
+    gate: float = 0.2  # lambda, share of votes -1 above which a step is made; 0 = any
     keep_fraction: float = 0.012  # share of the entries of g that are kept
-    entry_threshold: float = 0.0  # lambda_g, replaces --keep_fraction; 0 = it does not
+    entry_threshold: float = 0.0  # lambda_g, instead of --keep_fraction; 0 = not set
     baseline: bool = False  # u = sum_i (y_i - E[y]) z_i: the same mean, about 1/4 less variance
-    accept_step: float = 0.0  # skip the pair if a step of this size is no success; 0 = no such test
+    accept_step: float = 0.0  # skip the pair unless a step of this size is a success; 0 = no trial
 
 def oracle(changes):
-    """Changes (B, 2) of log pi(y_w|x) and log pi(y_l|x) -> votes C (B,), -1 for a success."""
+    """Changes (B, 2) of log pi(y_w|x) and log pi(y_l|x) -> votes C (B,), where -1 is a success."""
     success = (changes[:, 0] > 0) & (changes[:, 1] < 0)
     return torch.where(success, -1.0, 1.0)
 
 def update(head, batch, step, args):
-    """The algorithm: one step on a batch (see gather) -> what the log says of it {name: number}."""
-    before, gradients = both_sides(head, batch)  # (2,) mean log pi, (2, V, h)
-    a, b = unit(gradients[0]), unit(gradients[1])  # (V, h) each
-    angle = torch.acos(inner(a, b).clamp(-1, 1)).item()  # phi
-    view = view_of(head, batch, args)
+    """The algorithm: one step on a batch -> {name: number} for the log. Vectors are (V h,)."""
+    with torch.enable_grad():
+        before = mean_logps(head, batch)  # (2,) log pi(y_w|x), log pi(y_l|x)
+        a, b = [torch.autograd.grad(logp, head.weight, retain_graph=True)[0].flatten()
+                for logp in before]
+    before = before.detach()
+    angle = unit(a).dot(unit(b)).clamp(-1, 1).acos().item()  # phi
+    limit = unit(b) - unit(a)  # of u, for many perturbations, but for its length
 
-    # The direction, and the share of successes.
     if args.estimator == "exact":
-        u, p = b - a, angle / (2 * math.pi)
+        u, p = limit, angle / (2 * math.pi)
     else:
-        mean_vote = 1 - angle / math.pi  # E[y] = 1 - 2 E[p]
-        u, p = estimate(view, mean_vote if args.baseline else 0.0, step, args)
-    g = unit(u)  # (V, h)
-    cosine = inner(g, unit(b - a)).item()
+        constant = 1 - angle / math.pi if args.baseline else 0.0  # E[y] = 1 - 2 E[p]
+        u, p = estimate(head, batch, constant, step, args)
+    g = unit(u)
+    cosine = g.dot(unit(limit)).item()
     kept = sparse(g, args)
 
-    # The step, or none.
     accepted = p > args.gate
     if accepted and args.accept_step:
-        trial = -args.accept_step / args.radius * (g @ view.span.T)  # (V, k) as a perturbation
-        accepted = oracle(changes(trial[None], view)).item() == -1
+        weight = head.weight.clone()
+        head.weight -= args.accept_step * g.view_as(weight)
+        accepted = oracle((mean_logps(head, batch) - before)[None]).item() == -1
+        head.weight.copy_(weight)
     move = -args.step_size * p * g
     if accepted:
-        head.weight += move
+        head.weight += move.view_as(head.weight)
     realised = mean_logps(head, batch) - before  # (2,)
     head.moved[:2] += realised
     head.moved[2] += accepted
@@ -135,52 +137,48 @@ def update(head, batch, step, args):
     metrics = dict(accepted_steps=int(head.moved[2]), p=p, angle=math.degrees(angle), cosine=cosine,
                    kept=kept, accepted=int(accepted))
     for i, side in enumerate(("chosen", "rejected")):
-        metrics[f"predicted/{side}"] = inner(gradients[i], move).item()  # to first order
+        metrics[f"predicted/{side}"] = move.dot((a, b)[i]).item()  # to first order
         metrics[f"realised/{side}"] = realised[i].item()
-        metrics[f"displacement/{side}"] = head.moved[i].item()  # sum of all realised
+        metrics[f"displacement/{side}"] = head.moved[i].item()  # sum of realised
     return metrics
 
-BATCH_BYTES = 2**24  # of perturbations computed at once: 1.5 x as fast on a CPU as 2**28, by its cache
-
-def estimate(view, constant, step, args):
-    """-> u = sum_i (y_i - constant) z_i (V, h), and p. The ranks share the m perturbations."""
-    V, t = view.probs.shape
-    k, m, device = len(view.span), args.perturbations, view.span.device
-    size = max(1, BATCH_BYTES // (4 * V * (k + t)))
+def estimate(head, batch, constant, step, args):
+    """-> u = sum_i (y_i - constant) z_i (V h,), and p. The ranks share the m perturbations."""
+    changes, span = changes_by(head, batch, args)  # span is Q (k, h)
+    V, k, m, device = len(head.weight), len(span), args.perturbations, span.device
+    size = max(1, 2**24 // (4 * V * (k + len(batch.targets))))  # 16 MiB stay in a CPU's cache
     noise = torch.empty(size, V, k, device=device)
-    sums, successes = torch.zeros(V, k, device=device), torch.zeros((), device=device)
+    sums, successes = torch.zeros(V, k, device=device), torch.zeros(1, device=device)
     mine = range(dist.get_rank(), m, dist.get_world_size())
     for first in range(0, len(mine), size):
         indices = mine[first:first + size]
         some = noise[:len(indices)]  # (B, V, k)
         for G, index in zip(some, indices):
             G.normal_(generator=generator(device, args.seed, step, index))
-        votes = oracle(changes(some, view))  # (B,) y
+        votes = oracle(changes(some))  # (B,) y
         sums += ((votes - constant) @ some.flatten(1)).view(V, k)
         successes += (votes == -1).sum()
     dist.all_reduce(sums)
     dist.all_reduce(successes)
     p = successes.item() / m
-    u = sums @ view.span  # (V, h) of the z_i, what is within the rows of Q
-    if args.estimator == "gaussian":  # and the rest, which is normal for any given votes
+    u = sums @ span  # (V, h) the share of the rows of Q
+    if args.estimator == "gaussian":  # and what is orthogonal to them: normal, whatever the votes
         rest = torch.empty_like(u).normal_(generator=generator(device, args.seed, step, m))
-        rest -= rest @ view.span.T @ view.span
         variance = m * (p * (-1 - constant)**2 + (1 - p) * (1 - constant)**2)
-        u += math.sqrt(variance) * rest
-    return u, p
+        u += math.sqrt(variance) * (rest - rest @ span.T @ span)
+    return u.flatten(), p
 
 def sparse(g, args):
-    """Zero the small entries of g, in place -> the share of its entries that is kept."""
+    """Zero the small entries of g (V h,), in place -> the share of its entries that is kept."""
     floor = args.entry_threshold  # lambda_g
     if floor == 0:
-        sizes = g.abs().flatten()
-        place = len(sizes) - max(1, round(args.keep_fraction * len(sizes)))  # of the smallest kept
-        if sizes.is_cuda:
-            floor = sizes.kthvalue(place + 1).values.item()
+        place = len(g) - max(1, round(args.keep_fraction * len(g)))  # of the floor, if sorted
+        if g.is_cuda:
+            floor = g.abs().kthvalue(place + 1).values.item()
         else:  # numpy takes a tenth of the time
-            floor = float(np.partition(sizes.numpy(), place)[place])
+            floor = float(np.partition(g.abs().numpy(), place)[place])
     g *= g.abs() >= floor
-    return g.count_nonzero().item() / g.numel()
+    return g.count_nonzero().item() / len(g)
 
 @torch.no_grad()
 def main():
@@ -198,48 +196,41 @@ def main():
         content = content_hashes(weights, splits, dtype)
         start = open_run(content, args)
     check_forward(weights, args)
-    train, val = splits["train"], splits["val"]
-    pairs = min(args.max_pairs or math.inf, len(train["pairs"]))
-    train |= dict(pairs=train["pairs"].select(range(pairs)), lengths=train["lengths"][:pairs])
+    train, val = splits["train"]["pairs"], splits["val"]["pairs"]
+    train = train.select(range(min(args.max_pairs or len(train), len(train))))
 
-    # The layers below the head run once per pair. Then only the head stays in memory.
+    # The layers below the head run once. Then only the head stays in memory.
     choose_attention(model, args)
     policy = Policy(model, token_logps).eval()
     shard(policy, device, dtype, args)
     place_weights(model, weights, device)
-    head = Head(model)
-    used = [train, val] if args.eval_every else [train]
-    for split in used:
-        run_trunk(policy, split, args)
+    batches = run_trunk(policy, train, args.pairs_per_step, args)
+    held_out = run_trunk(policy, val if args.eval_every else train, 1, args)
+    head = take_head(policy)
     del policy, model, weights
     gc.collect()  # FSDP's modules refer to each other in circles
-    for split in used:
-        split["first_logps"] = all_logps(head, split)
-        check_start(split, args)
+    for batch in held_out:
+        batch.first = mean_logps(head, batch)  # at step 0
 
     # A new run starts at step 0, one that is resumed at the step of its last checkpoint.
-    epoch_steps = math.ceil(pairs / args.pairs_per_step)
-    steps = args.epochs * epoch_steps
+    steps = args.epochs * len(batches)
     log = open_log(args)
     evaluation = {}
     if start > 0:
         load_checkpoint(head, [], start, args)
     elif args.eval_every:
-        evaluation = displacement(head, val, "eval")
+        evaluation = displacement(head, held_out, "eval")
         log({"step": 0} | evaluation)
 
     all_seconds = 0.0
     bar = tqdm(range(start, steps), args.out, initial=start, total=steps, disable=rank > 0)
     for step in bar:
-        # The batch is the same on all ranks; each rank takes its share of the perturbations.
         began = time.time()
-        first = step % epoch_steps * args.pairs_per_step
-        rows = range(first, min(first + args.pairs_per_step, pairs))
-        metrics = update(head, gather(train, rows), step, args)
-        if not all(math.isfinite(value) for value in metrics.values()):
-            ids = [train["pairs"][row]["id"] for row in rows]
-            fail(f"step {step}: log-probs are not finite, {metrics}; lower --step_size "
-                 f"{args.step_size}, or look at the pairs of this batch: {' '.join(ids)}")
+        batch = batches[step % len(batches)]
+        metrics = update(head, batch, step, args)
+        if not all(map(math.isfinite, metrics.values())):
+            fail(f"step {step}: the log-probs of {' '.join(batch.ids)} are not finite ({metrics}); "
+                 f"lower --step_size {args.step_size}, or look at --model {args.model}")
         seconds = time.time() - began  # without evaluations and checkpoints
         all_seconds += seconds
 
@@ -247,20 +238,20 @@ def main():
         stopping = torch.tensor(float(sigterm.is_set()))
         dist.all_reduce(stopping)  # a signal on any rank stops all of them
         saving = stopping or (args.save_every > 0 and done % args.save_every == 0)
-        log({"step": done, "epoch": done / epoch_steps} | metrics | {"seconds": seconds})
-        bar.set_postfix(p=metrics["p"], accepted_steps=metrics["accepted_steps"])
+        log({"step": done, "epoch": done / len(batches)} | metrics | {"seconds": seconds})
+        bar.set_postfix(p=metrics["p"], accepted=metrics["accepted_steps"])
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            evaluation = displacement(head, val, "eval")
+            evaluation = displacement(head, held_out, "eval")
             log({"step": done} | evaluation)
         if saving:
             save_checkpoint(head, [], done, args)
         if stopping:
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
     save_head(head, args)
-    for kind in ("float32", "bfloat16"):  # what final/ has learnt, if it is read in this precision
+    for kind in ("float32", "bfloat16"):  # what is left of it if final/ is read in this precision
         head.weight.copy_(head.weight.to(getattr(torch, kind)))
-        log({"step": steps} | displacement(head, used[-1], f"export/{kind}"))
-    if rank == 0:  # a block of lines for grep, such as "eval/rewards/margins: 0.61"
+        log({"step": steps} | displacement(head, held_out, f"export/{kind}"))
+    if rank == 0:  # a block of lines for grep, such as "eval/rewards/chosen: 0.61"
         summary = {"accepted_steps": int(head.moved[2]), "seconds": all_seconds,
                    "memory/GiB": peak_memory(), "steps": steps, "final": f"{args.out}/final"}
         for name, value in (evaluation | summary).items():
@@ -268,155 +259,110 @@ def main():
     dist.destroy_process_group()
 
 # -- what the oracle sees
-def view_of(head, batch, args):
-    """Of a batch and the current head, all that `changes` needs to know."""
-    logits = head(batch.hidden, batch.targets, lambda logits, targets: logits)  # (t, V)
-    left, span = subspace(batch.hidden)  # L (t, k), Q (k, h)
-    config = head.config  # see head_pass
-    scale = getattr(config, "logit_scale", None) or 1
+def changes_by(head, batch, args):
+    """-> a function from perturbations G (B, V, k) to changes (B, 2) of mean_logps, and Q (k, h).
+
+    If the logits of a token change by s, its log-prob changes by s_token - log sum_v p_v exp(s_v) =
+    s_token - log1p(sum_v p_v expm1(s_v)). On the right no large numbers cancel, so that votes are
+    not decided by rounding."""
+    config, hidden, targets = head.config, to_device(batch.hidden).float(), batch.targets
+    logits = head_pass(hidden, targets, head, config, lambda logits, targets: logits)  # (t, V)
+    probs = logits.softmax(-1).T.contiguous()  # (V, t)
+    left, span = subspace(hidden)  # L (t, k), Q (k, h)
+    scale = getattr(config, "logit_scale", None) or 1  # as in head_pass
     scale = scale / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
-    bent = (logits.T / cap).contiguous() if cap else None  # (V, t) tanh of head_pass
-    return types.SimpleNamespace(
-        probs=logits.softmax(-1).T.contiguous(), reach=args.radius * scale * left, span=span,
-        cap=cap, bent=bent, targets=batch.targets, sides=batch.sides)
+    reach = args.radius * scale * left  # (t, k)
+    places = torch.arange(len(targets), device=targets.device)
 
-def changes(noise, view):
-    """noise (B, V, k), a G per perturbation -> changes (B, 2) of the mean log-probs of both sides.
+    def changes(noise):
+        s = noise @ reach.T  # (B, V, t) one matrix product
+        if cap:  # logits are cap tanh(x); by the addition theorem of tanh nothing cancels here too
+            before, d = logits.T / cap, torch.tanh(s / cap)
+            s = cap * d * (1 - before**2) / (1 + before * d)
+        own = s[:, targets, places]  # (B, t)
+        growth = s.expm1_().mul_(probs).sum(1)  # (B, t)
+        return (own - growth.log1p()) @ batch.sides.T
+    return changes, span
 
-    Where all logits of a place change by shift, the log-prob of its token changes by
-
-        shift[token] - log sum_v p_v exp(shift_v) = shift[token] - log1p(sum_v p_v expm1(shift_v))
-
-    in which no large numbers cancel, so that rounding decides no vote."""
-    shift = noise @ view.reach.T  # (B, V, t) r L G^T, one matrix product
-    if view.cap:  # the logits are cap tanh(x); tanh(x + d) - tanh(x) without the difference:
-        bend = torch.tanh(shift / view.cap)
-        shift = view.cap * bend * (1 - view.bent**2) / (1 + view.bent * bend)
-    places = torch.arange(len(view.targets), device=shift.device)
-    own = shift[:, view.targets, places]  # (B, t)
-    growth = shift.expm1_().mul_(view.probs).sum(1)  # (B, t)
-    return (own - growth.log1p()) @ view.sides.T
-
-def subspace(hidden, floor=1e-5):
-    """H (t, h) -> L (t, k), Q (k, h) with H = L Q, the rows of Q orthonormal, and k the rank of H
-    without singular values below `floor` of the largest."""
+def subspace(hidden):
+    """H (t, h) -> L (t, k), Q (k, h) with H = L Q, without singular values below 1e-5 of the first."""
     hidden = hidden.double()
     squares, vectors = torch.linalg.eigh(hidden @ hidden.T)  # of the singular values
-    kept = squares > floor**2 * squares[-1]
+    kept = squares > 1e-10 * squares[-1]
     values, vectors = squares[kept].sqrt(), vectors[:, kept]
     return (vectors * values).float(), ((vectors / values).T @ hidden).float()
 
 def generator(device, *key):
-    """Random numbers that depend on the key alone, not on the rank that draws them."""
+    """Random numbers by a key alone, whichever rank draws them."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     return torch.Generator(device).manual_seed(seed)
 
-# -- the head and its log-probs
-class Head(torch.nn.Module):
-    """A copy of a model's output head: float32, whole on every rank, not tied to the embedding. It
-    is what is trained, and what checkpoints hold."""
-
-    def __init__(self, model):
-        super().__init__()
-        source = model.get_output_embeddings()
-        self.config = model.config.get_text_config()
-        self.weight = torch.nn.Parameter(source.weight.full_tensor().clone())  # W (V, h)
-        bias = None if source.bias is None else source.bias.full_tensor()  # Phi
-        self.register_buffer("bias", bias, persistent=False)
-        # Since step 0: changes of log pi(y_w|x) and log pi(y_l|x), steps that were made.
-        self.register_buffer("moved", torch.zeros(3, device=self.weight.device))
-
-    def forward(self, hidden, targets, score=token_logps):
-        """hidden (t, h), targets (t,) -> log pi(target) (t,)"""
-        return head_pass(hidden, targets, self.linear, self.config, score)
-
-    def linear(self, hidden):
-        return F.linear(hidden, self.weight, self.bias)
-
-def run_trunk(policy, split, args):
-    """Add to the split, for each of its pairs, the (t, h) that enters the head, on the CPU."""
-    entries = []
-
-    def keep(module, inputs):
-        entries.append(inputs[0].cpu())
-    hook = policy.model.get_output_embeddings().register_forward_pre_hook(keep)
-    split["hidden"] = []
-    for pair in tqdm(split["pairs"], "trunk", disable=dist.get_rank() > 0):
+# -- the head
+def run_trunk(policy, pairs, size, args):
+    """Run the model once over all pairs -> batches of `size` pairs: their ids, hidden (t, h) on the
+    CPU, targets (t,) that it should predict, and sides (2, t): sides @ log-probs of the targets is
+    the mean of log pi(y_w|x) and of log pi(y_l|x)."""
+    batches, entries = [], []
+    hook = policy.model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, inputs: entries.append(inputs[0].cpu()))
+    for first in tqdm(range(0, len(pairs), size), "model", disable=dist.get_rank() > 0):
+        ids, targets, side = [], [], []
         entries.clear()
-        policy(collate([pair], args.layout))
-        split["hidden"].append(torch.cat(entries))
+        for row in range(first, min(first + size, len(pairs))):
+            pair = pairs[row]
+            policy(collate([pair], args.layout))  # the hook keeps what enters the head
+            ids.append(pair["id"])
+            targets += pair["chosen"] + pair["rejected"]
+            side += [0] * len(pair["chosen"]) + [1] * len(pair["rejected"])
+        sides = F.one_hot(torch.tensor(side), 2).T / len(ids)
+        batches.append(types.SimpleNamespace(ids=ids, hidden=torch.cat(entries), sides=to_device(sides),
+                                             targets=to_device(targets)))
     hook.remove()
+    return batches
 
-def gather(split, rows):
-    """What the head needs of some pairs: hidden (t, h), targets (t,) that these should predict, and
-    sides (2, t), which makes the mean log-probs of both sides of those of the targets."""
-    hidden, targets, side = [], [], []
-    for row in rows:
-        pair = split["pairs"][row]
-        hidden.append(split["hidden"][row])
-        targets += pair["chosen"] + pair["rejected"]
-        side += [0] * len(pair["chosen"]) + [1] * len(pair["rejected"])
-    sides = F.one_hot(torch.tensor(side), 2).T / len(rows)
-    return types.SimpleNamespace(hidden=to_device(torch.cat(hidden).float()),
-                                 targets=to_device(targets), sides=to_device(sides))
+def take_head(policy):
+    """The output head, whole on every rank, in float32, with weights that are not the embedding's."""
+    policy.reshard()  # after a forward pass FSDP keeps it in the precision of that
+    head = policy.model.get_output_embeddings()
+    for name, tensor in list(head.named_parameters()):  # weight W (V, h), perhaps a bias
+        tensor = tensor.full_tensor().clone()
+        setattr(head, name, torch.nn.Parameter(tensor, requires_grad=name == "weight"))
+    head.config = policy.model.config.get_text_config()
+    head.register_buffer("moved", torch.zeros(3, device=tensor.device))  # chosen, rejected, steps
+    return head
 
 def mean_logps(head, batch):
-    """-> (2,) mean log pi(y_w|x) and log pi(y_l|x) of the pairs of a batch."""
-    return batch.sides @ head(batch.hidden, batch.targets)
-
-def both_sides(head, batch):
-    """mean_logps (2,), and the gradients of both by the weight (2, V, h)."""
-    with torch.enable_grad():
-        logps = mean_logps(head, batch)
-        a, = torch.autograd.grad(logps[0], head.weight, retain_graph=True)
-        b, = torch.autograd.grad(logps[1], head.weight)
-    return logps.detach(), (a, b)
-
-def inner(x, y):
-    return torch.dot(x.flatten(), y.flatten())
+    """-> mean log pi(y_w|x), log pi(y_l|x) of a batch (2,)"""
+    hidden = to_device(batch.hidden).float()
+    return batch.sides @ head_pass(hidden, batch.targets, head, head.config, token_logps)
 
 def unit(x):
-    """x / |x|; torch's own norm of 10^8 float32 numbers is 1 % off on a CPU, a dot product is not."""
-    return x / inner(x, x).sqrt().clamp(min=1e-30)
+    """x / |x|, by a dot product: on a CPU the norm of 10^8 float32 numbers is 1 % off."""
+    return x / x.dot(x).sqrt().clamp(min=1e-30)
 
-def all_logps(head, split):
-    """log pi (rows, 2) of a whole split; the ranks share the work."""
-    logps = torch.zeros(len(split["pairs"]), 2)
-    for row in range(dist.get_rank(), len(logps), dist.get_world_size()):
-        logps[row] = mean_logps(head, gather(split, [row])).cpu()
-    dist.all_reduce(logps)
-    return logps
-
-def check_start(split, args):
-    """Stop if the log-probs of some pair are not finite before the first step."""
-    finite = split["first_logps"].isfinite().all(1)
-    ids = [split["pairs"][int(row)]["id"] for row in (~finite).nonzero()]
-    if ids:
-        ...
-
-def displacement(head, split, name):
-    """Means over all pairs of a split, {name/...: mean}; rewards are changes of log pi since step 0."""
-    logps = all_logps(head, split)
-    lengths = torch.from_numpy(split["lengths"][:, 1:])
-    metrics = reward_metrics((logps - split["first_logps"]).T, logps.T, lengths.T)
+def displacement(head, batches, name):
+    """Means over pairs, each a batch, {name/...: mean}; rewards are changes of log pi since step 0."""
+    logps = torch.stack([mean_logps(head, batch) for batch in batches], 1)  # (2, n)
+    first = torch.stack([batch.first for batch in batches], 1)
+    lengths = torch.stack([batch.sides.sum(1) for batch in batches], 1)
+    metrics = reward_metrics(logps - first, logps, lengths)
     return {f"{name}/{key}": value.double().mean().item() for key, value in metrics.items()}
 
 def save_head(head, args):
-    """out/final: a Hugging Face folder, that of --model with this head in float32. Its config says
-    float32 too: read in bfloat16, the head would lose most of what it learnt."""
+    """out/final: the Hugging Face folder --model, but for this head and a config that fits it: read
+    in bfloat16, it would lose most of what it learnt."""
     if dist.get_rank() == 0:
         aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
-        model.get_output_embeddings().weight = torch.nn.Parameter(head.weight.cpu())  # not tied
+        model.get_output_embeddings().weight = torch.nn.Parameter(head.weight.cpu())
         model.generation_config = transformers.GenerationConfig()  # --model's may be refused
         model.save_pretrained(aside)
         (aside / "generation_config.json").unlink(missing_ok=True)
         copy_model_files(aside, args)
         config = json.loads((aside / "config.json").read_text())
-        for part in (config, config.get("text_config", {})):  # the second if images come with text
-            part |= dict(tie_word_embeddings=False, dtype="float32")
-            part.pop("torch_dtype", None)  # the old name of dtype
+        for part in (config, config.get("text_config", {})):  # older readers know torch_dtype only
+            part |= dict(tie_word_embeddings=False, dtype="float32", torch_dtype="float32")
         (aside / "config.json").write_text(json.dumps(config, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)

@@ -31,7 +31,7 @@ samples.jsonl and logps.npz: every s, so that another question needs no model. t
 over processes; --shard splits a model that one device does not hold.
 """
 import contextlib, dataclasses, hashlib, importlib.util, inspect, itertools, json, math
-import os, re, time
+import os, re, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal

@@ -133,22 +133,25 @@ def step_times(vocabulary, width, tokens, perturbations):
         compo.start_process_group("float32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(vocabulary, width, device=device, generator=random) * 3 / math.sqrt(width)
     hidden = torch.randn(tokens, width, device=device, generator=random)
-    targets = (hidden @ weight.T).topk(20)[1][torch.arange(tokens), torch.arange(tokens) % 20].tolist()
-    output = SimpleNamespace(weight=SimpleNamespace(full_tensor=lambda: weight), bias=None)  # as FSDP has it
-    model = SimpleNamespace(get_output_embeddings=lambda: output, config=SimpleNamespace(get_text_config=SimpleNamespace))
-    split = dict(pairs=[dict(chosen=targets[:tokens // 2], rejected=targets[tokens // 2:])], hidden=[hidden.cpu()])
+    weight = torch.randn(vocabulary, width, device=device, generator=random) * 3 / math.sqrt(width)
+    targets = (hidden @ weight.T).topk(20)[1][torch.arange(tokens), torch.arange(tokens) % 20]
+    sides = torch.zeros(2, tokens, device=device)  # the first half of the tokens is the chosen response
+    sides[0, :tokens // 2] = sides[1, tokens // 2:] = 1
+    batch = SimpleNamespace(ids=["pair"], hidden=hidden.cpu(), targets=targets, sides=sides)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rows = []
     for estimator in ("gaussian", "span", "exact"):
         args = compo.Args(model="", data="", perturbations=perturbations, estimator=estimator)
-        head, seconds = compo.Head(model), []
+        head, seconds = torch.nn.Linear(width, vocabulary, bias=False, device=device), []
+        head.weight.data.copy_(weight)
+        head.config = SimpleNamespace()
+        head.register_buffer("moved", torch.zeros(3, device=device))
         for step in range(3):
             synchronize()
             start = time.time()
             with torch.no_grad():
-                compo.update(head, compo.gather(split, [0]), step, args)
+                compo.update(head, batch, step, args)
             synchronize()
             seconds.append(time.time() - start)
         rows.append((estimator, sorted(seconds)[1]))

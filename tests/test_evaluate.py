@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, random_pairs, tiny_hf_model
+from conftest import ROOT, random_pairs, run_as_program, tiny_hf_model
 
 import evaluate
 
@@ -51,14 +51,14 @@ def world(tiny_model, tiny_data):
 
 @pytest.fixture
 def run(process_group, monkeypatch, tmp_path, capsys):
-    """run(--flags) -> what evaluation.json holds, with `printed`; main() in this process."""
+    """run(--flags) -> what evaluation.json holds, with `printed`; the program in this process."""
     def main(*flags):
         argv = ["evaluate.py", "--out", tmp_path / "out", *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         monkeypatch.setattr(evaluate, "start_process_group",
                             lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
         monkeypatch.setattr(evaluate.dist, "destroy_process_group", lambda: None)
-        evaluate.main()
+        run_as_program(evaluate)
         file = tmp_path / "out/evaluation.json"
         record = json.loads(file.read_text()) if file.exists() else {}
         return record | {"printed": capsys.readouterr().out}
@@ -751,6 +751,8 @@ MISTAKES = [
     ({"data": "drop"}, ["nothing to do", "--data", "--plot"]),
     ({"split": "test"}, ["test", "prepare_data.py"]),
     ({"max_tokens": 0}, ["--max_tokens 0", "above 0"]),
+    ({"dtype": "float16"}, ["--dtype", "bfloat16"]),
+    ({"models": "a;" * 200}, ["name too long", "run the same command again"]),
     ({"plot": "x.png"}, ["--plot x.png", "log.jsonl", "out/dpo"]),
     ({"reward": "my.py:score", "data": "drop", "choices": "x.jsonl"}, ["my.py:score", "--data"]),
     ({"best_of": 4, "samples": 2}, ["--best_of 4", "--reward"]),
