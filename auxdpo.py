@@ -119,11 +119,11 @@ def minimise(z, margins, weights, signs, gram, pull, args):
     for _ in range(args.delta_steps):
         m = margins + signs @ z  # (n,)
         slopes = weights * (torch.sigmoid(m) - 1 + args.label_smoothing)  # (n,) d loss / d m
-        curvatures = torch.where(m.abs() < 1e-4, 0.25, torch.tanh(m / 2) / (2 * m))  # (n,)
+        bounds = weights * torch.where(m.abs() < 1e-4, 0.25, torch.tanh(m / 2) / (2 * m))  # (n,)
         gradient = signs.T @ slopes + gram @ z + pull  # (q,)
-        hessian = signs.T @ ((weights * curvatures)[:, None] * signs) + gram  # (q, q)
-        hessian.diagonal().add_(1e-9 * hessian.diagonal().max() + 1e-30)  # it may be singular
-        z = z - torch.linalg.solve(hessian, gradient)
+        curvature = signs.T @ (bounds[:, None] * signs) + gram  # (q, q)
+        curvature.diagonal().add_(1e-9 * curvature.diagonal().max() + 1e-30)  # may be singular
+        z = z - torch.linalg.solve(curvature, gradient)
     return z
 
 def update_delta(rows, margins, split, args):
@@ -156,8 +156,8 @@ def null_projection(sketch):
     values, vectors = torch.linalg.eigh(scores @ scores.T)  # ascending
     null = vectors[:, values < 1e-5 * values[-1]]  # (2N, q)
     if len(scores) - null.shape[1] >= min(scores.shape):
-        fail(f"--null exact: the scores of {len(scores)} responses, in {scores.shape[1]} numbers, are "
-             "independent; train less (--train_modules), raise --sketch_dim, or use --null soft")
+        fail(f"--null exact: the scores of {len(scores)} responses, as {scores.shape[1]} numbers, "
+             "are independent; train less (--train_modules), raise --sketch_dim, or --null soft")
     return null @ null.T
 
 def first_pass(policy, parts, split, args):
@@ -640,7 +640,7 @@ class Policy(torch.nn.Module):
                       for chunk in chunks]
             scores.append(head_pass(*last, head, config, self.score))
             sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
-        return torch.stack(sums).unflatten(0, (2, -1))
+        return torch.stack(sums).unflatten(0, (2, -1)).clone()  # FSDP warns about views
 
 @torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):

@@ -515,7 +515,7 @@ class Policy(torch.nn.Module):
                       for chunk in chunks]
             scores.append(head_pass(*last, head, config, self.score))
             sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
-        return torch.stack(sums).unflatten(0, (2, -1))
+        return torch.stack(sums).unflatten(0, (2, -1)).clone()  # FSDP warns about views
 
 @torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):

@@ -1,11 +1,11 @@
-"""What AuxDPO costs: python tests/auxdpo_check.py MODEL DATA [PAIRS]; how far its inner steps get: ... train-sketch.npy
+"""What AuxDPO costs: python tests/auxdpo_check.py MODEL DATA [PAIRS]; how far its solver gets: ... train-sketch.npy
 
 MODEL a Hugging Face folder, DATA a folder of prepare_data.py for it. Everything in one process, on a batch of PAIRS [16].
 1. The penalty and its gradient in delta by the formula of the public notebook, with two backward passes per pair
    through the reference and all gradients kept, against the sketches of cache_ref.py: values, seconds, memory.
 2. A training step against one of dpo.py, interleaved: in one micro-batch, and in four.
 With the sketches of a dataset alone: how much of the way to the minimum of the delta-subproblem, as 2000 steps find it,
-1, 3, 10, 30 inner steps go, for several lambda; and what a penalty misses that has fewer numbers than there are delta.
+1, 3, 10, 30 steps of the solver go, for several lambda; and what a penalty misses that has fewer numbers than there are delta.
 
 The notebook's formula is written here from METHODS.md 5.2 as the truth to compare with."""
 
@@ -24,14 +24,20 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import auxdpo
 import cache_ref
 import dpo
-from sketch_check import policy_of
+from sketch_check import CPU, policy_of
 
-DIM, CPU = 4096, torch.device("cpu")
+DIM = 4096
 DEFAULTS = {name: value for name, value in vars(auxdpo.Args).items() if name in auxdpo.Args.__dataclass_fields__}
 
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
+
+
+def with_delta(pairs, sketch, **more):
+    """A split as prepare_delta makes it for the first step."""
+    state = dict(delta=torch.zeros(len(pairs), 2).double(), margins=torch.zeros(len(pairs)).double())
+    return dict(pairs=pairs, sketch=sketch, c=torch.zeros(sketch.shape[2]).double(), **state, **more)
 
 
 def notebook(model, pairs, deltas, weight):
@@ -52,13 +58,12 @@ def notebook(model, pairs, deltas, weight):
 def penalties(path, pairs):
     deltas, weight = torch.from_numpy(np.random.default_rng(0).normal(size=(len(pairs), 2)).astype(np.float32)), 1.0
     policy, state = policy_of(path, DIM)
-    cache_ref.sketches(policy, pairs[:1], state, CPU)  # the hash tables
+    cache_ref.sketches(policy, state, pairs[:1])  # the hash tables
     start = time.time()
-    sketch = torch.cat([cache_ref.sketches(policy, [pair], state, CPU) for pair in pairs])
+    sketch = torch.cat([cache_ref.sketches(policy, state, [pair]) for pair in pairs])
     once, before = time.time() - start, peak()
     del policy, state
-    split = dict(rows=pairs, sketch=sketch.numpy(), ref=np.zeros((len(pairs), 5), np.float32),
-                 c=torch.zeros(DIM, dtype=torch.float64))
+    split = with_delta(pairs, sketch.numpy())
     rows, args = np.arange(len(pairs)), types.SimpleNamespace(**DEFAULTS)
     start = time.time()
     scores = sketch.flatten(0, 1).double()
@@ -85,22 +90,19 @@ def steps(path, pairs, sketch):
     rows = np.arange(len(pairs))
     for parts in (1, 4):
         limit = 10**6 if parts == 1 else int(lengths.sum() / 3.6)
-        args = types.SimpleNamespace(**DEFAULTS | dict(layout="packed", max_tokens=limit))
-        lists = dpo.micro_batches(rows, lengths, "packed", limit, 1)
-        ref = np.zeros((len(pairs), 2), np.float32)
-        plain = dict(rows=pairs, lengths=lengths, ref=ref)
-        aux = plain | dict(ref=np.pad(ref, ((0, 0), (0, 3))), sketch=sketch.numpy(), c=torch.zeros(DIM).double())
+        args = types.SimpleNamespace(**DEFAULTS | dict(max_tokens=limit))
+        lists = dpo.micro_batches(rows, lengths, args, 1)
+        split = with_delta(pairs, sketch.numpy(), lengths=lengths, ref_logps=np.zeros((len(pairs), 2), np.float32))
 
         def ordinary():
             for part in lists:
-                dpo.pair_losses(policy, part, plain, {}, args).sum().backward()
+                dpo.pair_losses(policy, part, split, args)[0].sum().backward()
 
         def auxiliary():
-            margins, outputs = auxdpo.forward_first(policy, lists, aux, args)
-            auxdpo.update_delta(rows, margins, aux, args)
-            for part in lists:
-                run = (lambda *_: outputs.pop()) if outputs else policy
-                auxdpo.pair_losses(run, part, aux, {}, args).sum().backward()
+            margins, computed = auxdpo.first_pass(policy, lists, split, args)
+            auxdpo.update_delta(rows, margins, split, args)
+            for part, logps in computed:
+                auxdpo.pair_losses(policy, part, split, args, logps)[0].sum().backward()
 
         times = {ordinary: [], auxiliary: []}
         for turn in range(8):
@@ -115,18 +117,17 @@ def steps(path, pairs, sketch):
 
 def subproblem(sketch, size=32):
     """A dataset of these sketches (N, 2, K), its first batches one after the other, margins drawn from N(0, 1)."""
-    count, dim = len(sketch), sketch.shape[2]
+    count = len(sketch)
     margins = torch.from_numpy(np.random.default_rng(0).normal(size=count))
-    rows = [dict(id=str(i)) for i in range(count)]
     print("\n| lambda | 1 step | 3 | 10 | 30 | norm of delta |\n|---|---|---|---|---|---|")
     for weight in (0.1, 1.0, 10.0, 100.0, 1000.0):
         fell = {}
         for inner in (1, 3, 10, 30, 2000):
-            split = dict(rows=rows, ref=np.zeros((count, 5), np.float32), sketch=sketch, c=torch.zeros(dim).double())
+            split = with_delta([{}] * count, sketch)
             args = types.SimpleNamespace(**DEFAULTS | dict(penalty_weight=weight, delta_steps=inner))
 
             def value(batch):
-                delta = split["ref"][batch, 2:].astype(np.float64)
+                delta = split["delta"][batch].numpy()
                 loss = np.logaddexp(0, -margins[batch].numpy() - delta[:, 0] + delta[:, 1]).sum()
                 return loss + count * weight * (split["c"] / (2 * count)).square().sum().item()
 
@@ -137,7 +138,7 @@ def subproblem(sketch, size=32):
                 auxdpo.update_delta(batch, margins, split, args)
                 fell[inner] += before - value(batch)
         cells = [f"{fell[inner] / fell[2000]:.1%}" for inner in (1, 3, 10, 30)]
-        print(f"| {weight:g} | {' | '.join(cells)} | {np.linalg.norm(split['ref'][:, 2:]):.2f} |")
+        print(f"| {weight:g} | {' | '.join(cells)} | {split['delta'].norm().item():.2f} |")
 
 
 def blind(sketch, count=400, weight=100.0):
@@ -146,16 +147,16 @@ def blind(sketch, count=400, weight=100.0):
     margins = torch.from_numpy(np.random.default_rng(0).normal(size=count))
     print(f"\n{2 * count} delta, lambda {weight:g}\n\n| K | epochs | penalty seen | true | ratio | norm of delta |\n|---|---|---|---|---|---|")
     for dim in (128, 512):
-        table = cache_ref.hash_table("fold", truth.shape[2], dim, CPU)
-        folded = cache_ref.count_sketch(torch.from_numpy(truth).float().flatten(0, 1), table, dim).view(count, 2, dim).numpy()
-        split = dict(rows=[{}] * count, ref=np.zeros((count, 5), np.float32), sketch=folded, c=torch.zeros(dim).double())
+        state = types.SimpleNamespace(dim=dim, salt="")
+        folded = cache_ref.count_sketch(torch.from_numpy(truth).float().flatten(0, 1), state, "fold", 0)
+        split = with_delta([{}] * count, folded.view(count, 2, dim).numpy())
         args = types.SimpleNamespace(**DEFAULTS | dict(penalty_weight=weight))
         for epoch in range(1, 21):
             order = np.random.default_rng(epoch).permutation(count)
             for first in range(0, count, 32):
                 auxdpo.update_delta(order[first:first + 32], margins, split, args)
             if epoch in (1, 20):
-                delta = split["ref"][:, 2:4].astype(np.float64)
+                delta = split["delta"].numpy()
                 seen = weight * (split["c"] / (2 * count)).square().sum().item()
                 true = weight * np.square(np.einsum("ns,nsk->k", delta, truth) / (2 * count)).sum()
                 print(f"| {dim} | {epoch} | {seen:.4f} | {true:.4f} | {true / seen:.0f} | {np.linalg.norm(delta):.1f} |")
@@ -170,7 +171,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     cache_ref.start_process_group("float32")
     args = types.SimpleNamespace(model=path, data=data, layout="concatenated", max_tokens=8192)
-    rows = cache_ref.load_data(args, ["train"])[0]["train"]["rows"]
+    rows = cache_ref.load_data(args, ["train"])["train"]["pairs"]
     pairs = [rows[i] for i in range(count)]
     print(f"{Path(path).name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers {transformers.__version__}")
     sketch = penalties(path, pairs)

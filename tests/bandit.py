@@ -2,7 +2,7 @@
 
 One state, three responses, pi_theta proportional to [e^theta, e^-theta, 1], reference theta = 0, true reward r* = [1, 2, 0],
 preferences of Bradley and Terry, and pair counts n12 : n23 : n31. The policy class is one-dimensional, so it cannot
-express r*, and DPO's answer depends on the counts. Every loss is minimised to its end by inner_steps of auxdpo.py,
+express r*, and DPO's answer depends on the counts. Every loss is minimised to its end by the solver of auxdpo.py,
 whose unknowns here are theta and the delta of the three responses. Prints tables; with a path, writes the first beside the figure that it draws."""
 
 import sys
@@ -36,10 +36,10 @@ def comparisons(counts):
 def minimise(counts, beta, directions, gram, steps=3000):
     """Unknowns z (q,): theta first, then what `directions` (3, q - 1) make of the rest is delta. -> theta, delta (3,)"""
     signs, weights = comparisons(counts)
-    args = types.SimpleNamespace(delta_cap=0, delta_steps=steps, label_smoothing=0, amplitude=0, delta_learning_rate=1.0)
+    args = types.SimpleNamespace(delta_steps=steps, label_smoothing=0)
     signs = signs @ torch.cat([beta * FEATURES[:, None], directions], 1)
     none = torch.zeros(signs.shape[1], dtype=torch.float64)
-    z = auxdpo.inner_steps(none, 0 * weights, weights, signs, gram, none, args)
+    z = auxdpo.minimise(none, 0 * weights, weights, signs, gram, none, args)
     return z[0].item(), directions @ z[1:]
 
 

@@ -21,7 +21,7 @@ import tempfile
 import types
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 
 def resident():
@@ -34,6 +34,7 @@ def measure(way, folder, args):
     import torch
     import transformers
     import dpo
+    from conftest import tiny_policy
 
     torch.manual_seed(0)
     length, pairs = args.length, []
@@ -43,12 +44,10 @@ def measure(way, folder, args):
             {side: torch.randint(args.vocab, (size,)).tolist() for side, size in sizes.items()}
         )
     lengths = torch.tensor([[len(pair[side]) for pair in pairs] for side in ("chosen", "rejected")])
-    settings = types.SimpleNamespace(model=folder, layout="packed", beta=0.1, label_smoothing=0.0)
+    settings = types.SimpleNamespace(beta=0.1, label_smoothing=0.0)
     dpo.start_process_group("float32")
     if way == "packed":
-        model, weights, _ = dpo.build_model(settings)
-        model = dpo.shard(dpo.Policy(model), weights, torch.float32, torch.device("cpu"))
-        del weights
+        model = tiny_policy(dpo, folder)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32
@@ -72,7 +71,7 @@ def measure(way, folder, args):
     ):  # gradients exist before the step in both, as in all steps but the first
         parameter.grad = torch.zeros_like(parameter)
     before, peak = resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    logps = model(dpo.collate(pairs, "packed"))[0] if way == "packed" else plain_logps()
+    logps = model(dpo.collate(pairs, "packed")) if way == "packed" else plain_logps()
     losses, _ = dpo.preference_loss(logps, reference, lengths, settings)
     losses.mean().backward()
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

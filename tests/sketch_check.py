@@ -16,11 +16,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cache_ref
 
 
-def policy_of(model, watched=0):
-    args = types.SimpleNamespace(model=model, layout="concatenated", lora_rank=0, train_modules="", seed=0)
-    empty, weights, _ = cache_ref.build_model(args)
-    state = cache_ref.watch(empty, {n for n, _ in empty.named_parameters()}, watched) if watched else None
-    return cache_ref.shard(cache_ref.Policy(empty), weights, torch.float32, torch.device("cpu")), state
+CPU = torch.device("cpu")
+
+
+def policy_of(folder, dim=0, salt="", **changes):
+    """The Policy that main() of cache_ref.py makes of a model folder; what its hooks share, if it makes sketches."""
+    settings = dict(model=folder, layout="concatenated", shard_group=0, lora_rank=0, train_modules="", seed=0)
+    args = types.SimpleNamespace(**settings | dict(sketch_dim=dim, sketch_modules="") | changes)
+    model, weights = cache_ref.read_model(args)
+    cache_ref.choose_attention(model, args)
+    cache_ref.choose_trained(model, weights, args)
+    policy = cache_ref.Policy(model, cache_ref.token_logps).eval()
+    cache_ref.shard(policy, CPU, torch.float32, args)
+    cache_ref.place_weights(model, weights, CPU)
+    return policy, cache_ref.watch(model, args, salt) if dim else None
 
 
 def exact_gram(model, pairs):
@@ -30,7 +39,7 @@ def exact_gram(model, pairs):
     for pair in pairs:
         for side in (0, 1):
             policy.zero_grad()
-            policy(cache_ref.collate([pair], "concatenated"))[0][side, 0].backward()
+            policy(cache_ref.collate([pair], "concatenated"))[side, 0].backward()
             found.append(torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()]))
     seconds, gram = time.time() - start, torch.zeros(len(found), len(found), dtype=torch.float64)
     for part in zip(*[each.split(2**20) for each in found]):
@@ -49,10 +58,10 @@ def compare(gram, exact):
 
 def sketched(model, pairs, dim):
     policy, state = policy_of(model, dim)
-    run = lambda part: cache_ref.sketches(policy, part, state, torch.device("cpu"))
-    run(pairs[:1])  # makes the hash tables
+    cache_ref.sketches(policy, state, pairs[:1])  # makes the hash tables
     start = time.time()
-    sketch = torch.cat([run(pairs[i:i + 8]) for i in range(0, len(pairs), 8)]).flatten(0, 1).double()
+    parts = [cache_ref.sketches(policy, state, pairs[i:i + 8]) for i in range(0, len(pairs), 8)]
+    sketch = torch.cat(parts).flatten(0, 1).double()
     return sketch @ sketch.T, time.time() - start
 
 
@@ -60,7 +69,7 @@ def main():
     model, data, count = sys.argv[1], sys.argv[2], int((sys.argv + ["32"])[3])
     cache_ref.start_process_group("float32")
     args = types.SimpleNamespace(model=model, data=data, layout="concatenated", max_tokens=8192)
-    rows = cache_ref.load_data(args, ["train"])[0]["train"]["rows"]
+    rows = cache_ref.load_data(args, ["train"])["train"]["pairs"]
     pairs = [rows[i] for i in range(count)]
     exact, each = exact_gram(model, pairs)
     policy, _ = policy_of(model)

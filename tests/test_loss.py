@@ -5,8 +5,8 @@ Independent truths: a loop in pure Python (float64) written from the definition
     D = (s_w - s_l) - (r_w - r_l);   L = -(1 - eps) log sigmoid(beta D) - eps log sigmoid(-beta D)
 
 with s the policy's and r the reference's summed log-probs (chosen w, rejected l), its derivative by hand, and
-TRL's DPOTrainer on the same tokens and weights. Also: the SFT term, the weight column, the learning rates,
-and which pairs stand in which step.
+TRL's DPOTrainer on the same tokens and weights. Also: the SFT term, the weight column, how the sums of
+micro-batches become the means of the log, the learning rates, and which pairs stand in which step.
 """
 
 import math
@@ -29,9 +29,7 @@ LENGTHS = [[4, 1, 20, 3, 1], [5, 1, 9, 3, 2]]
 
 
 def arguments(**changes):
-    defaults = dict(
-        beta=0.1, label_smoothing=0.0, sft_weight=0.0, router_aux_coef=0.0, layout="packed"
-    )
+    defaults = dict(beta=0.1, label_smoothing=0.0, sft_weight=0.0, layout="packed")
     return types.SimpleNamespace(**defaults | changes)
 
 
@@ -122,43 +120,49 @@ def test_rewards_are_beta_times_the_log_ratios_and_ties_count_half():
     )
 
 
+def test_a_margin_that_is_rounding_is_a_tie_and_a_larger_one_is_not():
+    """Margins of log-probs near -100 are rounded to 1e-5: at step 0 none is a preference."""
+    margins = [0.0, 9e-5, -9e-5, 1.1e-4, -1.1e-4]
+    zeros = [0.0] * 5
+    _, _, metrics = losses_of([margins, zeros], [zeros, zeros], beta=1.0)
+    assert metrics["rewards/accuracies"].tolist() == [0.5, 0.5, 0.5, 1.0, 0.0]
+
+
 # ---- pair_losses: what else is in the loss that is optimised ----
 
 
-def optimised(args, weights=None, part=range(5), router=0.0):
-    """pair_losses with LOGPS in the place of a model -> logps, losses, totals."""
+def optimised(args, weights=None, part=range(5)):
+    """pair_losses with LOGPS in the place of a model -> logps, losses, sums."""
     pairs = random_pairs([(2, chosen, rejected) for chosen, rejected in zip(*LENGTHS)])
     pairs = [
         pair | ({} if weights is None else {"weight": w})
         for pair, w in zip(pairs, weights or [0] * 5)
     ]
     lengths = np.array([(2, chosen, rejected) for chosen, rejected in zip(*LENGTHS)])
-    split = dict(rows=pairs, lengths=lengths, ref=np.array(REFERENCE, np.float32).T)
-    part = np.array(part, np.int64)
-    rows = part if len(part) else [0]
-    logps, totals = torch.tensor(LOGPS)[:, rows].requires_grad_(), {}
-    policy = lambda batches, wanted: (logps, torch.tensor(router) if wanted else 0.0)
-    return logps, dpo.pair_losses(policy, part, split, totals, args), totals
+    split = dict(pairs=pairs, lengths=lengths, ref_logps=np.array(REFERENCE, np.float32).T)
+    part = np.array(part, int)
+    logps = torch.tensor(LOGPS)[:, part if len(part) else [0]].requires_grad_()
+    return logps, *dpo.pair_losses(lambda batches: logps, part, split, args)
 
 
 def test_without_options_the_optimised_losses_are_the_preference_losses():
-    _, losses, totals = optimised(arguments())
+    _, losses, sums = optimised(arguments())
     wanted = [by_hand(*four, 0.1, 0.0)[0] for four in zip(*LOGPS, *REFERENCE)]
     assert losses.tolist() == pytest.approx(wanted, rel=1e-6)
     assert (
-        totals["loss"].item()
-        == totals["preference_loss"].item()
+        sums["loss"].item()
+        == sums["preference_loss"].item()
         == pytest.approx(sum(wanted), rel=1e-6)
     )
-    assert totals["pairs"] == 5 and totals["tokens"] == 10 + sum(sum(LENGTHS, []))
+    assert sums["pairs"] == 5 and sums["tokens"] == 10 + sum(sum(LENGTHS, []))
 
 
 def test_the_sft_term_adds_the_cross_entropy_per_chosen_token():
     _, plain, _ = optimised(arguments())
-    logps, losses, totals = optimised(arguments(sft_weight=0.5))
+    logps, losses, sums = optimised(arguments(sft_weight=0.5))
     per_token = [-LOGPS[0][i] / LENGTHS[0][i] for i in range(5)]
     assert (losses - plain).tolist() == pytest.approx([0.5 * x for x in per_token], rel=1e-5)
-    assert totals["preference_loss"].item() == pytest.approx(plain.sum().item(), rel=1e-6)
+    assert sums["preference_loss"].item() == pytest.approx(plain.sum().item(), rel=1e-6)
     losses.sum().backward()
     for i, four in enumerate(zip(*LOGPS, *REFERENCE)):
         slope = by_hand(*four, 0.1, 0.0)[1]
@@ -170,29 +174,32 @@ def test_the_sft_term_adds_the_cross_entropy_per_chosen_token():
 def test_the_weight_column_multiplies_the_loss_of_its_pair():
     weights = [1.0, 0.0, 2.0, 0.5, 1.0]
     _, plain, _ = optimised(arguments())
-    logps, losses, totals = optimised(arguments(), weights)
+    logps, losses, sums = optimised(arguments(), weights)
     assert losses.tolist() == pytest.approx(
         [w * x for w, x in zip(weights, plain.tolist())], rel=1e-6
     )
-    assert totals["preference_loss"].item() == pytest.approx(plain.sum().item(), rel=1e-6)
+    assert sums["preference_loss"].item() == pytest.approx(plain.sum().item(), rel=1e-6)
     losses.sum().backward()
     assert logps.grad[:, 1].tolist() == [0.0, 0.0] and logps.grad[0, 0] != 0
 
 
-def test_the_router_loss_is_added_with_its_coefficient_and_logged():
-    _, plain, without = optimised(arguments(), router=3.0)
-    _, losses, totals = optimised(arguments(router_aux_coef=0.01), router=3.0)
-    assert (losses - plain).tolist() == pytest.approx([0.03] * 5, rel=1e-4)
-    assert totals["aux_loss"] == 15 and "aux_loss" not in without
-
-
 def test_a_rank_without_pairs_adds_nothing_to_loss_gradient_or_metrics():
-    logps, losses, totals = optimised(
-        arguments(sft_weight=1.0, router_aux_coef=1.0), part=[], router=3.0
-    )
+    logps, losses, sums = optimised(arguments(sft_weight=1.0), part=[])
     losses.sum().backward()
     assert losses.sum() == 0 and logps.grad.abs().sum() == 0
-    assert {name for name, value in totals.items() if value != 0} == set()
+    assert {name for name, value in sums.items() if value != 0} == set()
+
+
+def test_the_log_has_the_means_over_all_pairs_and_the_sums_of_pairs_and_tokens(process_group):
+    """Two micro-batches of three and two pairs, and one of none."""
+    parts = [optimised(arguments(), part=part)[2] for part in ([0, 1, 2], [3, 4], [])]
+    means, (_, losses, metrics) = dpo.mean_over_pairs(parts), losses_of(LOGPS, REFERENCE)
+    assert means.pop("pairs") == 5
+    assert means.pop("tokens") == 10 + sum(sum(LENGTHS, []))
+    truth = metrics | dict(loss=losses, preference_loss=losses)
+    assert means.keys() == truth.keys()
+    for name, value in means.items():
+        assert value == pytest.approx(truth[name].double().mean().item(), rel=1e-6), name
 
 
 # ---- TRL, an independent implementation, on the same weights and tokens ----
@@ -214,11 +221,10 @@ def test_loss_gradient_and_metrics_are_those_of_trl_on_the_same_pairs(
 
     trainer = trl_trainer(trl.DPOTrainer, trl.DPOConfig, tiny_model("llama", seed=1), beta=beta)
     (policy, reference), pairs = policy_and_reference, random_pairs(PAIRS)
-    theirs, totals = trl_dpo_loss(trainer, pairs), {}
+    theirs = trl_dpo_loss(trainer, pairs)
     theirs.backward()
-    losses = dpo.pair_losses(
-        policy, np.arange(4), split_of(pairs, reference), totals, arguments(beta=beta)
-    )
+    split = split_of(pairs, reference)
+    losses, sums = dpo.pair_losses(policy, np.arange(4), split, arguments(beta=beta))
     losses.mean().backward()
     assert abs(losses.mean().item() - math.log(2)) > 0.01  # the reference is another model
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
@@ -232,7 +238,7 @@ def test_loss_gradient_and_metrics_are_those_of_trl_on_the_same_pairs(
         "logps/chosen",
         "logps/rejected",
     ):
-        assert totals[name].item() / 4 == pytest.approx(
+        assert sums[name].item() / 4 == pytest.approx(
             trainer._metrics["train"][name][-1], rel=1e-4
         ), name
 
@@ -245,19 +251,15 @@ def test_label_smoothing_is_that_of_trl_on_one_pair(tiny_model, trl_trainer, pol
     trainer = trl_trainer(trl.DPOTrainer, trl.DPOConfig, tiny_model("llama", seed=1), **flags)
     policy, reference = policy_and_reference
     for pair in random_pairs(PAIRS):
-        losses = dpo.pair_losses(
-            policy,
-            np.arange(1),
-            split_of([pair], reference),
-            {},
-            arguments(beta=0.5, label_smoothing=0.2),
-        )
+        args = arguments(beta=0.5, label_smoothing=0.2)
+        losses, _ = dpo.pair_losses(policy, np.arange(1), split_of([pair], reference), args)
         assert losses.item() == pytest.approx(trl_dpo_loss(trainer, [pair]).item(), rel=1e-5)
 
 
 def test_the_average_of_log_2_comes_out_of_a_model_that_is_its_own_reference(policy_and_reference):
     policy, pairs = policy_and_reference[0], random_pairs(PAIRS)
-    losses = dpo.pair_losses(policy, np.arange(4), split_of(pairs, policy), {}, arguments(beta=5.0))
+    split = split_of(pairs, policy)
+    losses, _ = dpo.pair_losses(policy, np.arange(4), split, arguments(beta=5.0))
     assert losses.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-5)
 
 

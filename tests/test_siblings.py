@@ -34,7 +34,7 @@ LENGTHS = [[4, 1, 20, 3, 1], [5, 1, 9, 3, 2]]
 
 def arguments(**changes):
     defaults = dict(beta=0.7, gamma_beta_ratio=0.3, label_smoothing=0.0, sft_weight=0.0)
-    return types.SimpleNamespace(**defaults | dict(router_aux_coef=0.0, layout="packed") | changes)
+    return types.SimpleNamespace(**defaults | dict(layout="packed") | changes)
 
 
 def tensors(*rows):
@@ -76,7 +76,7 @@ def test_simpo_is_a_loop_over_equation_6_of_its_paper(beta, ratio, eps):
     logps, lengths = tensors(LOGPS, LENGTHS)
     logps.requires_grad_()
     args = arguments(beta=beta, gamma_beta_ratio=ratio, label_smoothing=eps)
-    losses, metrics = simpo.preference_loss(logps, None, lengths, args)
+    losses, metrics = simpo.preference_loss(logps, lengths, args)
     losses.sum().backward()
     gamma = ratio * beta
     for i in range(5):
@@ -91,7 +91,7 @@ def test_simpo_is_a_loop_over_equation_6_of_its_paper(beta, ratio, eps):
 def test_simpo_at_a_draw_costs_the_log_of_1_plus_e_to_the_gamma():
     """gamma = 2.0 x 0.25 = 0.5: the defaults."""
     logps, lengths = tensors([[-6.0], [-3.0]], [[4], [2]])  # -1.5 per token on both sides
-    losses, metrics = simpo.preference_loss(logps, None, lengths, simpo.Args(model="", data=""))
+    losses, metrics = simpo.preference_loss(logps, lengths, simpo.Args(model="", data=""))
     assert losses.item() == pytest.approx(0.9740769841801067, rel=1e-12)  # log(1 + e^0.5)
     assert metrics["rewards/accuracies"].item() == 0.5
 
@@ -184,14 +184,15 @@ def test_a_vocabulary_of_equal_probabilities_has_weight_one():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite"])  # soft-caps and scales of logits
-def test_the_sum_of_squares_is_that_of_the_models_own_forward(tiny_model, process_group, family):
+def test_the_sum_of_squares_is_that_of_the_models_own_forward(tiny_model, process_group, monkeypatch, family):
     model, pairs = tiny_hf_model(family), random_pairs(PAIRS)
     model.set_attn_implementation("eager")
     policy = tiny_policy(wpo, tiny_model(family))
     for layout in ("packed", "concatenated", "separate"):
-        for chunk in (1, 7, 1024):  # of tokens: no logits beyond it exist
+        for chunk in (1, 7, 1024):  # of tokens, by a vocabulary of which these are 256 MiB
+            monkeypatch.setattr(policy.model.config, "vocab_size", -(-(2**26) // chunk))
             with torch.no_grad():
-                scores = policy(wpo.collate(pairs, layout), chunk=chunk)[0]
+                scores = policy(wpo.collate(pairs, layout))
             for i, pair in enumerate(pairs):
                 for k, side in enumerate(("chosen", "rejected")):
                     with torch.no_grad():
@@ -205,9 +206,9 @@ def test_the_sum_of_squares_is_that_of_the_models_own_forward(tiny_model, proces
 def test_wpo_has_a_gradient_at_every_batch_size_and_weights_up_to_one(tiny_model, process_group, count):
     policy, pairs = tiny_policy(wpo, tiny_model("llama")), random_pairs((PAIRS * 2)[:count])
     pairs[0]["chosen"] = pairs[0]["rejected"][:1] * 3
-    split, totals = split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1))), {}
-    losses = wpo.pair_losses(policy, np.arange(count), split, totals, arguments())
-    assert losses.shape == (count,) and 0 < totals["weights"] <= count
+    split = split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1)))
+    losses, sums = wpo.pair_losses(policy, np.arange(count), split, arguments())
+    assert losses.shape == (count,) and 0 < sums["weights"] <= count
     losses.mean().backward()
     grads = [weight.grad.full_tensor() for weight in policy.parameters()]
     assert all(grad.isfinite().all() and grad.norm() > 0 for grad in grads)
@@ -221,7 +222,7 @@ def test_length_normalised_dpo_without_reference_is_simpo_without_margin(eps):
     logps, lengths = tensors(LOGPS, LENGTHS)
     args = arguments(beta=2.0, gamma_beta_ratio=0.0, label_smoothing=eps)
     one = dpo_norm.preference_loss(logps, torch.zeros_like(logps), lengths, args)
-    assert_same(one, simpo.preference_loss(logps, None, lengths, args))
+    assert_same(one, simpo.preference_loss(logps, lengths, args))
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.2])
@@ -240,13 +241,21 @@ def test_for_responses_of_one_token_length_normalised_dpo_is_dpo(eps):
     assert_same(*both)
 
 
+def loss_of(name, logps, ref, lengths, args):
+    """preference_loss of a script, with what it takes: WPO's second score makes all its weights 1."""
+    if name == "wpo":
+        return wpo.preference_loss(torch.stack([logps, logps], 2), ref, lengths, args)
+    if name == "simpo":
+        return simpo.preference_loss(logps, lengths, args)
+    return SCRIPTS[name].preference_loss(logps, ref, lengths, args)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_label_smoothing_of_one_half_has_zero_gradient_at_zero_margin(name):
     logps = torch.tensor([[-3.0], [-8.0]], dtype=torch.float64, requires_grad=True)
     lengths, ref = torch.tensor([[2], [4]]), torch.tensor([[-3.0], [-8.0]])  # the policy is the reference
     args = arguments(label_smoothing=0.5, gamma_beta_ratio=0.5)  # -3/2 + 8/4 = 0.5, the target margin
-    scores = torch.stack([logps, logps], 2) if name == "wpo" else logps
-    SCRIPTS[name].preference_loss(scores, ref, lengths, args)[0].sum().backward()
+    loss_of(name, logps, ref, lengths, args)[0].sum().backward()
     assert logps.grad.abs().max() < 1e-15
 
 
@@ -262,8 +271,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_reward_metrics_have_the_names_that_dashboards_know(name):
     logps, ref, lengths = tensors(LOGPS, REFERENCE, LENGTHS)
-    scores = torch.stack([logps, logps], 2) if name == "wpo" else logps
-    losses, metrics = SCRIPTS[name].preference_loss(scores, ref, lengths, arguments())
+    losses, metrics = loss_of(name, logps, ref, lengths, arguments())
     sides = {f"{kind}/{side}" for kind in ("rewards", "logps", "lengths") for side in ("chosen", "rejected")}
     assert metrics.keys() - {"weights"} == sides | {"rewards/margins", "rewards/accuracies"}
     assert all(values.shape == losses.shape == (5,) for values in metrics.values())
@@ -276,11 +284,11 @@ def test_the_sft_term_is_the_mean_cross_entropy_of_the_chosen_response_in_every_
     script, pairs = SCRIPTS[name], random_pairs(PAIRS)
     policy, split = tiny_policy(script, tiny_model("llama")), split_of(pairs, tiny_policy(dpo, tiny_model("llama", 1)))
     with_it, without = (
-        script.pair_losses(policy, np.arange(4), split, {}, arguments(sft_weight=weight)) for weight in (0.5, 0.0)
+        script.pair_losses(policy, np.arange(4), split, arguments(sft_weight=weight))[0] for weight in (0.5, 0.0)
     )
-    logps = policy(script.collate(pairs, "packed"))[0]
-    logps = (logps[..., 0] if name == "wpo" else logps)[0]
-    added = 0.5 * -logps / torch.tensor([size[1] for size in PAIRS])
+    logps = policy(script.collate(pairs, "packed"))
+    logps = logps[..., 0] if name == "wpo" else logps
+    added = 0.5 * -logps[0] / torch.tensor([size[1] for size in PAIRS])
     torch.testing.assert_close(with_it - without, added, rtol=1e-4, atol=1e-5)
 
 
@@ -288,11 +296,11 @@ def test_the_sft_term_is_the_mean_cross_entropy_of_the_chosen_response_in_every_
 def test_the_first_loss_is_log_2_with_the_policy_as_reference(tiny_model, process_group, name):
     script, pairs = SCRIPTS[name], random_pairs(PAIRS)
     policy = tiny_policy(script, tiny_model("llama"))
-    split, totals = split_of(pairs, tiny_policy(dpo, tiny_model("llama"))), {}
-    script.pair_losses(policy, np.arange(4), split, totals, arguments(beta=5.0))
-    loss = totals["preference_loss"] / totals.get("weights", 4)  # WPO: every loss is its weight times log 2
+    split = split_of(pairs, tiny_policy(dpo, tiny_model("llama")))
+    _, sums = script.pair_losses(policy, np.arange(4), split, arguments(beta=5.0))
+    loss = sums["preference_loss"] / sums.get("weights", 4)  # WPO: every loss is its weight times log 2
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
-    assert totals["rewards/accuracies"] == 2 and totals["rewards/margins"] == 0  # ties, to the bit
+    assert sums["rewards/accuracies"] == 2 and sums["rewards/margins"] == 0  # ties, to the bit
 
 
 # ---- TRL ----
@@ -322,7 +330,7 @@ def test_length_normalised_dpo_is_sigmoid_norm_of_trl(tiny_model, trl_trainer, b
     theirs.backward()
     policy = tiny_policy(dpo_norm, tiny_model("llama"))
     split = split_of(pairs, tiny_policy(dpo, other))
-    losses = dpo_norm.pair_losses(policy, np.arange(4), split, {}, arguments(beta=beta))
+    losses, _ = dpo_norm.pair_losses(policy, np.arange(4), split, arguments(beta=beta))
     losses.mean().backward()
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
     assert abs(theirs.item() - math.log(2)) > 1e-3  # the reference is another model
@@ -337,9 +345,9 @@ def test_simpo_is_that_of_trl_with_gamma_as_a_product_and_without_its_nll_term(t
     theirs = trl_cpo_loss(trainer, pairs)
     theirs.backward()
     policy, split = tiny_policy(simpo, tiny_model("llama")), split_of(pairs, tiny_policy(dpo, tiny_model("llama")))
-    del split["ref"]  # there is none
+    del split["ref_logps"]  # there is none
     args = arguments(beta=2.5, gamma_beta_ratio=0.55, label_smoothing=eps)
-    losses = simpo.pair_losses(policy, np.arange(4), split, {}, args)
+    losses, _ = simpo.pair_losses(policy, np.arange(4), split, args)
     losses.mean().backward()
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
     assert_same_gradients(policy, trainer)
@@ -348,10 +356,10 @@ def test_simpo_is_that_of_trl_with_gamma_as_a_product_and_without_its_nll_term(t
     assert default.cpo_alpha == 1.0
     args.sft_weight = 1.0
     for i, pair in enumerate(pairs):  # with one pair the two means are one
-        ours = simpo.pair_losses(policy, np.array([i]), split, {}, args)
+        ours, _ = simpo.pair_losses(policy, np.array([i]), split, args)
         assert ours.item() == pytest.approx(trl_cpo_loss(default, [pair]).item(), rel=1e-5)
-    whole = simpo.pair_losses(policy, np.arange(4), split, {}, args).mean().item()
-    assert whole != pytest.approx(trl_cpo_loss(default, pairs).item(), rel=1e-3)
+    whole, _ = simpo.pair_losses(policy, np.arange(4), split, args)
+    assert whole.mean().item() != pytest.approx(trl_cpo_loss(default, pairs).item(), rel=1e-3)
 
 
 def greedy(model, prompt, size, rank=1):
@@ -374,13 +382,12 @@ def test_wpo_is_that_of_trl_but_for_the_clamp_that_trl_lacks(tiny_model, trl_tra
     split = split_of(pairs, tiny_policy(dpo, other))
     args, clamped = arguments(beta=0.3), 0
     for i, pair in enumerate(pairs):
-        totals = {}
-        ours = wpo.pair_losses(policy, np.array([i]), split, totals, args).item()
-        bare = dpo.pair_losses(plain, np.array([i]), split, {}, args).item()
+        ours, sums = wpo.pair_losses(policy, np.array([i]), split, args)
+        bare = dpo.pair_losses(plain, np.array([i]), split, args)[0].item()
         theirs = trl_dpo_loss(trainer, [pair]).item()
         weight = theirs / bare  # TRL's, without a bound
-        assert ours == pytest.approx(min(weight, 1) * bare, rel=1e-4)
-        assert totals["weights"].item() == pytest.approx(min(weight, 1), rel=1e-4)
+        assert ours.item() == pytest.approx(min(weight, 1) * bare, rel=1e-4)
+        assert sums["weights"].item() == pytest.approx(min(weight, 1), rel=1e-4)
         clamped += weight > 1
     assert 0 < clamped < len(pairs)
 
@@ -388,7 +395,7 @@ def test_wpo_is_that_of_trl_but_for_the_clamp_that_trl_lacks(tiny_model, trl_tra
     trainer.model.zero_grad()
     theirs = trl_dpo_loss(trainer, rest)
     theirs.backward()
-    losses = wpo.pair_losses(policy, np.arange(3), split, {}, args)
+    losses, _ = wpo.pair_losses(policy, np.arange(3), split, args)
     policy.zero_grad()
     losses.mean().backward()
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-4)

@@ -6,9 +6,9 @@
 - The batch, the number of ranks and a kill change nothing.
 """
 
+import functools
 import json
 import re
-import types
 
 import pytest
 import torch
@@ -25,13 +25,8 @@ DIM = 64
 
 def sketcher(folder, modules="", dim=DIM, salt="", **chosen):
     """sketch(pairs) -> (n, 2, dim), as main() makes it."""
-    args = types.SimpleNamespace(model=folder, layout="concatenated", **dict(lora_rank=0, train_modules="", seed=0) | chosen)
-    model, weights, _ = cache_ref.build_model(args)
-    cache_ref.choose_parameters(model, weights, args)
-    names = {n for n, p in model.named_parameters() if p.requires_grad and re.search(modules, n)}
-    state = cache_ref.watch(model, names, dim, salt)
-    policy = cache_ref.shard(cache_ref.Policy(model), weights, torch.float32, torch.device("cpu"))
-    return lambda pairs: cache_ref.sketches(policy, pairs, state, torch.device("cpu"))
+    policy, state = sketch_check.policy_of(folder, dim, salt, sketch_modules=modules, **chosen)
+    return functools.partial(cache_ref.sketches, policy, state)
 
 
 def gradients(folder, pairs, dtype=torch.float64, prepare=lambda model: None):
@@ -58,7 +53,7 @@ def by_definition(grads, dim, salt=""):
         grad = grad.flatten() if "norm" in name else grad
         signs, buckets = torch.ones(1), torch.zeros(1, dtype=torch.long)
         for axis, size in enumerate(grad.shape):
-            sign, bucket = cache_ref.hash_table(f"{salt}{name} {axis}", size, dim, torch.device("cpu"))
+            sign, bucket = cache_ref.hash_table(f"{salt}{name}", axis, size, dim, torch.device("cpu"))
             signs = (signs[:, None] * sign).flatten()
             buckets = (buckets[:, None] + bucket).flatten() % dim
         total.index_add_(0, buckets, grad.flatten().double() * signs)
@@ -75,12 +70,13 @@ def test_a_sketch_is_that_of_the_exact_gradient_of_every_parameter(tiny_model, f
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-def test_a_batch_of_more_responses_than_one_chunk_of_the_head(tiny_model, family, monkeypatch):
+def test_a_batch_of_more_responses_than_one_chunk_of_the_head(tiny_model, family):
     """The head runs some tokens at a time, here 512, and the sketches of all layers 1024."""
-    monkeypatch.setattr(cache_ref.Policy.forward, "__defaults__", (False, 512))
     folder, pairs = tiny_model(family), random_pairs([(9, 60 + i, 70 - i) for i in range(9)])
     assert sum(len(pair[side]) for pair in pairs for side in ("chosen", "rejected")) > 1100
-    ours = sketcher(folder)(pairs).flatten(0, 1)
+    policy, state = sketch_check.policy_of(folder, DIM)
+    policy.model.config.vocab_size = 2**26 // 512  # of which the size of a chunk is made
+    ours = cache_ref.sketches(policy, state, pairs).flatten(0, 1)
     for sketch, grads in zip(ours, gradients(folder, pairs)):
         truth = by_definition(grads, DIM)
         assert (sketch - truth).norm() < 2e-5 * truth.norm()
@@ -88,7 +84,7 @@ def test_a_batch_of_more_responses_than_one_chunk_of_the_head(tiny_model, family
 
 def test_all_buckets_are_equally_full_and_signs_balance():
     for size, dim in [(50, 64), (1000, 64), (4096, 64)]:
-        signs, buckets = cache_ref.hash_table("w 0", size, dim, torch.device("cpu"))
+        signs, buckets = cache_ref.hash_table("w", 0, size, dim, torch.device("cpu"))
         full = torch.bincount(buckets, minlength=dim)
         assert len(full) == dim and full.max() <= -(-size // dim) and signs.abs().eq(1).all()
         assert signs.sum().abs() < 5 * size**0.5
@@ -109,7 +105,7 @@ def test_with_lora_the_gradient_is_that_of_the_adapters(tiny_model):
     peft = pytest.importorskip("peft")
     folder, pairs = tiny_model("llama"), random_pairs(SIZES[:2])
 
-    def prepare(model):  # the adapters of choose_parameters
+    def prepare(model):  # the adapters of choose_trained
         torch.manual_seed(3)
         model.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
 
