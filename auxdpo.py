@@ -4,25 +4,24 @@
     m_i = beta [log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)]      margin of pair i of N
     c = sum_i delta_w,i g_w,i + delta_l,i g_l,i,    g = gradient of log pi(y|x), at pi = ref
 
-A policy can express only some reward functions. DPO fits the nearest of them, and as frequent pairs
-count most, the policy may get worse. But a change delta of the rewards with c = 0 leaves the best
-policy as it is. So AuxDPO gives every response a delta that is added to its reward, for what the
-policy cannot express. The penalty holds c near 0. delta is no part of the trained model.
+A policy can express only some reward functions. DPO fits the one nearest to the true reward, where
+frequent pairs count most, and may so make the policy worse. But rewards that differ by a delta with
+c = 0 have the same best policy. So AuxDPO adds a delta of its own to the reward of each response, to
+take up what the policy cannot express. The penalty holds c near 0. No delta is left in the policy.
 
     python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --sketch_dim 4096
     torchrun --nproc_per_node=8 auxdpo.py --model MODEL --data data/NAME
 
 Departures from the paper and from its authors' notebook:
-1. delta is not learned, but solved for before each step of theta: once the margins of a batch are
-   known, this is convex. In the notebook, delta keeps its initial value for a whole epoch.
+1. delta is not learned, but solved for before each step of theta: once the margins m of a batch are
+   known, L is convex in its delta. In the notebook, no delta moves in the first epoch.
 2. c is a running sum over all pairs, as in the paper. cache_ref.py has stored a sketch of each g, K
    numbers that keep inner products approximately. The notebook has c of a batch only, exactly.
-3. The notebook has delta inside beta, a bound on it and a reward for its size; we have not.
-4. For comparison, --null exact keeps c = 0, and --geometry random takes all g for orthogonal.
+3. The notebook has delta inside beta, bounds it and rewards its size. The paper and we do not.
+4. For comparison, --null exact keeps c at 0, and --geometry random treats all g as orthogonal.
 5. The label_smoothing of cDPO and the sft_weight of RPO, both 0 by default.
 Differs from dpo.py: delta, its solver, a first pass for the margins, the sketches, delta's files.
-
 Read to line 327: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
@@ -91,7 +90,7 @@ class Args:
     penalty_weight: float = 1.0  # lambda, weight of |c / 2N|^2
     delta_steps: int = 10  # steps of the solver for the delta of a batch
     null: Literal["soft", "exact"] = "soft"  # hold c near 0, by the penalty, or at 0 exactly
-    geometry: Literal["scores", "random"] = "scores"  # g of the penalty; random: a control
+    geometry: Literal["scores", "random"] = "scores"  # random: treat all g as orthogonal
     sketch_dim: int = 4096  # K, as given to cache_ref.py
     sketch_modules: str = ""  # as given to cache_ref.py; empty = all that is trained
     label_smoothing: float = 0.0  # probability that a preference label is wrong, eps of cDPO
@@ -114,33 +113,33 @@ def minimise(z, margins, weights, signs, gram, pull, args):
 
         sum_i weights_i loss(margins_i + (signs z)_i) + 1/2 z^T gram z + pull^T z
 
-    A step replaces loss(m) by the parabola that touches it at m with curvature tanh(m / 2) / 2m and
-    lies above it everywhere (Jaakkola and Jordan 2000). So no step leads up, whatever the data."""
+    A step replaces loss(m) = -log sigmoid(m) by the parabola that touches it at m with curvature
+    tanh(m / 2) / 2m and lies above it (Jaakkola and Jordan 2000). So no step ever leads up."""
     for _ in range(args.delta_steps):
         m = margins + signs @ z  # (n,)
         slopes = weights * (torch.sigmoid(m) - 1 + args.label_smoothing)  # (n,) d loss / d m
         bounds = weights * torch.where(m.abs() < 1e-4, 0.25, torch.tanh(m / 2) / (2 * m))  # (n,)
         gradient = signs.T @ slopes + gram @ z + pull  # (q,)
         curvature = signs.T @ (bounds[:, None] * signs) + gram  # (q, q)
-        curvature.diagonal().add_(1e-9 * curvature.diagonal().max() + 1e-30)  # may be singular
+        curvature.diagonal().add_(1e-9 * curvature.diagonal().max() + 1e-30)  # if singular
         z = z - torch.linalg.solve(curvature, gradient)
     return z
 
 def update_delta(rows, margins, split, args):
-    """Given margins (N,), renew the delta of the pairs `rows`: lower N times the loss of 4.2, where
-    `rest` is the share of all other pairs in c. With --null exact, renew those of all pairs, whose
-    margins are those seen last. In float64 on the CPU, on all ranks alike."""
+    """Given margins (N,), renew the delta of the pairs `rows` to lower N L of 4.2. All other delta
+    stay, and so does their share `rest` of c. But with --null exact all are renewed, by the margins
+    that their pairs had last. In float64 on the CPU, so that all ranks come to the same."""
     split["margins"][rows] = margins[rows]
     if args.null == "exact":
-        rows = np.arange(len(margins))  # one delta alone cannot move without c
+        rows = np.arange(len(margins))  # only together can they keep c at 0
     weights = torch.tensor([split["pairs"][int(row)].get("weight", 1.0) for row in rows]).double()
-    scores = torch.from_numpy(split["sketch"][rows].astype(float)).flatten(0, 1)  # (2n, K) of g
+    scores = torch.from_numpy(split["sketch"][rows].astype(float)).flatten(0, 1)  # (2n, K)
     delta = split["delta"][rows].flatten()  # (2n,) chosen, rejected of the first pair, and so on
     rest = split["c"] - scores.T @ delta  # (K,)
-    signs = torch.eye(len(rows)).kron(torch.tensor([1.0, -1.0])).double()  # (n, 2n)
+    signs = torch.eye(len(rows)).kron(torch.tensor([1.0, -1.0])).double()  # (n, 2n) chosen - rejected
     scale = args.penalty_weight / (2 * len(margins))  # N lambda |c / 2N|^2 is scale / 2 |c|^2
     gram, pull = scale * scores @ scores.T, scale * scores @ rest  # (2n, 2n), (2n,)
-    if args.geometry == "random":  # as if all g were orthogonal
+    if args.geometry == "random":  # treat all g as orthogonal
         gram, pull = gram.diag().diag(), 0 * pull
     if args.null == "exact":  # there is no penalty in the null space
         signs, gram, pull = signs @ split["projection"], 0 * gram, 0 * pull
@@ -154,21 +153,21 @@ def null_projection(sketch):
         fail(f"--null exact is for small data, not for {len(sketch)} pairs; use --null soft")
     scores = torch.from_numpy(sketch.astype(float)).flatten(0, 1)  # (2N, K)
     values, vectors = torch.linalg.eigh(scores @ scores.T)  # ascending
-    null = vectors[:, values < 1e-5 * values[-1]]  # (2N, q)
+    null = vectors[:, values < 1e-5 * values[-1]]  # (2N, q) as sketches are in float16
     if len(scores) - null.shape[1] >= min(scores.shape):
         fail(f"--null exact: the scores of {len(scores)} responses, as {scores.shape[1]} numbers, "
              "are independent; train less (--train_modules), raise --sketch_dim, or --null soft")
     return null @ null.T
 
 def first_pass(policy, parts, split, args):
-    """Micro-batches `parts` of this rank -> margins (N,) of all ranks', without delta, and [(rows,
-    log-probs (2, n) or None)]. As the loss needs delta, and delta all margins, pair_losses has to
-    compute log-probs again. But those computed last (or, with full checkpointing, where graphs are
-    small, the last four) keep their graphs, and the backward pass begins with them."""
+    """The micro-batches `parts` of this rank -> margins (N,) of the batch, without delta, and a list
+    of (rows, log-probs (2, n) or None). A loss needs delta, and delta all margins, so that pair_losses
+    computes the log-probs again. Only the last ones (the last four with full checkpointing, where
+    graphs are small) are kept, with their graph, and the backward pass begins with them."""
     first_kept = len(parts) - (4 if args.activation_checkpointing == "full" else 1)
     margins, computed = torch.zeros(len(split["pairs"]), dtype=torch.float64), []
     for i, rows in enumerate(parts):
-        pairs = [split["pairs"][int(row)] for row in rows] or [split["pairs"][0]]  # as pair_losses
+        pairs = [split["pairs"][int(row)] for row in rows] or [split["pairs"][0]]  # see pair_losses
         with torch.set_grad_enabled(i >= first_kept):
             logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
         ref_logps = torch.from_numpy(split["ref_logps"][rows].T)  # (2, n)
@@ -183,7 +182,8 @@ def prepare_delta(splits, step, args):
     this step. The delta of val are 0."""
     train = splits["train"]
     for path in Path(args.data).glob("ref-*/sketch-*/meta.json"):
-        same = np.array_equal(np.load(path.parents[1] / "train-logps.npy"), train["ref_logps"])
+        logps = np.load(path.parents[1] / "train-logps.npy")  # they tell which reference it is
+        same = np.array_equal(logps, train["ref_logps"])
         if same and json.loads(path.read_text())["key"] == sketch_key(args):
             with explain(f"{path.parent} is damaged ({{}}): delete it, and run cache_ref.py again"):
                 train["sketch"] = np.load(path.parent / "train-sketch.npy", mmap_mode="r")
@@ -207,7 +207,7 @@ def delta_metrics(split, args):
     return {"delta/norm": split["delta"].norm().item(), "penalty": penalty.item()}
 
 def save_delta(split, step, args):
-    """out/delta-NNNNNN.npz, before the checkpoint of that step; it is removed after that is."""
+    """out/delta-NNNNNN.npz, before the checkpoint of that step. If that is gone, this goes too."""
     if dist.get_rank() == 0:
         for path in Path(args.out).glob("delta-*.npz"):
             if not path.with_name(path.stem.replace("delta", "step")).exists():
@@ -257,8 +257,8 @@ def main():
         began = time.time()
         batch = batch_rows(step, len(train["pairs"]), args)
         parts = micro_batches(batch, train["lengths"], args, world)[rank::world]
-        margins, computed = first_pass(policy, parts, train, args)
-        update_delta(batch, margins, train, args)
+        margins, computed = first_pass(policy, parts, train, args)  # few log-probs are kept
+        update_delta(batch, margins, train, args)  # at fixed theta
         for rows, logps in computed:
             losses, metrics = pair_losses(policy, rows, train, args, logps)
             loss = losses.sum() / len(batch)

@@ -6,42 +6,39 @@
     u = sum_i y_i z_i,  g = u / |u| without its entries below lambda_g       direction
     W <- W - gamma p g  if  p = #{i: y_i = -1} / m > lambda,  else the pair is skipped
 
-It is for noisy pairs, whose two responses the reference finds about equally likely. Only the output
-head W moves: towards random perturbations that make the chosen response more likely and the rejected
-one less, and away from the others.
+It is for noisy pairs, whose responses the reference finds about equally likely. Only the output head
+W (V, h) moves: towards random changes z of it that make the chosen response more likely and the
+rejected one less likely, and away from the other changes.
 
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --noise_margin 3
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME/clean --out out/clean
     torchrun --nproc_per_node=8 compo.py --model out/clean/final --data data/NAME/noisy
 
-What votes estimate: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) by W, phi their angle.
+The limit of many z: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) by W, phi their angle.
 For small r, E[y z] = -(a/|a| - b/|b|) / sqrt(2 pi) and E[p] = phi / 2 pi. So the gate p > 0.2 asks
-for phi > 72 degrees, and --estimator exact is the limit of many perturbations.
-
-Why it takes seconds: the layers below the head do not change. They run once per pair, leave H (t, h),
-what enters the head for t response tokens, and are freed. Write H = L Q, the rows of Q (k, h)
-orthonormal. Then z changes the logits by r H z^T = r L G^T with G = z Q^T (V, k), also normal. The
-oracle sees nothing else of z, so only G is drawn. The rest of z is independent of the votes:
---estimator gaussian adds it to u as one draw of noise with its variance, so that u is distributed
-as published, and --estimator span leaves it out.
+for phi > 72 degrees, and --estimator exact makes the step of this limit without drawing any z.
+What makes it fast: layers below the head do not change. They run once per pair, and leave H (t, h),
+what enters the head for the t response tokens. Write H = L Q, the rows of Q (k, h) orthonormal. As z
+changes the logits by r H z^T = r L G^T with G = z Q^T (V, k), the oracle sees only G, and only G is
+drawn. The rest of z is independent of the votes: --estimator gaussian adds it to u as one draw of
+noise with the variance of its sum, so u is distributed as published; --estimator span leaves it out.
 
 Departures from the paper and its public code: 1. Only G is drawn. 2. --keep_fraction sets lambda_g
-by the share of entries kept, as their size depends on V h; --entry_threshold sets it directly. 3. z
-is normal, as in the code; of length 1, as in the text, it would change nothing but rounding. 4. The
-paper does not state gamma, 0.035 is the code's. 5. The code stores W in bfloat16, which loses most
-of a step; here it is float32 and a tensor of its own, even if --model shares it with the embedding.
-6. The code's trial step is off: --accept_step. 7. Ours: --pairs_per_step, --baseline, span, exact.
-Differs from dpo.py: votes and one tensor instead of loss, AdamW and all weights; no reference, so
-the log-probs are checked against the model's own forward pass.
+by the share of entries that it keeps, as their size depends on that of the head. 3. z is normal, as
+in the code; of length 1, as in the text, it would be lost in rounding. 4. gamma is the code's, the
+paper does not state it. 5. The code keeps W in bfloat16, which loses most of each step; here it is
+float32, and no longer shared with the embedding. 6. The code's trial step, --accept_step, is off.
+7. Not published: --pairs_per_step, --baseline, --estimator span and exact.
+Differs from dpo.py: votes take the place of loss and AdamW, and there is no reference; the log-probs
+are checked against the model's own forward pass, which cache_ref.py does for the other scripts.
 
-Read to line 368: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 353: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
-pairs, a batch is what the head needs of the pairs of a step (see run_trunk).
-Shapes: t response tokens of a batch, k rank of their H, V vocabulary, h hidden size, B perturbations
-at once; in helpers n pairs of L tokens, M of them in responses, T tokens of the longest text, H
-heads, d head size. A leading dimension of 2 means chosen, rejected.
+pairs, a batch is the pairs of a step, as run_trunk makes it. Shapes: t response tokens of a batch, k
+rank of their H, V vocabulary, h hidden size; in helpers n pairs, L tokens, M of them in responses, T
+tokens of the longest text, H heads, d head size. A leading dimension of 2 means chosen, rejected.
 """
 import contextlib, dataclasses, gc, hashlib, inspect, json, math, os, re, resource, shutil, signal
 import subprocess, sys, threading, time, types
@@ -98,24 +95,22 @@ class Args:
     accept_step: float = 0.0  # skip the pair unless a step of this size is a success; 0 = no trial
 
 def oracle(changes):
-    """Changes (B, 2) of log pi(y_w|x) and log pi(y_l|x) -> votes C (B,), where -1 is a success."""
-    success = (changes[:, 0] > 0) & (changes[:, 1] < 0)
-    return torch.where(success, -1.0, 1.0)
+    """Changes (2,) of log pi(y_w|x) and log pi(y_l|x) -> vote C, where -1 is a success."""
+    return torch.where((changes[0] > 0) & (changes[1] < 0), -1.0, 1.0)
 
 def update(head, batch, step, args):
     """The algorithm: one step on a batch -> {name: number} for the log. Vectors are (V h,)."""
     with torch.enable_grad():
-        before = mean_logps(head, batch)  # (2,) log pi(y_w|x), log pi(y_l|x)
+        logps = mean_logps(head, batch)  # (2,) of all pairs of the batch
         a, b = [torch.autograd.grad(logp, head.weight, retain_graph=True)[0].flatten()
-                for logp in before]
-    before = before.detach()
-    angle = unit(a).dot(unit(b)).clamp(-1, 1).acos().item()  # phi
-    limit = unit(b) - unit(a)  # of u, for many perturbations, but for its length
-
+                for logp in logps]
+    before = logps.detach()
+    phi = unit(a).dot(unit(b)).clamp(-1, 1).acos().item()
+    limit = unit(b) - unit(a)  # of u, but for its length
     if args.estimator == "exact":
-        u, p = limit, angle / (2 * math.pi)
+        u, p = limit, phi / (2 * math.pi)
     else:
-        constant = 1 - angle / math.pi if args.baseline else 0.0  # E[y] = 1 - 2 E[p]
+        constant = 1 - phi / math.pi if args.baseline else 0.0  # E[y] = 1 - 2 E[p]
         u, p = estimate(head, batch, constant, step, args)
     g = unit(u)
     cosine = g.dot(unit(limit)).item()
@@ -125,7 +120,7 @@ def update(head, batch, step, args):
     if accepted and args.accept_step:
         weight = head.weight.clone()
         head.weight -= args.accept_step * g.view_as(weight)
-        accepted = oracle((mean_logps(head, batch) - before)[None]).item() == -1
+        accepted = oracle(mean_logps(head, batch) - before).item() == -1
         head.weight.copy_(weight)
     move = -args.step_size * p * g
     if accepted:
@@ -134,36 +129,30 @@ def update(head, batch, step, args):
     head.moved[:2] += realised
     head.moved[2] += accepted
 
-    metrics = dict(accepted_steps=int(head.moved[2]), p=p, angle=math.degrees(angle), cosine=cosine,
+    metrics = dict(accepted_steps=int(head.moved[2]), p=p, angle=math.degrees(phi), cosine=cosine,
                    kept=kept, accepted=int(accepted))
     for i, side in enumerate(("chosen", "rejected")):
         metrics[f"predicted/{side}"] = move.dot((a, b)[i]).item()  # to first order
         metrics[f"realised/{side}"] = realised[i].item()
-        metrics[f"displacement/{side}"] = head.moved[i].item()  # sum of realised
+        metrics[f"displacement/{side}"] = head.moved[i].item()  # of all steps
     return metrics
 
 def estimate(head, batch, constant, step, args):
-    """-> u = sum_i (y_i - constant) z_i (V h,), and p. The ranks share the m perturbations."""
+    """-> u = sum_i (y_i - constant) z_i (V h,), and p. The ranks share the m draws."""
     changes, span = changes_by(head, batch, args)  # span is Q (k, h)
-    V, k, m, device = len(head.weight), len(span), args.perturbations, span.device
-    size = max(1, 2**24 // (4 * V * (k + len(batch.targets))))  # 16 MiB stay in a CPU's cache
-    noise = torch.empty(size, V, k, device=device)
-    sums, successes = torch.zeros(V, k, device=device), torch.zeros(1, device=device)
-    mine = range(dist.get_rank(), m, dist.get_world_size())
-    for first in range(0, len(mine), size):
-        indices = mine[first:first + size]
-        some = noise[:len(indices)]  # (B, V, k)
-        for G, index in zip(some, indices):
-            G.normal_(generator=generator(device, args.seed, step, index))
-        votes = oracle(changes(some))  # (B,) y
-        sums += ((votes - constant) @ some.flatten(1)).view(V, k)
-        successes += (votes == -1).sum()
+    size, m, device = (len(head.weight), len(span)), args.perturbations, span.device
+    sums, successes = torch.zeros(size, device=device), torch.zeros(1, device=device)
+    for index in range(dist.get_rank(), m, dist.get_world_size()):
+        G = normal(size, device, args.seed, step, index)  # (V, k)
+        vote = oracle(changes(G))  # y
+        sums += (vote - constant) * G
+        successes += vote == -1
     dist.all_reduce(sums)
     dist.all_reduce(successes)
     p = successes.item() / m
-    u = sums @ span  # (V, h) the share of the rows of Q
-    if args.estimator == "gaussian":  # and what is orthogonal to them: normal, whatever the votes
-        rest = torch.empty_like(u).normal_(generator=generator(device, args.seed, step, m))
+    u = sums @ span  # (V, h) the part of u in the rows of Q
+    if args.estimator == "gaussian":  # and the rest, which is normal for any given votes
+        rest = normal(u.shape, device, args.seed, step, m)
         variance = m * (p * (-1 - constant)**2 + (1 - p) * (1 - constant)**2)
         u += math.sqrt(variance) * (rest - rest @ span.T @ span)
     return u.flatten(), p
@@ -172,7 +161,7 @@ def sparse(g, args):
     """Zero the small entries of g (V h,), in place -> the share of its entries that is kept."""
     floor = args.entry_threshold  # lambda_g
     if floor == 0:
-        place = len(g) - max(1, round(args.keep_fraction * len(g)))  # of the floor, if sorted
+        place = len(g) - max(1, round(args.keep_fraction * len(g)))  # of the floor among the sorted
         if g.is_cuda:
             floor = g.abs().kthvalue(place + 1).values.item()
         else:  # numpy takes a tenth of the time
@@ -258,13 +247,11 @@ def main():
             print(f"{name}: {value}")
     dist.destroy_process_group()
 
-# -- what the oracle sees
 def changes_by(head, batch, args):
-    """-> a function from perturbations G (B, V, k) to changes (B, 2) of mean_logps, and Q (k, h).
+    """-> a function from G (V, k) to the changes (2,) of mean_logps that its z makes, and Q (k, h).
 
     If the logits of a token change by s, its log-prob changes by s_token - log sum_v p_v exp(s_v) =
-    s_token - log1p(sum_v p_v expm1(s_v)). On the right no large numbers cancel, so that votes are
-    not decided by rounding."""
+    s_token - log1p(sum_v p_v expm1(s_v)), where no large numbers cancel and rounding makes no vote."""
     config, hidden, targets = head.config, to_device(batch.hidden).float(), batch.targets
     logits = head_pass(hidden, targets, head, config, lambda logits, targets: logits)  # (t, V)
     probs = logits.softmax(-1).T.contiguous()  # (V, t)
@@ -272,37 +259,35 @@ def changes_by(head, batch, args):
     scale = getattr(config, "logit_scale", None) or 1  # as in head_pass
     scale = scale / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
-    reach = args.radius * scale * left  # (t, k)
     places = torch.arange(len(targets), device=targets.device)
 
-    def changes(noise):
-        s = noise @ reach.T  # (B, V, t) one matrix product
-        if cap:  # logits are cap tanh(x); by the addition theorem of tanh nothing cancels here too
-            before, d = logits.T / cap, torch.tanh(s / cap)
-            s = cap * d * (1 - before**2) / (1 + before * d)
-        own = s[:, targets, places]  # (B, t)
-        growth = s.expm1_().mul_(probs).sum(1)  # (B, t)
-        return (own - growth.log1p()) @ batch.sides.T
+    def changes(G):
+        s = G @ (args.radius * scale * left).T  # (V, t)
+        if cap:  # logits are cap tanh(x): tanh(x + d) - tanh(x), again without a difference
+            bent, d = logits.T / cap, torch.tanh(s / cap)
+            s = cap * d * (1 - bent**2) / (1 + bent * d)
+        own = s[targets, places]  # (t,)
+        growth = s.expm1_().mul_(probs).sum(0)  # (t,)
+        return batch.sides @ (own - growth.log1p())
     return changes, span
 
 def subspace(hidden):
-    """H (t, h) -> L (t, k), Q (k, h) with H = L Q, without singular values below 1e-5 of the first."""
+    """H (t, h) -> L (t, k), Q (k, h), without singular values below 1e-5 of the largest."""
     hidden = hidden.double()
     squares, vectors = torch.linalg.eigh(hidden @ hidden.T)  # of the singular values
     kept = squares > 1e-10 * squares[-1]
     values, vectors = squares[kept].sqrt(), vectors[:, kept]
     return (vectors * values).float(), ((vectors / values).T @ hidden).float()
 
-def generator(device, *key):
-    """Random numbers by a key alone, whichever rank draws them."""
+def normal(size, device, *key):
+    """Random normal numbers that depend on the key alone, whichever rank draws them."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    return torch.Generator(device).manual_seed(seed)
+    return torch.randn(size, generator=torch.Generator(device).manual_seed(seed), device=device)
 
-# -- the head
 def run_trunk(policy, pairs, size, args):
-    """Run the model once over all pairs -> batches of `size` pairs: their ids, hidden (t, h) on the
-    CPU, targets (t,) that it should predict, and sides (2, t): sides @ log-probs of the targets is
-    the mean of log pi(y_w|x) and of log pi(y_l|x)."""
+    """Run the model once over all pairs -> batches of `size` pairs: their ids; hidden (t, h), what
+    enters the head, on the CPU; targets (t,), what it should predict; sides (2, t), which makes the
+    mean log-probs of both sides of those of the targets."""
     batches, entries = [], []
     hook = policy.model.get_output_embeddings().register_forward_pre_hook(
         lambda head, inputs: entries.append(inputs[0].cpu()))
@@ -311,21 +296,21 @@ def run_trunk(policy, pairs, size, args):
         entries.clear()
         for row in range(first, min(first + size, len(pairs))):
             pair = pairs[row]
-            policy(collate([pair], args.layout))  # the hook keeps what enters the head
+            policy(collate([pair], args.layout))
             ids.append(pair["id"])
             targets += pair["chosen"] + pair["rejected"]
             side += [0] * len(pair["chosen"]) + [1] * len(pair["rejected"])
         sides = F.one_hot(torch.tensor(side), 2).T / len(ids)
-        batches.append(types.SimpleNamespace(ids=ids, hidden=torch.cat(entries), sides=to_device(sides),
-                                             targets=to_device(targets)))
+        batches.append(types.SimpleNamespace(
+            ids=ids, hidden=torch.cat(entries), targets=to_device(targets), sides=to_device(sides)))
     hook.remove()
     return batches
 
 def take_head(policy):
-    """The output head, whole on every rank, in float32, with weights that are not the embedding's."""
-    policy.reshard()  # after a forward pass FSDP keeps it in the precision of that
+    """The output head: float32, whole on every rank, with a weight that no embedding shares."""
+    policy.reshard()  # after a forward pass FSDP leaves it as that used it
     head = policy.model.get_output_embeddings()
-    for name, tensor in list(head.named_parameters()):  # weight W (V, h), perhaps a bias
+    for name, tensor in list(head.named_parameters()):  # weight W (V, h), of some models a bias
         tensor = tensor.full_tensor().clone()
         setattr(head, name, torch.nn.Parameter(tensor, requires_grad=name == "weight"))
     head.config = policy.model.config.get_text_config()
@@ -333,16 +318,16 @@ def take_head(policy):
     return head
 
 def mean_logps(head, batch):
-    """-> mean log pi(y_w|x), log pi(y_l|x) of a batch (2,)"""
+    """-> (2,) log pi(y_w|x) and log pi(y_l|x), means over the pairs of a batch"""
     hidden = to_device(batch.hidden).float()
     return batch.sides @ head_pass(hidden, batch.targets, head, head.config, token_logps)
 
 def unit(x):
-    """x / |x|, by a dot product: on a CPU the norm of 10^8 float32 numbers is 1 % off."""
+    """x / |x|. A dot product is exact; on a CPU the norm of 10^8 float32 numbers is 1 % off."""
     return x / x.dot(x).sqrt().clamp(min=1e-30)
 
 def displacement(head, batches, name):
-    """Means over pairs, each a batch, {name/...: mean}; rewards are changes of log pi since step 0."""
+    """Means over batches of a pair, {name/...: mean}; rewards are log-probs less those at step 0."""
     logps = torch.stack([mean_logps(head, batch) for batch in batches], 1)  # (2, n)
     first = torch.stack([batch.first for batch in batches], 1)
     lengths = torch.stack([batch.sides.sum(1) for batch in batches], 1)
@@ -350,8 +335,8 @@ def displacement(head, batches, name):
     return {f"{name}/{key}": value.double().mean().item() for key, value in metrics.items()}
 
 def save_head(head, args):
-    """out/final: the Hugging Face folder --model, but for this head and a config that fits it: read
-    in bfloat16, it would lose most of what it learnt."""
+    """out/final: the folder --model with this head, untied, in float32. Its config says so too: in
+    bfloat16 the head would lose most of what it learnt."""
     if dist.get_rank() == 0:
         aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
@@ -361,7 +346,7 @@ def save_head(head, args):
         (aside / "generation_config.json").unlink(missing_ok=True)
         copy_model_files(aside, args)
         config = json.loads((aside / "config.json").read_text())
-        for part in (config, config.get("text_config", {})):  # older readers know torch_dtype only
+        for part in (config, config.get("text_config", {})):  # torch_dtype is an older name
             part |= dict(tie_word_embeddings=False, dtype="float32", torch_dtype="float32")
         (aside / "config.json").write_text(json.dumps(config, indent=2))
         shutil.rmtree(final, ignore_errors=True)
@@ -738,24 +723,6 @@ def open_run(content, args):
         copy_model_files(out / "final.tmp", args)  # if this fails, then now and not at the end
     dist.broadcast_object_list(last, 0)
     return last[0]
-
-def check_settings(settings, args):
-    """Stop unless --resume is given, and the run in --out has the same settings."""
-    if not args.resume:
-        fail(f"--out {args.out} holds a run: use --resume, or choose another --out")
-    old = json.loads(Path(args.out, "args.json").read_text())["args"]
-    for name in settings.keys() - MAY_CHANGE:
-        if settings[name] != old.get(name):
-            fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not {settings[name]}: "
-                 "repeat its settings, or choose another --out")
-
-def cut_log(path, step):
-    """Keep the lines up to this step, as a resumed run writes those after its checkpoint again."""
-    lines = path.read_text().splitlines(keepends=True) if step > 0 else []
-    lines = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last one
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.with_suffix(".tmp").write_text("".join(kept))
-    path.with_suffix(".tmp").rename(path)
 
 def write_settings(path, settings):
     """args.json: what is needed to repeat the run."""

@@ -144,6 +144,7 @@ def subproblem(sketch, size=32):
 def blind(sketch, count=400, weight=100.0):
     """What a penalty does not see that has fewer numbers than there are delta: the given sketches stand for the truth."""
     truth = np.array(sketch[:count], np.float64)
+    count = len(truth)
     margins = torch.from_numpy(np.random.default_rng(0).normal(size=count))
     print(f"\n{2 * count} delta, lambda {weight:g}\n\n| K | epochs | penalty seen | true | ratio | norm of delta |\n|---|---|---|---|---|---|")
     for dim in (128, 512):

@@ -4,10 +4,10 @@ TABLE has a broken flag, file or folder per line: the script, what is wrong with
 that the line must have. No script may leave anything that looks finished. DROPPED are rows that prepare_data.py
 leaves out and counts, KEPT are rows that look odd and must come back letter by letter. What is left of a killed
 run and does no harm stands at the end, beside the disks that become full and the proof in real processes."""
-import contextlib
+import builtins
 import gzip
-import importlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import ROOT, random_pairs, tiny_hf_model, tiny_tokenizer, write_tiny_data
+from conftest import ROOT, random_pairs, run_as_program, tiny_hf_model, tiny_tokenizer, write_tiny_data
 from safetensors.torch import load_file, save_file
 from test_prepare_data import CHATML, make_tokenizer
 
@@ -54,32 +54,14 @@ class World:
     def cache(self):
         return next(path for path in self.data.glob("ref-*") if path.is_dir())
 
-    def new_data(self, pairs, empty=None, **columns):
-        """Data of these pairs without cache; one split may be empty."""
-        folder = self.paths["data"] = Path(write_tiny_data(self.tmp / "new", str(self.paths["model"]), pairs, pairs, **columns))
-        if empty:
-            datasets.load_from_disk(str(folder / empty)).select([]).save_to_disk(str(folder / "none"), num_shards=1)
-            shutil.rmtree(folder / empty)
-            (folder / "none").rename(folder / empty)
+    def new_data(self, pairs, **columns):
+        """Data of these pairs without cache."""
+        self.paths["data"] = Path(write_tiny_data(self.tmp / "new", str(self.paths["model"]), pairs, pairs, **columns))
 
     def new_model(self, model):
         self.paths["model"] = self.tmp / "other"
         model.save_pretrained(self.tmp / "other")
         tiny_tokenizer().save_pretrained(self.tmp / "other")
-
-    def make_cache(self, logps=None):
-        """The cache of model and data, by cache_ref.py, or of these log-probs by hand."""
-        if logps is None:
-            return run(self, "cache_ref", {})
-        dpo = importlib.import_module("dpo")
-        args = SimpleNamespace(model=str(self.paths["model"]), data=str(self.paths["data"]), layout="packed", max_tokens=99)
-        splits, _ = dpo.load_data(args)
-        folder, key = dpo.reference_folder(args, dpo.build_model(args)[2], torch.float32, splits)
-        folder.mkdir()
-        for name, split in splits.items():
-            np.save(folder / f"{name}-logps.npy", np.full((len(split["rows"]), 2), logps, np.float32))
-        files = importlib.import_module("cache_ref").file_hashes(folder)
-        (folder / "meta.json").write_text(json.dumps(dict(key=key, files=files)))
 
     def flags(self, script):
         model, out = self.paths["model"], self.out
@@ -105,7 +87,7 @@ def argv(w, script, changes):
 
 
 def run(w, script, changes):
-    """main() of a script in this process, on the CPU, in the process group that all tests share."""
+    """A script as a program, but in this process, on the CPU, in the process group that all tests share."""
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv(w, script, changes))
@@ -114,7 +96,7 @@ def run(w, script, changes):
             patch.setattr(module.dist, "destroy_process_group", lambda: None)
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            module.main()
+            run_as_program(module)
         finally:
             signal.signal(signal.SIGTERM, handler)
 
@@ -128,6 +110,7 @@ def error_of(w, script, changes):
     message = stop.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
     assert len(message) < 700, message
+    open("/tmp/messages", "a").write(f"{script} {changes}\n    {message}\n")
     assert w.finished() == before
     return message
 
@@ -142,7 +125,7 @@ def kit(process_group, tiny_model, tmp_path_factory):
                           tiny_model=tiny_model)
     w = World(kit, tmp, None)
     w.own = lambda name: w.paths[name]  # here the originals are what is wanted
-    w.make_cache()
+    run(w, "cache_ref", {})
     return kit
 
 
@@ -210,38 +193,48 @@ def weights_that_are_nan(w):
     w.new_model(model)
 
 def nan_policy(w):
+    """Its first step is not finite; with --reference it is not compared with the stored log-probs before that."""
     weights_that_are_nan(w)
-    w.paths["data"] = Path(shutil.copytree(w.kit.data, w.tmp / "data", ignore=shutil.ignore_patterns("ref-*")))
-    w.make_cache(logps=-1.0)
-    return dict(extra=["--no-check_reference"])
+    return dict(reference=w.kit.model)
+
+def two_caches(w):
+    """The reference was trained further under the same name."""
+    meta = json.loads((w.cache / "meta.json").read_text())
+    shutil.copytree(w.cache, w.data / "ref-new")
+    edit(w.data / "ref-new/meta.json", key=meta["key"] | dict(weights="0" * 16))
+    return dict(reference=w.kit.model)
 
 def other_tokens(w):
     """The pairs were prepared anew, the cache is of the old ones."""
     meta = json.loads((w.data / "meta.json").read_text())
     edit(w.data / "meta.json", content_hash=meta["content_hash"] | dict(train="f" * 16))
 
-def only_partial(w):
-    w.cache.rename(w.cache.with_suffix(".partial"))
-
 def cache_values(w, change, signed=False):
     """Other log-probs in the cache; signed: with their hash in meta.json, as if cache_ref.py had computed them."""
-    path, meta = w.cache / "train-logps.npy", w.cache / "meta.json"
+    path, meta = w.cache / "train-logps.npy", json.loads((w.cache / "meta.json").read_text())
     np.save(path, change(np.load(path)))
     if signed:
-        meta.write_text(meta.read_text() + hashlib.sha256(path.read_bytes()).hexdigest())
+        edit(w.cache / "meta.json", sha256=meta["sha256"] | dict(train=hashlib.sha256(path.read_bytes()).hexdigest()))
 
 def recurrent(w):
-    """A model whose layers mix tokens in other ways than attention, with data for it."""
+    """A model whose layers mix tokens in other ways than attention, with a cache that was made in another layout."""
     w.paths["model"] = Path(w.kit.tiny_model("lfm2"))
+    run(w, "cache_ref", dict(layout="concatenated"))
 
 def weighted(w, weight):
     pairs = [pair | dict(weight=weight if i == 4 else 1.0) for i, pair in enumerate(w.kit.pairs)]
     w.new_data(pairs, weight="float32")
-    w.make_cache()
+    run(w, "cache_ref", {})
     return dict(max_steps=3)
 
 def without(w, package):
-    find = importlib.util.find_spec
+    """As if this package were not installed."""
+    real, find = builtins.__import__, importlib.util.find_spec
+    def missing(name, *rest):
+        if name.split(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *rest)
+    w.monkeypatch.setattr(builtins, "__import__", missing)
     w.monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
 
 def earlier_run(w, **flags):
@@ -299,8 +292,8 @@ def two_tokenizers(w):
 
 TABLE = [
     # flags
-    ("dpo", "an unknown flag", lambda w: dict(beto=0.2), "--beto --help"),
-    ("dpo", "an abbreviated flag", lambda w: dict(learning=1e-6), "--learning --help"),
+    ("dpo", "an unknown flag", lambda w: dict(beto=0.2), "--beto 0.2"),
+    ("dpo", "an abbreviated flag", lambda w: dict(learning=1e-6), "--learning 1e-06"),
     ("dpo", "a choice that is none", lambda w: dict(layout="wide"), "--layout wide packed separate"),
     ("dpo", "no --model", lambda w: dict(model=None), "--model required"),
     ("dpo", "a flag without its value", lambda w: dict(extra=["--beta"]), "--beta argument"),
@@ -308,7 +301,7 @@ TABLE = [
     ("dpo", "a float where an int is due", lambda w: dict(batch_size=2.5), "--batch_size 2.5 int"),
     ("dpo", "a batch of 0", lambda w: dict(batch_size=0), "--batch_size 0 above"),
     ("dpo", "a negative beta", lambda w: dict(beta=-0.1), "--beta -0.1 above"),
-    ("dpo", "a negative seed", lambda w: dict(seed=-1), "--seed -1 least"),
+    ("dpo", "a negative seed", lambda w: dict(seed=-1), "--seed -1 below"),
     ("dpo", "a learning rate that is NaN", lambda w: dict(learning_rate="nan"), "--learning_rate nan above"),
     ("dpo", "an infinite beta", lambda w: dict(beta="inf"), "--beta inf"),
     ("prepare_data", "a fraction of NaN", lambda w: dict(val_fraction="nan"), "--val_fraction nan"),
@@ -318,9 +311,8 @@ TABLE = [
     ("cache_ref", "a bound of 0 tokens", lambda w: dict(max_tokens=0), "--max_tokens 0 above"),
     ("evaluate", "a negative temperature", lambda w: dict(temperature=-1), "--temperature -1"),
     # packages that are not installed
-    ("dpo", "--wandb without wandb", lambda w: [without(w, "wandb"), dict(wandb="x")][1], "--wandb pip install wandb"),
-    ("dpo", "--lora_rank without peft", lambda w: [without(w, "peft"), dict(lora_rank=4)][1], "--lora_rank pip install peft"),
-    ("dpo", "--liger without Liger", lambda w: [without(w, "liger_kernel"), dict(liger=True)][1], "pip install liger-kernel"),
+    ("dpo", "--wandb without wandb", lambda w: [without(w, "wandb"), dict(wandb="x")][1], "No module wandb same command"),
+    ("dpo", "--lora_rank without peft", lambda w: [without(w, "peft"), dict(lora_rank=4)][1], "No module peft same command"),
     ("evaluate", "--plot without matplotlib", lambda w: [without(w, "matplotlib"), dict(plot="x.png")][1],
      "--plot pip install matplotlib"),
     # files of raw pairs
@@ -366,7 +358,8 @@ TABLE = [
     ("dpo", "a config of no known model", lambda w: edit(w.model / "config.json", model_type="best"), "--model best"),
     ("dpo", "a model without tokenizer", no_tokenizer, "tokenizer"),
     ("dpo", "a recurrent model under packed", lambda w: recurrent(w), "--layout packed concatenated lfm2"),
-    ("dpo", "--router_aux_coef of a dense model", lambda w: dict(router_aux_coef=0.1), "--router_aux_coef llama"),
+    ("cache_ref", "a recurrent model under packed", lambda w: w.paths.update(model=Path(w.kit.tiny_model("lfm2"))),
+     "--layout packed concatenated lfm2"),
     ("dpo", "weights that are NaN", nan_policy, "step 0 not finite pair- --learning_rate"),
     ("cache_ref", "weights that are NaN", lambda w: [w.data, weights_that_are_nan(w), shutil.rmtree(w.cache)][1],
      "pair- not finite train"),
@@ -376,45 +369,44 @@ TABLE = [
     ("evaluate", "weights cut off", lambda w: cut(w.model / "model.safetensors"), "--models model"),
     ("evaluate", "a model without tokenizer", no_tokenizer, "tokenizer"),
     # the data
-    ("dpo", "data that are not there", lambda w: dict(data=w.tmp / "no_data"), "--data no_data prepare_data.py"),
-    ("dpo", "a file as data", lambda w: dict(data=w.rows), "--data rows.jsonl prepare_data.py"),
-    ("dpo", "meta.json cut off", lambda w: cut(w.data / "meta.json"), "--data prepare_data.py"),
-    ("dpo", "meta.json of something else", lambda w: (w.data / "meta.json").write_text("[]") and None, "--data prepare_data.py"),
-    ("dpo", "no train folder", lambda w: delete(w.data / "train"), "--data train prepare_data.py"),
-    ("dpo", "an arrow file cut off", cut_arrow, "--data prepare_data.py"),
-    ("dpo", "no training pairs", lambda w: w.new_data(w.kit.pairs, empty="train"), "train no pairs prepare_data.py"),
-    ("dpo", "no validation pairs", lambda w: w.new_data(w.kit.pairs, empty="val"), "val no pairs prepare_data.py"),
-    ("dpo", "an empty response", lambda w: w.new_data(random_pairs([(3, 0, 2)] * 4)), "empty response"),
-    ("dpo", "another vocabulary", other_vocabulary, "another model prepare_data.py"),
+    ("dpo", "data that are not there", lambda w: dict(data=w.tmp / "no_data"), "--data no_data/meta.json file"),
+    ("dpo", "a file as data", lambda w: dict(data=w.rows), "--data rows.jsonl/meta.json directory"),
+    ("dpo", "meta.json cut off", lambda w: cut(w.data / "meta.json"), "data/meta.json"),
+    ("dpo", "meta.json of something else", lambda w: (w.data / "meta.json").write_text("{}") and None, "--data KeyError vocab_hash"),
+    ("dpo", "no train folder", lambda w: delete(w.data / "train"), "--data data/train"),
+    ("dpo", "an arrow file cut off", cut_arrow, "--data data read"),
+    ("dpo", "another vocabulary", other_vocabulary, "other tokens prepare_data.py"),
     ("dpo", "a pair above --max_tokens", lambda w: dict(max_tokens=9), "pair- --max_tokens 9 --max_length"),
-    ("dpo", "a batch above the data", lambda w: dict(batch_size=7), "--batch_size 7 6 pairs"),
     ("dpo", "a weight that is NaN", lambda w: weighted(w, float("nan")), "pair-4 not finite"),
-    ("cache_ref", "another vocabulary", other_vocabulary, "another model prepare_data.py"),
-    ("cache_ref", "an arrow file cut off", cut_arrow, "--data prepare_data.py"),
+    ("cache_ref", "another vocabulary", other_vocabulary, "other tokens prepare_data.py"),
+    ("cache_ref", "an arrow file cut off", cut_arrow, "--data data read"),
     ("evaluate", "models with different tokenizers", two_tokenizers, "another model"),
     ("evaluate", "a split that is not there", lambda w: dict(split="test"), "test prepare_data.py"),
     # the cache of the reference
-    ("dpo", "no cache", lambda w: delete(w.cache), "missing cache_ref.py"),
-    ("dpo", "a cache of other weights", lambda w: [w.data, other_weights(w)][1], "missing other weights cache_ref.py"),
-    ("dpo", "a cache of other tokens", other_tokens, "missing other train cache_ref.py"),
-    ("dpo", "a cache that is half done", only_partial, "missing cache_ref.py"),
-    ("dpo", "a stale cache, itself broken", lambda w: [cut(w.cache / "meta.json"), other_weights(w)][1], "missing cache_ref.py"),
+    ("dpo", "no cache", lambda w: [delete(w.cache), dict(dtype="float32")][1], "0 caches cache_ref.py --model --data --dtype float32"),
+    ("dpo", "a cache of other weights", lambda w: [w.data, other_weights(w)][1], "0 caches weights cache_ref.py"),
+    ("dpo", "a cache of other tokens", other_tokens, "0 caches tokens cache_ref.py"),
+    ("dpo", "a cache that is half done", lambda w: delete(w.cache / "meta.json"), "0 caches cache_ref.py"),
+    ("dpo", "a cache whose meta.json is cut off", lambda w: cut(w.cache / "meta.json"), "ref- meta.json"),
+    ("dpo", "a --reference without cache", lambda w: [w.data, dict(reference="other")][1], "0 caches cache_ref.py --model other"),
+    ("dpo", "two caches of one --reference", two_caches, "2 caches delete"),
     ("dpo", "log-probs cut off", lambda w: cut(w.cache / "train-logps.npy"), "train-logps.npy damaged cache_ref.py"),
     ("dpo", "log-probs cut off in the header", lambda w: cut(w.cache / "train-logps.npy", 0.1), "train-logps.npy damaged"),
     ("dpo", "log-probs that are empty", lambda w: cut(w.cache / "val-logps.npy", 0), "val-logps.npy damaged"),
-    ("dpo", "log-probs of too few rows", lambda w: cache_values(w, lambda x: x[1:], signed=True), "train-logps.npy damaged"),
+    ("dpo", "log-probs of too few rows", lambda w: cache_values(w, lambda x: x[1:]), "train-logps.npy damaged"),
     ("dpo", "log-probs that are NaN", lambda w: cache_values(w, lambda x: x * np.nan), "train-logps.npy damaged"),
-    ("dpo", "log-probs of other sides", lambda w: cache_values(w, lambda x: x[:, ::-1], signed=True), "ln 2 cache_ref.py"),
+    ("dpo", "log-probs of other sides", lambda w: cache_values(w, lambda x: x[:, ::-1], signed=True),
+     "reference nats --model delete ref- cache_ref.py"),
     # the folder of the run
     ("dpo", "an --out that holds a run", lambda w: [earlier_run(w), {}][1], "--out out --resume"),
-    ("dpo", "--resume with another beta", lambda w: earlier_run(w) | dict(beta=0.5), "--beta 0.1 0.5 another"),
+    ("dpo", "--resume with another beta", lambda w: earlier_run(w) | dict(beta=0.5), "--out beta 0.1 0.5 another"),
     ("dpo", "args.json cut off", lambda w: stopped_run(w, lambda out: cut(out / "args.json")), "args.json"),
     ("dpo", "a checkpoint that lacks a file", lambda w: broken_checkpoint(w, lambda step: delete(next(step.glob("*.distcp")))),
      "step-000003"),
     ("dpo", "a checkpoint cut off", lambda w: broken_checkpoint(w, lambda step: cut(next(step.glob("*.distcp")))), "step-000003"),
     ("dpo", "a checkpoint without metadata", lambda w: broken_checkpoint(w, lambda step: delete(step / ".metadata")),
      "step-000003"),
-    ("dpo", "an --out below a file", lambda w: dict(out=below_a_file(w)), "--out cannot be written"),
+    ("dpo", "an --out below a file", lambda w: dict(out=below_a_file(w)), "--out file/x directory"),
     ("prepare_data", "an --out below a file", lambda w: dict(out=below_a_file(w)), "cannot write file/x --out"),
     ("prepare_data", "an --out that exists", lambda w: w.out.mkdir(), "--out exists --overwrite"),
     ("prepare_data", "an --out that is no result", lambda w: [w.out.mkdir(), dict(overwrite=True)][1], "--out exists"),
@@ -472,7 +464,7 @@ def test_one_line_says_what_is_wrong(script, breaking, words, w):
         assert word in message, message
 
 
-MAIN = ["an unknown flag", "a negative beta", "--lora_rank without peft", "weights that are NaN", "a batch above the data",
+MAIN = ["an unknown flag", "a negative beta", "--lora_rank without peft", "weights that are NaN",
         "a recurrent model under packed", "a pair above --max_tokens", "a weight that is NaN", "an --out below a file"]
 CACHE = ["no cache", "a cache of other weights", "log-probs cut off", "log-probs of other sides"]
 

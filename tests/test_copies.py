@@ -326,28 +326,33 @@ def helper_half(name):
     return "\n\n".join(blocks)
 
 
+def write(path, text):
+    if path.read_text() != text:
+        path.write_text(text)
+
+
 def fix():
     source = originals()
     for script in scripts():
         if script in LIMITS and RULE in text_of(script):
             head, _, tail = text_of(script).partition(RULE)
             rule, last = tail.splitlines()[0], tail[tail.index('\nif __name__ == "__main__"') :]
-            (ROOT / script).write_text(f"{head}{RULE}{rule}\n\n{helper_half(script)}\n{last}")
+            write(ROOT / script, f"{head}{RULE}{rule}\n\n{helper_half(script)}\n{last}")
             continue
         lines = text_of(script).splitlines()
         copies = sorted(top_level(script).items(), key=lambda item: -item[1][0])  # from the bottom up
         for name, (first, last, _) in copies:
             if name not in OWN:
                 lines[first - 1 : last] = source[name].splitlines()
-        (ROOT / script).write_text("\n".join(lines) + "\n")
+        write(ROOT / script, "\n".join(lines) + "\n")
     for name in LIMITS:
         last = len(text_of(name)[: text_of(name).index(RULE)].rstrip().splitlines())
         text = re.sub(r"Read to line \d+", f"Read to line {last}", text_of(name), count=1)
-        (ROOT / name).write_text(text)
+        write(ROOT / name, text)
     for name in ALGORITHMS:
         row = readme_row(name)
         text = README.read_text().replace(row[0], f"{row[1]}{new_lines(name)} |")
-        README.write_text(text)
+        write(README, text)
 
 
 def table():
