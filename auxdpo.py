@@ -6,8 +6,8 @@
 
 A policy can express only some reward functions. DPO fits the one nearest to the true reward, where
 frequent pairs count most, and may so make the policy worse. But rewards that differ by a delta with
-c = 0 have the same best policy. So AuxDPO adds a delta of its own to the reward of each response, to
-take up what the policy cannot express. The penalty holds c near 0. No delta is left in the policy.
+c = 0 have the same best policy. So AuxDPO adds to the reward of each response a delta, which takes
+up what the policy cannot express. The penalty holds c near 0. delta is no part of the policy.
 
     python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --sketch_dim 4096
@@ -15,14 +15,14 @@ take up what the policy cannot express. The penalty holds c near 0. No delta is 
 
 Departures from the paper and from its authors' notebook:
 1. delta is not learned, but solved for before each step of theta: once the margins m of a batch are
-   known, L is convex in its delta. In the notebook, no delta moves in the first epoch.
+   known, L is convex in its delta. The notebook's first epoch has seen only the initial delta.
 2. c is a running sum over all pairs, as in the paper. cache_ref.py has stored a sketch of each g, K
    numbers that keep inner products approximately. The notebook has c of a batch only, exactly.
 3. The notebook has delta inside beta, bounds it and rewards its size. The paper and we do not.
 4. For comparison, --null exact keeps c at 0, and --geometry random treats all g as orthogonal.
 5. The label_smoothing of cDPO and the sft_weight of RPO, both 0 by default.
 Differs from dpo.py: delta, its solver, a first pass for the margins, the sketches, delta's files.
-Read to line 327: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 326: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -136,7 +136,7 @@ def update_delta(rows, margins, split, args):
     scores = torch.from_numpy(split["sketch"][rows].astype(float)).flatten(0, 1)  # (2n, K)
     delta = split["delta"][rows].flatten()  # (2n,) chosen, rejected of the first pair, and so on
     rest = split["c"] - scores.T @ delta  # (K,)
-    signs = torch.eye(len(rows)).kron(torch.tensor([1.0, -1.0])).double()  # (n, 2n) chosen - rejected
+    signs = torch.eye(len(rows)).kron(torch.tensor([1.0, -1.0])).double()  # (n, 2n)
     scale = args.penalty_weight / (2 * len(margins))  # N lambda |c / 2N|^2 is scale / 2 |c|^2
     gram, pull = scale * scores @ scores.T, scale * scores @ rest  # (2n, 2n), (2n,)
     if args.geometry == "random":  # treat all g as orthogonal
@@ -153,7 +153,7 @@ def null_projection(sketch):
         fail(f"--null exact is for small data, not for {len(sketch)} pairs; use --null soft")
     scores = torch.from_numpy(sketch.astype(float)).flatten(0, 1)  # (2N, K)
     values, vectors = torch.linalg.eigh(scores @ scores.T)  # ascending
-    null = vectors[:, values < 1e-5 * values[-1]]  # (2N, q) as sketches are in float16
+    null = vectors[:, values < 1e-5 * values[-1]]  # (2N, q) 0 but for rounding to float16
     if len(scores) - null.shape[1] >= min(scores.shape):
         fail(f"--null exact: the scores of {len(scores)} responses, as {scores.shape[1]} numbers, "
              "are independent; train less (--train_modules), raise --sketch_dim, or --null soft")
@@ -161,9 +161,9 @@ def null_projection(sketch):
 
 def first_pass(policy, parts, split, args):
     """The micro-batches `parts` of this rank -> margins (N,) of the batch, without delta, and a list
-    of (rows, log-probs (2, n) or None). A loss needs delta, and delta all margins, so that pair_losses
-    computes the log-probs again. Only the last ones (the last four with full checkpointing, where
-    graphs are small) are kept, with their graph, and the backward pass begins with them."""
+    of (rows, log-probs (2, n) or None). A loss needs delta, and delta all margins, so pair_losses
+    computes the log-probs again. Only those of the last part (of four, with full checkpointing, as
+    graphs are small then) are kept, with their graph. The backward pass begins with them."""
     first_kept = len(parts) - (4 if args.activation_checkpointing == "full" else 1)
     margins, computed = torch.zeros(len(split["pairs"]), dtype=torch.float64), []
     for i, rows in enumerate(parts):
@@ -178,12 +178,11 @@ def first_pass(policy, parts, split, args):
     return margins, computed[::-1]
 
 def prepare_delta(splits, step, args):
-    """Give train its sketches (N, 2, K), and the delta (N, 2), margins (N,) last seen and c (K,) of
-    this step. The delta of val are 0."""
+    """Give train its sketches (N, 2, K), those of the reference that has the same log-probs, and the
+    delta (N, 2), margins (N,) last seen and c (K,) of this step. The delta of val are 0."""
     train = splits["train"]
     for path in Path(args.data).glob("ref-*/sketch-*/meta.json"):
-        logps = np.load(path.parents[1] / "train-logps.npy")  # they tell which reference it is
-        same = np.array_equal(logps, train["ref_logps"])
+        same = np.array_equal(np.load(path.parents[1] / "train-logps.npy"), train["ref_logps"])
         if same and json.loads(path.read_text())["key"] == sketch_key(args):
             with explain(f"{path.parent} is damaged ({{}}): delete it, and run cache_ref.py again"):
                 train["sketch"] = np.load(path.parent / "train-sketch.npy", mmap_mode="r")
@@ -516,7 +515,7 @@ def micro_batches(rows, lengths, args, world):
     order = np.argsort(-pair_tokens(lengths[rows], "separate"), kind="stable")  # longest first
     count = math.ceil(len(fill(order, tokens, args.layout, args.max_tokens)) / world) * world
     # Find a limit as low as possible with which that many suffice.
-    for limit in np.linspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 32):
+    for limit in np.geomspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 256):
         parts = fill(order, tokens, args.layout, limit)
         if len(parts) <= count:
             break
@@ -924,6 +923,7 @@ def save_final(policy, args):
             (aside / "config.json").unlink()  # an adapter has none
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
+    dist.barrier()  # a rank that ended now would end rank 0
 
 if __name__ == "__main__":
     with explain("{}; mend this and run the same command again, a training with --resume",

@@ -19,7 +19,7 @@ estimates <g, g'> without bias. Of a linear layer with input x, and d the gradie
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line NNN: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 354: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, sys, time
@@ -472,7 +472,7 @@ def micro_batches(rows, lengths, args, world):
     order = np.argsort(-pair_tokens(lengths[rows], "separate"), kind="stable")  # longest first
     count = math.ceil(len(fill(order, tokens, args.layout, args.max_tokens)) / world) * world
     # Find a limit as low as possible with which that many suffice.
-    for limit in np.linspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 32):
+    for limit in np.geomspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 256):
         parts = fill(order, tokens, args.layout, limit)
         if len(parts) <= count:
             break

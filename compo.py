@@ -6,42 +6,42 @@
     u = sum_i y_i z_i,  g = u / |u| without its entries below lambda_g       direction
     W <- W - gamma p g  if  p = #{i: y_i = -1} / m > lambda,  else the pair is skipped
 
-It is for noisy pairs, whose responses the reference finds about equally likely. Only the output head
-W (V, h) moves: towards random changes z of it that make the chosen response more likely and the
-rejected one less likely, and away from the other changes.
+It is for noisy pairs, whose responses the reference finds about equally likely. Only the output
+head W (V, h) moves. It is perturbed at random, and moves towards the perturbations that make the
+chosen response more likely and the rejected one less likely, and away from the others.
 
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --noise_margin 3
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME/clean --out out/clean
     torchrun --nproc_per_node=8 compo.py --model out/clean/final --data data/NAME/noisy
 
-The limit of many z: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) by W, phi their angle.
-For small r, E[y z] = -(a/|a| - b/|b|) / sqrt(2 pi) and E[p] = phi / 2 pi. So the gate p > 0.2 asks
-for phi > 72 degrees, and --estimator exact makes the step of this limit without drawing any z.
-What makes it fast: layers below the head do not change. They run once per pair, and leave H (t, h),
-what enters the head for the t response tokens. Write H = L Q, the rows of Q (k, h) orthonormal. As z
-changes the logits by r H z^T = r L G^T with G = z Q^T (V, k), the oracle sees only G, and only G is
-drawn. The rest of z is independent of the votes: --estimator gaussian adds it to u as one draw of
-noise with the variance of its sum, so u is distributed as published; --estimator span leaves it out.
+Many votes: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) by W, and phi their angle. For
+small r, E[y z] = -(a/|a| - b/|b|) / sqrt(2 pi) and E[p] = phi / 2 pi. So the gate p > 0.2 asks for
+phi > 72 degrees, and --estimator exact takes this limit of many perturbations, which needs none.
+Few numbers: the layers below the head stay as they are, so they run once per pair, and are freed.
+They leave H (t, h), what enters the head for t response tokens. Write H = L Q, the rows of Q (k, h)
+orthonormal. A z changes the logits by r H z^T = r L G^T, where G = z Q^T (V, k) is normal too. So
+the oracle sees nothing but G, and only G is drawn. The rest of z is independent of the votes.
+--estimator gaussian adds it to u as one draw of noise of the same variance, so that u has the
+published distribution; --estimator span leaves it out.
 
-Departures from the paper and its public code: 1. Only G is drawn. 2. --keep_fraction sets lambda_g
-by the share of entries that it keeps, as their size depends on that of the head. 3. z is normal, as
-in the code; of length 1, as in the text, it would be lost in rounding. 4. gamma is the code's, the
-paper does not state it. 5. The code keeps W in bfloat16, which loses most of each step; here it is
-float32, and no longer shared with the embedding. 6. The code's trial step, --accept_step, is off.
-7. Not published: --pairs_per_step, --baseline, --estimator span and exact.
-Differs from dpo.py: votes take the place of loss and AdamW, and there is no reference; the log-probs
-are checked against the model's own forward pass, which cache_ref.py does for the other scripts.
+Departures from the paper and its code: 1. Only G is drawn. 2. lambda_g is set by the share of the
+entries that are kept, --keep_fraction, as their size depends on V h. 3. z is normal, as in the
+code; of length 1, as in the text, it would be lost in rounding. 4. gamma is the code's; the paper
+does not state it. 5. The code keeps W in bfloat16, which loses most of a step; here it is float32,
+and no longer one tensor with the embedding. 6. The code's trial step, --accept_step, is off.
+7. Not published: --pairs_per_step, --baseline, span, exact. Differs from dpo.py: votes instead of
+loss and AdamW; no reference, so that check_forward, which cache_ref.py runs for dpo.py, is here.
 
-Read to line 353: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 343: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
-pairs, a batch is the pairs of a step, as run_trunk makes it. Shapes: t response tokens of a batch, k
-rank of their H, V vocabulary, h hidden size; in helpers n pairs, L tokens, M of them in responses, T
+pairs, a batch is the pairs of a step, made by run_trunk. Shapes: t response tokens of a batch, k
+rank of H, V vocabulary, h hidden size; in helpers n pairs, L tokens, M of them in responses, T
 tokens of the longest text, H heads, d head size. A leading dimension of 2 means chosen, rejected.
 """
-import contextlib, dataclasses, gc, hashlib, inspect, json, math, os, re, resource, shutil, signal
-import subprocess, sys, threading, time, types
+import contextlib, copy, dataclasses, gc, hashlib, inspect, json, math, os, re, resource, shutil
+import signal, subprocess, sys, threading, time, types
 from pathlib import Path
 from typing import Literal
 
@@ -101,12 +101,11 @@ def oracle(changes):
 def update(head, batch, step, args):
     """The algorithm: one step on a batch -> {name: number} for the log. Vectors are (V h,)."""
     with torch.enable_grad():
-        logps = mean_logps(head, batch)  # (2,) of all pairs of the batch
+        before = mean_logps(head, batch)  # (2,) log pi(y_w|x), log pi(y_l|x)
         a, b = [torch.autograd.grad(logp, head.weight, retain_graph=True)[0].flatten()
-                for logp in logps]
-    before = logps.detach()
+                for logp in before]
     phi = unit(a).dot(unit(b)).clamp(-1, 1).acos().item()
-    limit = unit(b) - unit(a)  # of u, but for its length
+    limit = unit(b) - unit(a)  # the direction of E[y z]
     if args.estimator == "exact":
         u, p = limit, phi / (2 * math.pi)
     else:
@@ -134,7 +133,7 @@ def update(head, batch, step, args):
     for i, side in enumerate(("chosen", "rejected")):
         metrics[f"predicted/{side}"] = move.dot((a, b)[i]).item()  # to first order
         metrics[f"realised/{side}"] = realised[i].item()
-        metrics[f"displacement/{side}"] = head.moved[i].item()  # of all steps
+        metrics[f"displacement/{side}"] = head.moved[i].item()  # of all steps together
     return metrics
 
 def estimate(head, batch, constant, step, args):
@@ -189,17 +188,18 @@ def main():
     train = train.select(range(min(args.max_pairs or len(train), len(train))))
 
     # The layers below the head run once. Then only the head stays in memory.
+    head = copy.deepcopy(model.get_output_embeddings())  # no longer one with the embedding
+    place_weights(head, weights.get_output_embeddings() if weights else None, device)
+    head.config = model.config.get_text_config()
+    head.register_buffer("moved", torch.zeros(3, device=device))  # chosen, rejected, steps
     choose_attention(model, args)
     policy = Policy(model, token_logps).eval()
     shard(policy, device, dtype, args)
     place_weights(model, weights, device)
-    batches = run_trunk(policy, train, args.pairs_per_step, args)
-    held_out = run_trunk(policy, val if args.eval_every else train, 1, args)
-    head = take_head(policy)
+    batches = run_trunk(policy, head, train, args.pairs_per_step, args)
+    held_out = run_trunk(policy, head, val if args.eval_every else train, 1, args)
     del policy, model, weights
     gc.collect()  # FSDP's modules refer to each other in circles
-    for batch in held_out:
-        batch.first = mean_logps(head, batch)  # at step 0
 
     # A new run starts at step 0, one that is resumed at the step of its last checkpoint.
     steps = args.epochs * len(batches)
@@ -284,38 +284,28 @@ def normal(size, device, *key):
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     return torch.randn(size, generator=torch.Generator(device).manual_seed(seed), device=device)
 
-def run_trunk(policy, pairs, size, args):
-    """Run the model once over all pairs -> batches of `size` pairs: their ids; hidden (t, h), what
-    enters the head, on the CPU; targets (t,), what it should predict; sides (2, t), which makes the
-    mean log-probs of both sides of those of the targets."""
+def run_trunk(policy, head, pairs, size, args):
+    """Run the model once over all pairs -> batches of `size` pairs: ids; hidden (t, h) on the CPU,
+    what enters the head; targets (t,), what should follow; sides (2, t), which makes mean_logps of
+    the log-probs of the targets; first, mean_logps at step 0."""
     batches, entries = [], []
     hook = policy.model.get_output_embeddings().register_forward_pre_hook(
-        lambda head, inputs: entries.append(inputs[0].cpu()))
-    for first in tqdm(range(0, len(pairs), size), "model", disable=dist.get_rank() > 0):
-        ids, targets, side = [], [], []
+        lambda module, inputs: entries.append(inputs[0].cpu()))
+    for start in tqdm(range(0, len(pairs), size), "model", disable=dist.get_rank() > 0):
+        some = [pairs[row] for row in range(start, min(start + size, len(pairs)))]
+        targets, side = [], []
         entries.clear()
-        for row in range(first, min(first + size, len(pairs))):
-            pair = pairs[row]
+        for pair in some:
             policy(collate([pair], args.layout))
-            ids.append(pair["id"])
             targets += pair["chosen"] + pair["rejected"]
             side += [0] * len(pair["chosen"]) + [1] * len(pair["rejected"])
-        sides = F.one_hot(torch.tensor(side), 2).T / len(ids)
+        sides = F.one_hot(torch.tensor(side), 2).T / len(some)
         batches.append(types.SimpleNamespace(
-            ids=ids, hidden=torch.cat(entries), targets=to_device(targets), sides=to_device(sides)))
+            ids=[pair["id"] for pair in some], hidden=torch.cat(entries),
+            targets=to_device(targets), sides=to_device(sides)))
+        batches[-1].first = mean_logps(head, batches[-1])
     hook.remove()
     return batches
-
-def take_head(policy):
-    """The output head: float32, whole on every rank, with a weight that no embedding shares."""
-    policy.reshard()  # after a forward pass FSDP leaves it as that used it
-    head = policy.model.get_output_embeddings()
-    for name, tensor in list(head.named_parameters()):  # weight W (V, h), of some models a bias
-        tensor = tensor.full_tensor().clone()
-        setattr(head, name, torch.nn.Parameter(tensor, requires_grad=name == "weight"))
-    head.config = policy.model.config.get_text_config()
-    head.register_buffer("moved", torch.zeros(3, device=tensor.device))  # chosen, rejected, steps
-    return head
 
 def mean_logps(head, batch):
     """-> (2,) log pi(y_w|x) and log pi(y_l|x), means over the pairs of a batch"""
@@ -723,6 +713,24 @@ def open_run(content, args):
         copy_model_files(out / "final.tmp", args)  # if this fails, then now and not at the end
     dist.broadcast_object_list(last, 0)
     return last[0]
+
+def check_settings(settings, args):
+    """Stop unless --resume is given, and the run in --out has the same settings."""
+    if not args.resume:
+        fail(f"--out {args.out} holds a run: use --resume, or choose another --out")
+    old = json.loads(Path(args.out, "args.json").read_text())["args"]
+    for name in settings.keys() - MAY_CHANGE:
+        if settings[name] != old.get(name):
+            fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not {settings[name]}: "
+                 "repeat its settings, or choose another --out")
+
+def cut_log(path, step):
+    """Keep the lines up to this step, as a resumed run writes those after its checkpoint again."""
+    lines = path.read_text().splitlines(keepends=True) if step > 0 else []
+    lines = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last one
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.with_suffix(".tmp").write_text("".join(kept))
+    path.with_suffix(".tmp").rename(path)
 
 def write_settings(path, settings):
     """args.json: what is needed to repeat the run."""

@@ -11,7 +11,7 @@ trained and nothing is sampled. The reference is not in memory: cache_ref.py sto
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME    (or python, or ./launch.sh)
 
 Departures from the paper: the label_smoothing of cDPO and the sft_weight of RPO, both 0 by default.
-Read to line 192: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 191: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -181,7 +181,6 @@ def pair_losses(policy, rows, split, args):
     pairs = [split["pairs"][int(row)] for row in rows]
     lengths = to_device(split["lengths"][rows].T)  # (3, n) prompt, chosen, rejected
     ref_logps = to_device(split["ref_logps"][rows].T)  # (2, n)
-
     logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
     losses, metrics = preference_loss(logps, ref_logps, lengths[1:], args)
     metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
@@ -375,7 +374,7 @@ def micro_batches(rows, lengths, args, world):
     order = np.argsort(-pair_tokens(lengths[rows], "separate"), kind="stable")  # longest first
     count = math.ceil(len(fill(order, tokens, args.layout, args.max_tokens)) / world) * world
     # Find a limit as low as possible with which that many suffice.
-    for limit in np.linspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 32):
+    for limit in np.geomspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 256):
         parts = fill(order, tokens, args.layout, limit)
         if len(parts) <= count:
             break
@@ -783,6 +782,7 @@ def save_final(policy, args):
             (aside / "config.json").unlink()  # an adapter has none
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
+    dist.barrier()  # a rank that ended now would end rank 0
 
 if __name__ == "__main__":
     with explain("{}; mend this and run the same command again, a training with --resume",

@@ -15,7 +15,7 @@ turn: prepare_data.py --score_header. 3. label_smoothing and sft_weight, 0 by de
 Differs from dpo.py: no reference, mean log-probs, the margin; the default of beta. The log-probs
 are checked against the model's own forward pass, which cache_ref.py does for the other scripts.
 
-Read to line 193: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 192: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -182,7 +182,6 @@ def pair_losses(policy, rows, split, args):
         rows, factor = np.array([0]), 0.0
     pairs = [split["pairs"][int(row)] for row in rows]
     lengths = to_device(split["lengths"][rows].T)  # (3, n) prompt, chosen, rejected
-
     logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
     losses, metrics = preference_loss(logps, lengths[1:], args)
     metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
@@ -355,7 +354,7 @@ def micro_batches(rows, lengths, args, world):
     order = np.argsort(-pair_tokens(lengths[rows], "separate"), kind="stable")  # longest first
     count = math.ceil(len(fill(order, tokens, args.layout, args.max_tokens)) / world) * world
     # Find a limit as low as possible with which that many suffice.
-    for limit in np.linspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 32):
+    for limit in np.geomspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 256):
         parts = fill(order, tokens, args.layout, limit)
         if len(parts) <= count:
             break
@@ -769,6 +768,7 @@ def save_final(policy, args):
             (aside / "config.json").unlink()  # an adapter has none
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
+    dist.barrier()  # a rank that ended now would end rank 0
 
 if __name__ == "__main__":
     with explain("{}; mend this and run the same command again, a training with --resume",

@@ -18,7 +18,7 @@ weight, its rewards are not.
 Differs from dpo.py: the loss is weighted, and the head pass also gives log sum_v pi(v)^2; the
 default of beta.
 
-Read to line 208: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 207: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -196,7 +196,6 @@ def pair_losses(policy, rows, split, args):
     pairs = [split["pairs"][int(row)] for row in rows]
     lengths = to_device(split["lengths"][rows].T)  # (3, n) prompt, chosen, rejected
     ref_logps = to_device(split["ref_logps"][rows].T)  # (2, n)
-
     scores = policy(collate(pairs, args.layout))  # (2, n, 2)
     logps = scores[..., 0]  # (2, n) log pi(y|x)
     losses, metrics = preference_loss(scores, ref_logps, lengths[1:], args)
@@ -391,7 +390,7 @@ def micro_batches(rows, lengths, args, world):
     order = np.argsort(-pair_tokens(lengths[rows], "separate"), kind="stable")  # longest first
     count = math.ceil(len(fill(order, tokens, args.layout, args.max_tokens)) / world) * world
     # Find a limit as low as possible with which that many suffice.
-    for limit in np.linspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 32):
+    for limit in np.geomspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 256):
         parts = fill(order, tokens, args.layout, limit)
         if len(parts) <= count:
             break
@@ -799,6 +798,7 @@ def save_final(policy, args):
             (aside / "config.json").unlink()  # an adapter has none
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
+    dist.barrier()  # a rank that ended now would end rank 0
 
 if __name__ == "__main__":
     with explain("{}; mend this and run the same command again, a training with --resume",

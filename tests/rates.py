@@ -61,7 +61,7 @@ def stepper(name, model_folder, data, max_tokens, rows, checkpointing="off"):
     if name != "simpo":
         script.load_reference(content, splits, args)
     if name == "auxdpo":
-        script.load_sketches(splits, args)
+        script.prepare_delta(splits, 0, args)
     score = script.token_scores if name == "wpo" else script.token_logps
     policy = script.build_policy(model, weights, score, torch.device("cpu"), torch.float32, args)
     parameters = list(policy.parameters())
@@ -71,7 +71,7 @@ def stepper(name, model_folder, data, max_tokens, rows, checkpointing="off"):
     def step():
         parts = [(part,) for part in lists]
         if name == "auxdpo":
-            margins, parts = script.first_pass(policy, rows, train, args)  # with their log-probs, if kept
+            margins, parts = script.first_pass(policy, lists, train, args)  # with their log-probs, if kept
             script.update_delta(rows, margins, train, args)
         for part, *kept in parts:
             losses, _ = script.pair_losses(policy, part, train, args, *kept)

@@ -241,7 +241,7 @@ def earlier_run(w, **flags):
     """A run of two steps with its checkpoints."""
     run(w, "dpo", dict(save_every=1) | flags)
     shutil.rmtree(w.out / "final")
-    return dict(resume=True, save_every=1, max_steps=3)
+    return dict(resume=True, save_every=1)
 
 def stopped_run(w, breaking):
     """--resume of a run of three steps that ended after two; then something is broken."""
