@@ -80,14 +80,20 @@ def test_each_process_gets_its_share_of_the_cores_and_at_least_one(root):
 # ---- the reference first
 
 @pytest.mark.parametrize("flags", [
-    ["--model", "some/model", "--beta", "0.2", "--data=data/a=b", "--dtype", "float32", "--cpu_offload"],
-    ["--cpu_offload", "--data=data/a=b", "--no-compile", "--dtype=float32", "--wandb", "model", "--model=some/model"]])
+    ["--model", "some/model", "--beta", "0.2", "--data=data/a=b", "--dtype", "float32", "--shard_group", "2"],
+    ["--shard_group", "2", "--data=data/a=b", "--compile", "--dtype=float32", "--wandb", "model", "--model=some/model"]])
 def test_cache_ref_runs_first_with_the_flags_that_it_shares(root, flags):
     first, second = launch(root, "dpo.py", *flags)
     assert second.endswith("dpo.py " + " ".join(flags))
     own = first.split("cache_ref.py ")[1].replace("=", " ", 1).split()
     assert set(" ".join(own).replace("=", " ").split()) == {
-        "--model", "some/model", "--data", "data/a", "b", "--dtype", "float32", "--cpu_offload"}
+        "--model", "some/model", "--data", "data/a", "b", "--dtype", "float32", "--shard_group", "2"}
+
+def test_another_reference_is_what_cache_ref_reads(root):
+    first, second = launch(root, "dpo.py", "--model", "out/one/final", "--data", "data/a", "--reference", "some/base")
+    own = first.split("cache_ref.py ")[1].split()
+    assert own[-2:] == ["--model", "some/base"] and "--reference" not in own  # of two --model the last one counts
+    assert "--model out/one/final" in second and "--reference some/base" in second
 
 def test_a_script_that_needs_sketches_has_them_made_with_its_own_default_unless_told_otherwise(root):
     flags = ["--model", "m", "--data", "d", "--train_modules", "norm"]
