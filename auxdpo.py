@@ -22,7 +22,7 @@ Departures from the paper and from its authors' notebook:
 4. For comparison, --null exact keeps c at 0, and --geometry random treats all g as orthogonal.
 5. The label_smoothing of cDPO and the sft_weight of RPO, both 0 by default.
 Differs from dpo.py: delta, its solver, a first pass for the margins, the sketches, delta's files.
-Read to line 326: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 323: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -160,8 +160,8 @@ def null_projection(sketch):
     return null @ null.T
 
 def first_pass(policy, parts, split, args):
-    """The micro-batches `parts` of this rank -> margins (N,) of the batch, without delta, and a list
-    of (rows, log-probs (2, n) or None). A loss needs delta, and delta all margins, so pair_losses
+    """This rank's micro-batches `parts` -> margins (N,) of the batch, without delta, and a list of
+    (rows, log-probs (2, n) or None). A loss needs delta, and delta all margins, so pair_losses
     computes the log-probs again. Only those of the last part (of four, with full checkpointing, as
     graphs are small then) are kept, with their graph. The backward pass begins with them."""
     first_kept = len(parts) - (4 if args.activation_checkpointing == "full" else 1)
@@ -178,8 +178,8 @@ def first_pass(policy, parts, split, args):
     return margins, computed[::-1]
 
 def prepare_delta(splits, step, args):
-    """Give train its sketches (N, 2, K), those of the reference that has the same log-probs, and the
-    delta (N, 2), margins (N,) last seen and c (K,) of this step. The delta of val are 0."""
+    """Give train its sketches (N, 2, K), those of the reference with the same log-probs, and delta
+    (N, 2), the margins (N,) last seen and c (K,), as they are at this step. delta of val is 0."""
     train = splits["train"]
     for path in Path(args.data).glob("ref-*/sketch-*/meta.json"):
         same = np.array_equal(np.load(path.parents[1] / "train-logps.npy"), train["ref_logps"])
@@ -220,7 +220,6 @@ def main():
     sigterm = threading.Event()  # set when the job's time is up
     signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
 
-    # Data, model, log-probs of the reference, optimiser.
     with explain(f"--data {args.data}, --model {args.model} or --out {args.out}: {{}}"):
         splits = load_data(args)
         model, weights = read_model(args)  # the model is empty; only rank 0 has the weights
@@ -275,7 +274,6 @@ def main():
         optimizer.step()
         policy.zero_grad()
         seconds += time.time() - began  # without evaluations and checkpoints
-
         done = step + 1
         stopping = torch.tensor(float(sigterm.is_set()))
         dist.all_reduce(stopping)  # a signal on any rank stops all of them
@@ -314,7 +312,6 @@ def pair_losses(policy, rows, split, args, logps=None):
     lengths = to_device(split["lengths"][rows].T)  # (3, n) prompt, chosen, rejected
     ref_logps = to_device(split["ref_logps"][rows].T)  # (2, n)
     delta = to_device(split["delta"][rows].T.float())  # (2, n)
-
     if logps is None:  # first_pass has not kept them
         logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
     losses, metrics = preference_loss(logps, ref_logps, delta, lengths[1:], args)
@@ -356,9 +353,9 @@ def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
     try:
         yield
     except kinds as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
+        lines = str(error).strip().splitlines() or [""]
         line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
-        fail(trouble.replace("{}", line[:200]))
+        fail(trouble.replace("{}", f"{type(error).__name__}: {line[:200]}"))
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
@@ -430,7 +427,8 @@ def learning_rate(step, steps, args):
 # -- data, stored log-probs, micro-batches
 def load_data(args, names=("train", "val")):
     """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
-    meta = json.loads(Path(args.data, "meta.json").read_text())
+    with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
+        meta = json.loads(Path(args.data, "meta.json").read_text())
     vocabulary = transformers.AutoTokenizer.from_pretrained(args.model).get_vocab()
     vocabulary = json.dumps(sorted(vocabulary.items())).encode()
     if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
@@ -462,19 +460,19 @@ def content_hashes(weights, splits, dtype):
                 train=splits["train"]["hash"], val=splits["val"]["hash"])
 
 def load_reference(content, splits, args):
-    """Add ref_logps, float32 (rows, 2), to each split, from the cache that was made of the same
-    weights and tokens. That of another model is found by the name that cache_ref.py was given."""
+    """Add ref_logps, float32 (rows, 2), to the splits, from the cache of these weights and tokens."""
     remake = f"run cache_ref.py --model {args.reference or args.model} --data {args.data}"
     found = []
     for path in Path(args.data).glob("ref-*/meta.json"):
-        meta = json.loads(path.read_text())
+        with explain(f"{path} is damaged ({{}}): delete {path.parent}, and {remake}"):
+            meta = json.loads(path.read_text())
         if args.reference and meta["args"]["model"] == args.reference:
-            meta["key"]["weights"] = content["weights"]  # those of another model are wanted
+            meta["key"]["weights"] = content["weights"]  # another model is found by its name
         if meta["key"] == content:
             found.append((path.parent, meta["sha256"]))
     if len(found) != 1:
         fail(f"{args.data} has {len(found)} caches, not one, by these weights, of these tokens, in "
-             f"{content['dtype']}: {remake}, or delete old ref-*")
+             f"{content['dtype']}: {remake} --dtype {args.dtype}, or delete old ref-*")
     folder, hashes = found[0]
     for name, split in splits.items():
         path = folder / f"{name}-logps.npy"
@@ -621,7 +619,6 @@ class Policy(torch.nn.Module):
     def __init__(self, model, score):
         super().__init__()
         self.model, self.score = model, score
-
     def forward(self, batches):
         """Dicts of collate -> log pi(y|x) (2, n), sums over each response of score(logits (t, V),
         targets (t,)). A score that has k numbers for each token, (k, t), makes it (2, n, k)."""
@@ -730,9 +727,10 @@ def choose_trained(model, weights, args):
         if weights is not None:  # rank 0, where the adapters get their random start
             torch.manual_seed(args.seed)
             weights.add_adapter(lora)
-    for name, parameter in model.named_parameters():
-        if not re.search(args.train_modules, name):
-            parameter.requires_grad_(False)
+    with explain(f"--train_modules {args.train_modules}: {{}}"):
+        for name, parameter in model.named_parameters():
+            if not re.search(args.train_modules, name):
+                parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         fail(f"--train_modules {args.train_modules} matches no parameter, such as {name}")
 
@@ -827,7 +825,8 @@ def check_settings(settings, args):
     """Stop unless --resume is given, and the run in --out has the same settings."""
     if not args.resume:
         fail(f"--out {args.out} holds a run: use --resume, or choose another --out")
-    old = json.loads(Path(args.out, "args.json").read_text())["args"]
+    with explain(f"{args.out}/args.json is damaged ({{}}): choose another --out"):
+        old = json.loads(Path(args.out, "args.json").read_text())["args"]
     for name in settings.keys() - MAY_CHANGE:
         if settings[name] != old.get(name):
             fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not {settings[name]}: "
@@ -879,7 +878,8 @@ def checkpoint_state(policy, optimizer):
 def save_checkpoint(policy, optimizer, step, args):
     """out/step-NNNNNN: weights, optimiser, random state; written aside, renamed when complete."""
     out = Path(args.out)
-    dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=out / "new.tmp")
+    with explain(f"{out}/new.tmp cannot be written ({{}}): make room, and continue with --resume"):
+        dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=out / "new.tmp")
     if dist.get_rank() == 0:
         (out / "new.tmp").rename(out / f"step-{step:06d}")
         for path in sorted(out.glob("step-*"))[:-args.keep]:
@@ -916,11 +916,10 @@ def save_final(policy, args):
         state = {name.removeprefix("model."): state[name].to(dtype)
                  for name in names if name in state}
         model.generation_config = transformers.GenerationConfig()  # --model's may be refused
-        model.save_pretrained(aside, state_dict=state)
+        with explain(f"{aside} cannot be written ({{}}): make room, and continue with --resume"):
+            model.save_pretrained(aside, state_dict=state)
         (aside / "generation_config.json").unlink(missing_ok=True)
         copy_model_files(aside, args)  # over a config that says float32
-        if args.lora_rank:
-            (aside / "config.json").unlink()  # an adapter has none
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
     dist.barrier()  # a rank that ended now would end rank 0

@@ -19,7 +19,7 @@ estimates <g, g'> without bias. Of a linear layer with input x, and d the gradie
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line 354: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 353: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, sys, time
@@ -75,11 +75,9 @@ def main():
     policy = Policy(model, token_logps).eval()
     shard(policy, device, dtype, args)
     place_weights(model, weights, device)
-
     def logps(pairs):
         with torch.no_grad():
             return policy(collate(pairs, args.layout)).T  # (n, 2)
-
     folder = Path(args.data, f"ref-{name_of(content)}")
     fill_folder(folder, splits, "logps", (2,), "float32", logps, content, args)
     if args.sketch_dim:
@@ -216,7 +214,8 @@ def watch(model, args, salt=""):
     """Freeze all weights, and let every backward pass sketch the gradients of those that would be
     trained and that --sketch_modules matches -> what its hooks share. salt makes other buckets."""
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    names = {name for name in names if re.search(args.sketch_modules, name)}
+    with explain(f"--sketch_modules {args.sketch_modules}: {{}}"):
+        names = {name for name in names if re.search(args.sketch_modules, name)}
     if not names:
         fail(f"--sketch_modules {args.sketch_modules} matches no parameter that is trained")
     model.requires_grad_(False)
@@ -384,9 +383,9 @@ def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
     try:
         yield
     except kinds as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
+        lines = str(error).strip().splitlines() or [""]
         line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
-        fail(trouble.replace("{}", line[:200]))
+        fail(trouble.replace("{}", f"{type(error).__name__}: {line[:200]}"))
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
@@ -414,7 +413,8 @@ def to_device(array):
 # -- data, stored log-probs, micro-batches
 def load_data(args, names=("train", "val")):
     """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
-    meta = json.loads(Path(args.data, "meta.json").read_text())
+    with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
+        meta = json.loads(Path(args.data, "meta.json").read_text())
     vocabulary = transformers.AutoTokenizer.from_pretrained(args.model).get_vocab()
     vocabulary = json.dumps(sorted(vocabulary.items())).encode()
     if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
@@ -578,7 +578,6 @@ class Policy(torch.nn.Module):
     def __init__(self, model, score):
         super().__init__()
         self.model, self.score = model, score
-
     def forward(self, batches):
         """Dicts of collate -> log pi(y|x) (2, n), sums over each response of score(logits (t, V),
         targets (t,)). A score that has k numbers for each token, (k, t), makes it (2, n, k)."""
@@ -673,9 +672,10 @@ def choose_trained(model, weights, args):
         if weights is not None:  # rank 0, where the adapters get their random start
             torch.manual_seed(args.seed)
             weights.add_adapter(lora)
-    for name, parameter in model.named_parameters():
-        if not re.search(args.train_modules, name):
-            parameter.requires_grad_(False)
+    with explain(f"--train_modules {args.train_modules}: {{}}"):
+        for name, parameter in model.named_parameters():
+            if not re.search(args.train_modules, name):
+                parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         fail(f"--train_modules {args.train_modules} matches no parameter, such as {name}")
 

@@ -7,38 +7,36 @@
     W <- W - gamma p g  if  p = #{i: y_i = -1} / m > lambda,  else the pair is skipped
 
 It is for noisy pairs, whose responses the reference finds about equally likely. Only the output
-head W (V, h) moves. It is perturbed at random, and moves towards the perturbations that make the
-chosen response more likely and the rejected one less likely, and away from the others.
+head W (V, h) moves: towards random perturbations of it that make the chosen response more likely
+and the rejected one less likely, and away from the others.
 
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --noise_margin 3
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME/clean --out out/clean
     torchrun --nproc_per_node=8 compo.py --model out/clean/final --data data/NAME/noisy
 
-Many votes: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) by W, and phi their angle. For
-small r, E[y z] = -(a/|a| - b/|b|) / sqrt(2 pi) and E[p] = phi / 2 pi. So the gate p > 0.2 asks for
-phi > 72 degrees, and --estimator exact takes this limit of many perturbations, which needs none.
-Few numbers: the layers below the head stay as they are, so they run once per pair, and are freed.
-They leave H (t, h), what enters the head for t response tokens. Write H = L Q, the rows of Q (k, h)
-orthonormal. A z changes the logits by r H z^T = r L G^T, where G = z Q^T (V, k) is normal too. So
-the oracle sees nothing but G, and only G is drawn. The rest of z is independent of the votes.
---estimator gaussian adds it to u as one draw of noise of the same variance, so that u has the
-published distribution; --estimator span leaves it out.
+The limit of many votes: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) by W, and phi the
+angle between them. For small r, E[y z] = -(a/|a| - b/|b|) / sqrt(2 pi) and E[p] = phi / 2 pi. So
+the gate p > 0.2 asks for phi > 72 degrees, and --estimator exact takes the limit itself.
+Why it is fast: the layers below the head do not change, so they run once per pair and are freed.
+They leave H (t, h), what enters the head for t response tokens. Write H = L Q, with orthonormal
+rows of Q (k, h). Since z changes the logits by r H z^T = r L G^T with G = z Q^T (V, k), the oracle
+sees only G, and only G is drawn. The rest of z is independent of the votes. --estimator gaussian
+adds it to u as one draw for all i, so that u is distributed as published; span leaves it out.
 
-Departures from the paper and its code: 1. Only G is drawn. 2. lambda_g is set by the share of the
-entries that are kept, --keep_fraction, as their size depends on V h. 3. z is normal, as in the
-code; of length 1, as in the text, it would be lost in rounding. 4. gamma is the code's; the paper
-does not state it. 5. The code keeps W in bfloat16, which loses most of a step; here it is float32,
-and no longer one tensor with the embedding. 6. The code's trial step, --accept_step, is off.
-7. Not published: --pairs_per_step, --baseline, span, exact. Differs from dpo.py: votes instead of
-loss and AdamW; no reference, so that check_forward, which cache_ref.py runs for dpo.py, is here.
+Departures from the paper and its code: 1. Only G is drawn. 2. --keep_fraction sets lambda_g, as the
+size of entries depends on V h. 3. z is normal, as in the code; of length 1, as in the text, it
+would be lost in rounding. 4. gamma is the code's; the paper has none. 5. The code rounds W to
+bfloat16, which loses most of a step; here W is float32, and not tied to the embedding. 6. The
+code's trial step, --accept_step, is off. 7. Ours: --pairs_per_step, --baseline, span and exact.
+Differs from dpo.py: votes instead of loss and AdamW, no reference, check_forward of cache_ref.py.
 
-Read to line 343: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 341: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
-pairs, a batch is the pairs of a step, made by run_trunk. Shapes: t response tokens of a batch, k
-rank of H, V vocabulary, h hidden size; in helpers n pairs, L tokens, M of them in responses, T
-tokens of the longest text, H heads, d head size. A leading dimension of 2 means chosen, rejected.
+pairs, a batch is the pairs of a step (see run_trunk). Shapes: t response tokens of a batch, k rank
+of H, V vocabulary, h hidden size; in helpers n pairs, L tokens, M of them in responses, T tokens of
+the longest text, H heads, d head size. A leading dimension of 2 means chosen, rejected.
 """
 import contextlib, copy, dataclasses, gc, hashlib, inspect, json, math, os, re, resource, shutil
 import signal, subprocess, sys, threading, time, types
@@ -248,10 +246,10 @@ def main():
     dist.destroy_process_group()
 
 def changes_by(head, batch, args):
-    """-> a function from G (V, k) to the changes (2,) of mean_logps that its z makes, and Q (k, h).
+    """-> a function from G (V, k) to the changes (2,) of mean_logps that its z makes; and Q (k, h).
 
     If the logits of a token change by s, its log-prob changes by s_token - log sum_v p_v exp(s_v) =
-    s_token - log1p(sum_v p_v expm1(s_v)), where no large numbers cancel and rounding makes no vote."""
+    s_token - log1p(sum_v p_v expm1(s_v)), where no large numbers cancel."""
     config, hidden, targets = head.config, to_device(batch.hidden).float(), batch.targets
     logits = head_pass(hidden, targets, head, config, lambda logits, targets: logits)  # (t, V)
     probs = logits.softmax(-1).T.contiguous()  # (V, t)
@@ -259,13 +257,14 @@ def changes_by(head, batch, args):
     scale = getattr(config, "logit_scale", None) or 1  # as in head_pass
     scale = scale / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
+    reach = (args.radius * scale * left).T  # (k, t)
     places = torch.arange(len(targets), device=targets.device)
 
     def changes(G):
-        s = G @ (args.radius * scale * left).T  # (V, t)
-        if cap:  # logits are cap tanh(x): tanh(x + d) - tanh(x), again without a difference
-            bent, d = logits.T / cap, torch.tanh(s / cap)
-            s = cap * d * (1 - bent**2) / (1 + bent * d)
+        s = G @ reach  # (V, t)
+        if cap is not None:  # logits are cap tanh(x): tanh(x + d) - tanh(x), nothing cancels
+            tanh_x, tanh_d = logits.T / cap, torch.tanh(s / cap)
+            s = cap * tanh_d * (1 - tanh_x**2) / (1 + tanh_x * tanh_d)
         own = s[targets, places]  # (t,)
         growth = s.expm1_().mul_(probs).sum(0)  # (t,)
         return batch.sides @ (own - growth.log1p())
@@ -285,24 +284,23 @@ def normal(size, device, *key):
     return torch.randn(size, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 def run_trunk(policy, head, pairs, size, args):
-    """Run the model once over all pairs -> batches of `size` pairs: ids; hidden (t, h) on the CPU,
-    what enters the head; targets (t,), what should follow; sides (2, t), which makes mean_logps of
-    the log-probs of the targets; first, mean_logps at step 0."""
-    batches, entries = [], []
+    """Run the model once over all pairs -> batches of `size` pairs: hidden (t, h) on the CPU, what
+    enters the head; targets (t,), the next tokens; sides (2, t), the weights with which their
+    log-probs add up to mean_logps; first, mean_logps at step 0; ids of the pairs."""
+    entries, batches = [], []
     hook = policy.model.get_output_embeddings().register_forward_pre_hook(
         lambda module, inputs: entries.append(inputs[0].cpu()))
-    for start in tqdm(range(0, len(pairs), size), "model", disable=dist.get_rank() > 0):
-        some = [pairs[row] for row in range(start, min(start + size, len(pairs)))]
-        targets, side = [], []
+    for start in tqdm(range(0, len(pairs), size), "layers", disable=dist.get_rank() > 0):
         entries.clear()
-        for pair in some:
+        targets, side, ids = [], [], []
+        for pair in pairs.select(range(start, min(start + size, len(pairs)))):
             policy(collate([pair], args.layout))
             targets += pair["chosen"] + pair["rejected"]
             side += [0] * len(pair["chosen"]) + [1] * len(pair["rejected"])
-        sides = F.one_hot(torch.tensor(side), 2).T / len(some)
-        batches.append(types.SimpleNamespace(
-            ids=[pair["id"] for pair in some], hidden=torch.cat(entries),
-            targets=to_device(targets), sides=to_device(sides)))
+            ids.append(pair["id"])
+        sides = to_device(F.one_hot(torch.tensor(side), 2).T / len(ids))
+        batches.append(types.SimpleNamespace(hidden=torch.cat(entries), targets=to_device(targets),
+                                             sides=sides, ids=ids))
         batches[-1].first = mean_logps(head, batches[-1])
     hook.remove()
     return batches
@@ -317,7 +315,7 @@ def unit(x):
     return x / x.dot(x).sqrt().clamp(min=1e-30)
 
 def displacement(head, batches, name):
-    """Means over batches of a pair, {name/...: mean}; rewards are log-probs less those at step 0."""
+    """Means over batches of one pair {name/...: mean}; rewards are changes since step 0."""
     logps = torch.stack([mean_logps(head, batch) for batch in batches], 1)  # (2, n)
     first = torch.stack([batch.first for batch in batches], 1)
     lengths = torch.stack([batch.sides.sum(1) for batch in batches], 1)
@@ -373,9 +371,9 @@ def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
     try:
         yield
     except kinds as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
+        lines = str(error).strip().splitlines() or [""]
         line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
-        fail(trouble.replace("{}", line[:200]))
+        fail(trouble.replace("{}", f"{type(error).__name__}: {line[:200]}"))
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
@@ -414,7 +412,8 @@ def reward_metrics(rewards, logps, lengths):
 # -- data, stored log-probs, micro-batches
 def load_data(args, names=("train", "val")):
     """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
-    meta = json.loads(Path(args.data, "meta.json").read_text())
+    with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
+        meta = json.loads(Path(args.data, "meta.json").read_text())
     vocabulary = transformers.AutoTokenizer.from_pretrained(args.model).get_vocab()
     vocabulary = json.dumps(sorted(vocabulary.items())).encode()
     if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
@@ -551,7 +550,6 @@ class Policy(torch.nn.Module):
     def __init__(self, model, score):
         super().__init__()
         self.model, self.score = model, score
-
     def forward(self, batches):
         """Dicts of collate -> log pi(y|x) (2, n), sums over each response of score(logits (t, V),
         targets (t,)). A score that has k numbers for each token, (k, t), makes it (2, n, k)."""
@@ -718,7 +716,8 @@ def check_settings(settings, args):
     """Stop unless --resume is given, and the run in --out has the same settings."""
     if not args.resume:
         fail(f"--out {args.out} holds a run: use --resume, or choose another --out")
-    old = json.loads(Path(args.out, "args.json").read_text())["args"]
+    with explain(f"{args.out}/args.json is damaged ({{}}): choose another --out"):
+        old = json.loads(Path(args.out, "args.json").read_text())["args"]
     for name in settings.keys() - MAY_CHANGE:
         if settings[name] != old.get(name):
             fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not {settings[name]}: "
@@ -770,7 +769,8 @@ def checkpoint_state(policy, optimizer):
 def save_checkpoint(policy, optimizer, step, args):
     """out/step-NNNNNN: weights, optimiser, random state; written aside, renamed when complete."""
     out = Path(args.out)
-    dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=out / "new.tmp")
+    with explain(f"{out}/new.tmp cannot be written ({{}}): make room, and continue with --resume"):
+        dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=out / "new.tmp")
     if dist.get_rank() == 0:
         (out / "new.tmp").rename(out / f"step-{step:06d}")
         for path in sorted(out.glob("step-*"))[:-args.keep]:

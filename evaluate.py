@@ -99,9 +99,9 @@ def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
     try:
         yield
     except kinds as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
+        lines = str(error).strip().splitlines() or [""]
         line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
-        fail(trouble.replace("{}", line[:200]))
+        fail(trouble.replace("{}", f"{type(error).__name__}: {line[:200]}"))
 
 def parse_args(cls):
     """Command line -> dataclass `cls`; --help shows its source, comments and all. A number must be

@@ -678,19 +678,19 @@ def test_a_full_disk_stops_prepare_data_and_leaves_nothing(w, disk):
 
 @pytest.mark.parametrize("kilobytes", [0, 4, 8])
 def test_a_full_disk_stops_cache_ref_and_the_next_call_goes_on(kilobytes, w, disk):
-    """The disk has room for no folder, no part, or one part and no result."""
+    """The disk has room for no file, for that of train only, or for both but not for meta.json."""
     whole, data = w.data, disk("size=4m") / "data"
     w.paths["data"] = Path(shutil.copytree(whole, data, ignore=shutil.ignore_patterns("ref-*")))
     used = sum(4096 * -(-path.stat().st_size // 4096) for path in data.rglob("*") if path.is_file()) // 1024
     disk_again(w, used + kilobytes)
-    message = error_of(w, "cache_ref", dict(save_seconds=1e-9, max_tokens=14))
-    assert "cannot be written" in message and "No space" in message and "kept" in message
+    message = error_of(w, "cache_ref", {})
+    assert "No space left on device" in message and "kept" in message and "same command again" in message
     assert not list(data.glob("ref-*/meta.json"))
     disk_again(w, 4096)
     run(w, "cache_ref", {})
     made, = data.glob("ref-*/train-logps.npy")
     assert np.allclose(np.load(made), np.load(w.kit.data / made.relative_to(data)), atol=1e-4)
-    assert not list(data.glob("*.partial"))
+    assert sorted(path.name for path in made.parent.iterdir()) == ["meta.json", "train-logps.npy", "val-logps.npy"]
 
 
 def disk_again(w, kilobytes):
@@ -704,7 +704,7 @@ def test_a_full_disk_stops_a_checkpoint_and_the_one_before_it_continues(w, disk)
     size = sum(path.stat().st_size for path in (w.out / "step-000003").iterdir()) // 1024
     w.out = disk(f"size={size * 2 - 20}k") / "out"
     message = error_of(w, "dpo", flags)
-    assert "new.tmp" in message and "--resume" in message
+    assert "No space left on device" in message and "same command again" in message and "--resume" in message
     saved = sorted(path.name for path in w.out.glob("step-*"))
     assert saved == ["step-000001"], saved
     disk_again(w, 4096)
@@ -715,9 +715,19 @@ def test_a_full_disk_stops_a_checkpoint_and_the_one_before_it_continues(w, disk)
 
 
 def test_a_full_disk_stops_the_log(w, disk):
-    w.out = disk("size=4k") / "out"  # room for args.json
+    size = sum(4 * -(-path.stat().st_size // 4096) for path in w.paths["model"].iterdir() if path.suffix == ".json")
+    w.out = disk(f"size={size + 4}k") / "out"  # room for args.json and what is copied from the model
     message = error_of(w, "dpo", {})
-    assert "log.jsonl" in message and "No space" in message
+    assert "No space left on device" in message and "same command again" in message
+    disk_again(w, 4096)
+    run(w, "dpo", dict(resume=True))
+    assert (w.out / "final/model.safetensors").exists()
+
+
+def test_a_full_disk_that_cannot_hold_what_is_copied_from_the_model_shows_before_the_first_step(w, disk):
+    w.out = disk("size=8k") / "out"
+    message = error_of(w, "dpo", {})
+    assert "No space left on device" in message and "--out" in message and not (w.out / "log.jsonl").exists()
 
 
 def test_a_full_disk_stops_final_and_the_last_checkpoint_continues(w, disk):
@@ -726,7 +736,7 @@ def test_a_full_disk_stops_final_and_the_last_checkpoint_continues(w, disk):
     size = sum(path.stat().st_size for path in (w.out / "step-000002").iterdir()) // 1024
     w.out = disk(f"size={size + 60}k") / "out"
     message = error_of(w, "dpo", flags)
-    assert "final" in message and "cannot be written" in message and not (w.out / "final").exists()
+    assert "No space left on device" in message and "--resume" in message and not (w.out / "final").exists()
     disk_again(w, 4096)
     run(w, "dpo", flags | dict(resume=True))
     assert (w.out / "final/config.json").exists() and not (w.out / "final.tmp").exists()
@@ -765,20 +775,28 @@ def test_a_log_line_cut_off_is_written_again(w):
     assert steps[-1] == 3 and len(set(steps)) == len(steps)
 
 
-def test_a_part_of_the_cache_that_is_cut_off_is_computed_again(w, capsys):
-    truth = np.load(w.cache / "train-logps.npy")
-    shutil.rmtree(w.cache)
-    cache_ref = importlib.import_module("cache_ref")
-    def killed(*_):
-        raise KeyboardInterrupt
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(cache_ref, "write_final", killed)
-        run(w, "cache_ref", {})
-    part, = w.data.glob("ref-*.partial/part-*.npz")
-    cut(part)
+@pytest.mark.parametrize("keep", [0, 0.1, 0.5, 0.9])
+def test_a_file_of_the_cache_that_is_cut_off_is_said_to_be_damaged_and_computed_again(keep, w, capsys):
+    truth = (w.cache / "train-logps.npy").read_bytes()
+    cut(w.cache / "train-logps.npy", keep)
     run(w, "cache_ref", {})
-    assert "damaged" in "".join(capsys.readouterr())
-    assert np.array_equal(np.load(w.cache / "train-logps.npy"), truth) and not list(w.data.glob("*.partial"))
+    output = capsys.readouterr().out
+    assert "train-logps.npy is damaged" in output and f"0 of {len(SIZES)} pairs are done" in output
+    assert (w.cache / "train-logps.npy").read_bytes() == truth
+    run(w, "dpo", {})
+
+
+@pytest.mark.parametrize("before, after", [("float32", "float16"), ("float16", "float32")])
+def test_sketches_of_another_precision_that_are_half_done_are_computed_again(before, after, w):
+    run(w, "cache_ref", SKETCH | dict(sketch_dtype=after))
+    path, = w.data.glob("ref-*/sketch-*/train-sketch.npy")
+    truth = np.load(path)
+    half = truth.astype(before)
+    half[3:] = np.nan
+    np.save(path, half)
+    (path.parent / "meta.json").unlink()
+    run(w, "cache_ref", SKETCH | dict(sketch_dtype=after))
+    assert np.load(path).dtype == truth.dtype and np.array_equal(np.load(path), truth)
 
 
 # ---- real processes: one line on stderr, exit status 1

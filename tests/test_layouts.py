@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cache_ref
 import dpo
 from conftest import ATTENTION, FAMILIES, MIXED, MOE, RECURRENT, VOCAB, WINDOW, random_pairs
-from conftest import tiny_args, tiny_policy
+from conftest import tiny_args, tiny_config, tiny_policy
 
 LAYOUTS = ["packed", "concatenated", "separate"]
 FIVE = "five unequal pairs"
@@ -51,7 +51,7 @@ def texts_of(pairs, sides=("chosen", "rejected")):
 
 
 def coefficients(pairs):
-    """(2, n) weights of the sum whose gradient is compared, chosen up and rejected down on average."""
+    """(2, n) weights of the sum whose gradient is compared: chosen up, rejected down on average."""
     noise = np.random.default_rng(1).normal(size=(2, len(pairs))) / 4
     return torch.from_numpy(noise + [[1.0], [-1.0]])
 
@@ -62,7 +62,7 @@ def make_policy(folder, layout, checkpointing="off", **changes):
 
 
 def gradients(module):
-    """{parameter: float64 gradient}; what the sum does not depend on has gradient 0. Clears them."""
+    """{parameter: float64 gradient}, 0 where the sum does not depend on it. Clears them."""
     found = {}
     for name, weight in module.named_parameters():
         grad = torch.zeros(weight.shape) if weight.grad is None else weight.grad
@@ -243,6 +243,35 @@ def test_a_model_is_either_right_or_refused_but_never_silently_wrong(
         assert "--layout" in str(refusal)
     else:
         assert_same(result, hugging_face(folder, FIVE))
+
+
+@pytest.fixture(scope="module")
+def with_images(tmp_path_factory):
+    """The folder of a Gemma 3 that has an image encoder as well, as those from 4B have."""
+    if not hasattr(transformers, "Gemma3Config"):
+        pytest.skip(f"Gemma 3 is not in transformers {transformers.__version__}")
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.Gemma3Config(
+        text_config=tiny_config("gemma3").to_dict(),
+        vision_config=vision | dict(image_size=16, patch_size=4),
+        mm_tokens_per_image=4,
+        image_token_index=VOCAB,  # no token of the text
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            scale = 0.3 if "embed" in name else 1.5 / weight.shape[-1] ** 0.5
+            torch.nn.init.normal_(weight, std=scale)
+    folder = tmp_path_factory.mktemp("with-images")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_that_could_read_images_is_right_on_text(with_images, layout):
+    for name in BATCHES:
+        assert_same(ours_of(with_images, layout, name), hugging_face(with_images, name))
 
 
 # ---- collate: padded rows ----
@@ -512,8 +541,8 @@ def test_selective_checkpointing_computes_no_matrix_product_and_no_attention_twi
     assert 0 < off[aten.silu.default] < selective[aten.silu.default] == full[aten.silu.default]
 
 
-# Gemma 3n changes the output of a batched matrix product in place. Its last two layers take the keys
-# and values of the first two, as in the models that are published.
+# Gemma 3n changes the output of a batched matrix product in place. Its last two layers take the
+# keys and values of the first two, as in the models that are published.
 GEMMA_3N = dict(
     vocab_size_per_layer_input=VOCAB,
     hidden_size_per_layer_input=8,

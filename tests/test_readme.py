@@ -1,6 +1,6 @@
-"""Claim: the README can be pasted. Every command in it names a script that exists with flags that it has, every
-link to a line points at the function it names, every file it names is there, and every table of results is that of
-evaluate.py (the rows of the whole split).
+"""Claim: the README can be pasted. Every command in it names a script that exists with flags that it has, every flag
+that its text names is one of some script, every link to a line points at the function it names, every file it names is
+there, and every table of results is that of evaluate.py (the rows of the whole split).
 
 `python tests/test_readme.py --fix` moves the line numbers of the links and writes the tables anew."""
 import ast
@@ -46,6 +46,13 @@ def test_every_command_names_a_real_script_and_real_flags():
         assert (ROOT / script).exists(), script
         known = flags_of(script)
         assert not [flag for flag in flags if flag.removeprefix("no-") not in known], (script, flags)
+
+
+def test_every_flag_that_the_text_names_is_a_flag_of_some_script():
+    scripts = [path.relative_to(ROOT) for folder in (ROOT, ROOT / "tests") for path in folder.glob("*.py")]
+    known = {"run", "ntasks", "nproc_per_node"}.union(*map(flags_of, scripts))  # those of launch.sh, srun and torchrun
+    named = re.findall(r"--(\w+)", re.sub(r"```.*?```", "", README.read_text(), flags=re.S))
+    assert len(named) > 20 and not {flag.removeprefix("no_") for flag in named} - known
 
 
 def test_every_link_to_a_line_points_at_the_function_that_it_names():
