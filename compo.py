@@ -6,9 +6,8 @@
     u = sum_i y_i z_i,  g = u / |u| without its entries below lambda_g       direction
     W <- W - gamma p g  if  p = #{i: y_i = -1} / m > lambda,  else the pair is skipped
 
-It is for noisy pairs, whose responses the reference finds about equally likely. Only the output
-head W (V, h) moves: towards random perturbations of it that make the chosen response more likely
-and the rejected one less likely, and away from the others.
+For noisy pairs, whose responses are about equally likely. The output head W (V, h) moves towards
+random perturbations that raise log pi(y_w|x) and lower log pi(y_l|x), and away from all others.
 
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --noise_margin 3
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME/clean --out out/clean
@@ -30,13 +29,13 @@ bfloat16, which loses most of a step; here W is float32, and not tied to the emb
 code's trial step, --accept_step, is off. 7. Ours: --pairs_per_step, --baseline, span and exact.
 Differs from dpo.py: votes instead of loss and AdamW, no reference, check_forward of cache_ref.py.
 
-Read to line 341: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 327: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
-pairs, a batch is the pairs of a step (see run_trunk). Shapes: t response tokens of a batch, k rank
-of H, V vocabulary, h hidden size; in helpers n pairs, L tokens, M of them in responses, T tokens of
-the longest text, H heads, d head size. A leading dimension of 2 means chosen, rejected.
+pairs, a batch is the pairs of a step (see run_trunk). Shapes: V vocabulary, h hidden size, t
+response tokens of a batch, k rank of H; in helpers n pairs, L tokens, M of them in responses, T
+tokens of the longest text, H heads, d head size. A leading dimension of 2 means chosen, rejected.
 """
 import contextlib, copy, dataclasses, gc, hashlib, inspect, json, math, os, re, resource, shutil
 import signal, subprocess, sys, threading, time, types
@@ -123,8 +122,7 @@ def update(head, batch, step, args):
     if accepted:
         head.weight += move.view_as(head.weight)
     realised = mean_logps(head, batch) - before  # (2,)
-    head.moved[:2] += realised
-    head.moved[2] += accepted
+    head.moved += realised.new_tensor([*realised, accepted])
 
     metrics = dict(accepted_steps=int(head.moved[2]), p=p, angle=math.degrees(phi), cosine=cosine,
                    kept=kept, accepted=int(accepted))
@@ -175,7 +173,6 @@ def main():
     sigterm = threading.Event()  # set when the job's time is up
     signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
 
-    # Data, model.
     with explain(f"--data {args.data}, --model {args.model} or --out {args.out}: {{}}"):
         splits = load_data(args)
         model, weights = read_model(args)  # the model is empty; only rank 0 has the weights
@@ -194,21 +191,20 @@ def main():
     policy = Policy(model, token_logps).eval()
     shard(policy, device, dtype, args)
     place_weights(model, weights, device)
-    batches = run_trunk(policy, head, train, args.pairs_per_step, args)
-    held_out = run_trunk(policy, head, val if args.eval_every else train, 1, args)
+    batches = run_trunk(policy, train, args.pairs_per_step, args)
+    held_out = run_trunk(policy, val if args.eval_every else train, 1, args)
     del policy, model, weights
     gc.collect()  # FSDP's modules refer to each other in circles
+    first = torch.stack([mean_logps(head, pair) for pair in held_out], 1)  # (2, n) at step 0
 
-    # A new run starts at step 0, one that is resumed at the step of its last checkpoint.
     steps = args.epochs * len(batches)
     log = open_log(args)
     evaluation = {}
     if start > 0:
         load_checkpoint(head, [], start, args)
     elif args.eval_every:
-        evaluation = displacement(head, held_out, "eval")
+        evaluation = displacement(head, held_out, first, "eval")
         log({"step": 0} | evaluation)
-
     all_seconds = 0.0
     bar = tqdm(range(start, steps), args.out, initial=start, total=steps, disable=rank > 0)
     for step in bar:
@@ -220,7 +216,6 @@ def main():
                  f"lower --step_size {args.step_size}, or look at --model {args.model}")
         seconds = time.time() - began  # without evaluations and checkpoints
         all_seconds += seconds
-
         done = step + 1
         stopping = torch.tensor(float(sigterm.is_set()))
         dist.all_reduce(stopping)  # a signal on any rank stops all of them
@@ -228,7 +223,7 @@ def main():
         log({"step": done, "epoch": done / len(batches)} | metrics | {"seconds": seconds})
         bar.set_postfix(p=metrics["p"], accepted=metrics["accepted_steps"])
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            evaluation = displacement(head, held_out, "eval")
+            evaluation = displacement(head, held_out, first, "eval")
             log({"step": done} | evaluation)
         if saving:
             save_checkpoint(head, [], done, args)
@@ -237,7 +232,7 @@ def main():
     save_head(head, args)
     for kind in ("float32", "bfloat16"):  # what is left of it if final/ is read in this precision
         head.weight.copy_(head.weight.to(getattr(torch, kind)))
-        log({"step": steps} | displacement(head, held_out, f"export/{kind}"))
+        log({"step": steps} | displacement(head, held_out, first, f"export/{kind}"))
     if rank == 0:  # a block of lines for grep, such as "eval/rewards/chosen: 0.61"
         summary = {"accepted_steps": int(head.moved[2]), "seconds": all_seconds,
                    "memory/GiB": peak_memory(), "steps": steps, "final": f"{args.out}/final"}
@@ -253,40 +248,33 @@ def changes_by(head, batch, args):
     config, hidden, targets = head.config, to_device(batch.hidden).float(), batch.targets
     logits = head_pass(hidden, targets, head, config, lambda logits, targets: logits)  # (t, V)
     probs = logits.softmax(-1).T.contiguous()  # (V, t)
-    left, span = subspace(hidden)  # L (t, k), Q (k, h)
     scale = getattr(config, "logit_scale", None) or 1  # as in head_pass
     scale = scale / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
-    reach = (args.radius * scale * left).T  # (k, t)
-    places = torch.arange(len(targets), device=targets.device)
+    rows = hidden.double()
+    squares, vectors = torch.linalg.eigh(rows @ rows.T)  # the squares of H's singular values
+    span = F.normalize(vectors[:, squares > 1e-10 * squares[-1]].T @ rows).float()  # Q (k, h)
+    reach = args.radius * scale * (span @ hidden.T)  # r L^T (k, t)
 
     def changes(G):
         s = G @ reach  # (V, t)
         if cap is not None:  # logits are cap tanh(x): tanh(x + d) - tanh(x), nothing cancels
             tanh_x, tanh_d = logits.T / cap, torch.tanh(s / cap)
             s = cap * tanh_d * (1 - tanh_x**2) / (1 + tanh_x * tanh_d)
-        own = s[targets, places]  # (t,)
+        own = s.gather(0, targets[None])[0]  # (t,) s_token
         growth = s.expm1_().mul_(probs).sum(0)  # (t,)
         return batch.sides @ (own - growth.log1p())
     return changes, span
-
-def subspace(hidden):
-    """H (t, h) -> L (t, k), Q (k, h), without singular values below 1e-5 of the largest."""
-    hidden = hidden.double()
-    squares, vectors = torch.linalg.eigh(hidden @ hidden.T)  # of the singular values
-    kept = squares > 1e-10 * squares[-1]
-    values, vectors = squares[kept].sqrt(), vectors[:, kept]
-    return (vectors * values).float(), ((vectors / values).T @ hidden).float()
 
 def normal(size, device, *key):
     """Random normal numbers that depend on the key alone, whichever rank draws them."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     return torch.randn(size, generator=torch.Generator(device).manual_seed(seed), device=device)
 
-def run_trunk(policy, head, pairs, size, args):
+def run_trunk(policy, pairs, size, args):
     """Run the model once over all pairs -> batches of `size` pairs: hidden (t, h) on the CPU, what
     enters the head; targets (t,), the next tokens; sides (2, t), the weights with which their
-    log-probs add up to mean_logps; first, mean_logps at step 0; ids of the pairs."""
+    log-probs add up to mean_logps; ids of the pairs."""
     entries, batches = [], []
     hook = policy.model.get_output_embeddings().register_forward_pre_hook(
         lambda module, inputs: entries.append(inputs[0].cpu()))
@@ -301,7 +289,6 @@ def run_trunk(policy, head, pairs, size, args):
         sides = to_device(F.one_hot(torch.tensor(side), 2).T / len(ids))
         batches.append(types.SimpleNamespace(hidden=torch.cat(entries), targets=to_device(targets),
                                              sides=sides, ids=ids))
-        batches[-1].first = mean_logps(head, batches[-1])
     hook.remove()
     return batches
 
@@ -314,11 +301,10 @@ def unit(x):
     """x / |x|. A dot product is exact; on a CPU the norm of 10^8 float32 numbers is 1 % off."""
     return x / x.dot(x).sqrt().clamp(min=1e-30)
 
-def displacement(head, batches, name):
-    """Means over batches of one pair {name/...: mean}; rewards are changes since step 0."""
-    logps = torch.stack([mean_logps(head, batch) for batch in batches], 1)  # (2, n)
-    first = torch.stack([batch.first for batch in batches], 1)
-    lengths = torch.stack([batch.sides.sum(1) for batch in batches], 1)
+def displacement(head, pairs, first, name):
+    """Means over batches of one pair {name/...: mean}; rewards are the changes since `first`."""
+    logps = torch.stack([mean_logps(head, pair) for pair in pairs], 1)  # (2, n)
+    lengths = torch.stack([pair.sides.sum(1) for pair in pairs], 1)
     metrics = reward_metrics(logps - first, logps, lengths)
     return {f"{name}/{key}": value.double().mean().item() for key, value in metrics.items()}
 

@@ -306,10 +306,7 @@ def judge(records, tokenizer, args, dtype, device):
         for record in records if dist.get_rank() == 0 else ():
             with explain(f"--reward {args.reward} has to return a number, but failed on pair "
                          f"{record['id']} and the answer of {record['model']}: {{}}"):
-                try:
-                    rewards.append(float(function(record["prompt"], record["response"])))
-                except Exception as error:
-                    raise RuntimeError(f"{type(error).__name__}: {error}") from None
+                rewards.append(float(function(record["prompt"], record["response"])))
                 assert math.isfinite(rewards[-1]), "the number is not finite"
         shared = [rewards]
         dist.broadcast_object_list(shared, 0)

@@ -342,15 +342,15 @@ def content_hashes(weights, splits, dtype):
                 train=splits["train"]["hash"], val=splits["val"]["hash"])
 
 def load_reference(content, splits, args):
-    """Add ref_logps, float32 (rows, 2), to the splits, from the cache of these weights and tokens."""
+    """Add ref_logps, float32 (rows, 2), to each split, from the cache made by cache_ref.py."""
     remake = f"run cache_ref.py --model {args.reference or args.model} --data {args.data}"
     found = []
     for path in Path(args.data).glob("ref-*/meta.json"):
         with explain(f"{path} is damaged ({{}}): delete {path.parent}, and {remake}"):
             meta = json.loads(path.read_text())
-        if args.reference and meta["args"]["model"] == args.reference:
-            meta["key"]["weights"] = content["weights"]  # another model is found by its name
-        if meta["key"] == content:
+        if args.reference:  # it has other weights, and is found by its name
+            meta["key"]["weights"] = content["weights"]
+        if meta["key"] == content and args.reference in ("", meta["args"]["model"]):
             found.append((path.parent, meta["sha256"]))
     if len(found) != 1:
         fail(f"{args.data} has {len(found)} caches, not one, by these weights, of these tokens, in "
