@@ -99,10 +99,10 @@ def update(head, batch, step, args):
     """The algorithm: one step on a batch -> {name: number} for the log. Vectors are (V h,)."""
     with torch.enable_grad():
         before = mean_logps(head, batch)  # (2,) log pi(y_w|x), log pi(y_l|x)
-        a, b = [torch.autograd.grad(logp, head.weight, retain_graph=True)[0].flatten()
-                for logp in before]
-    phi = unit(a).dot(unit(b)).clamp(-1, 1).acos().item()
-    limit = unit(b) - unit(a)  # the direction of E[y z]
+        gradients = [torch.autograd.grad(logp, head.weight, retain_graph=True) for logp in before]
+    a, b = [unit(gradient[0].flatten()) for gradient in gradients]  # a / |a|, b / |b|
+    phi = a.dot(b).clamp(-1, 1).acos().item()
+    limit = b - a  # E[y z], but for its length
     if args.estimator == "exact":
         u, p = limit, phi / (2 * math.pi)
     else:
@@ -127,7 +127,7 @@ def update(head, batch, step, args):
     metrics = dict(accepted_steps=int(head.moved[2]), p=p, angle=math.degrees(phi), cosine=cosine,
                    kept=kept, accepted=int(accepted))
     for i, side in enumerate(("chosen", "rejected")):
-        metrics[f"predicted/{side}"] = move.dot((a, b)[i]).item()  # to first order
+        metrics[f"predicted/{side}"] = move.dot(gradients[i][0].flatten()).item()  # to first order
         metrics[f"realised/{side}"] = realised[i].item()
         metrics[f"displacement/{side}"] = head.moved[i].item()  # of all steps together
     return metrics
@@ -154,14 +154,14 @@ def estimate(head, batch, constant, step, args):
 
 def sparse(g, args):
     """Zero the small entries of g (V h,), in place -> the share of its entries that is kept."""
-    floor = args.entry_threshold  # lambda_g
+    sizes, floor = g.abs(), args.entry_threshold  # lambda_g
     if floor == 0:
         place = len(g) - max(1, round(args.keep_fraction * len(g)))  # of the floor among the sorted
         if g.is_cuda:
-            floor = g.abs().kthvalue(place + 1).values.item()
+            floor = sizes.kthvalue(place + 1).values.item()
         else:  # numpy takes a tenth of the time
-            floor = float(np.partition(g.abs().numpy(), place)[place])
-    g *= g.abs() >= floor
+            floor = float(np.partition(sizes.numpy(), place)[place])
+    g *= sizes >= floor
     return g.count_nonzero().item() / len(g)
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ cosine.md, and draws the second as cosine.png.
    of the same z get the same vote.
 2. Mean cosine of g with the exact direction, before entries are dropped, against m, for each estimator, and what
    the variance of u says it should be: signal s = |E[y z]| = |a/|a| - b/|b|| / sqrt(2 pi) in each of m votes,
-   against D numbers of variance 1 (3/4 with the baseline), D = V h, or (C + q) k of `span`.
+   against D numbers of variance 1 (3/4 with the baseline), D = V h, or V k of `span`.
 """
 import argparse
+import copy
 import dataclasses
 import math
 import sys
@@ -29,16 +30,26 @@ import compo  # noqa: E402
 
 
 @torch.no_grad()
-def load(model, data, names=("train",), **flags):
-    """What main() of compo.py has before its first step -> tail, parameters, splits, args, tokenizer."""
-    args = compo.Args(model=str(model), data=str(data), **flags)
-    splits, tokenizer = compo.load_data(args, names)
-    model, weights, _ = compo.build_model(args)
-    tail = compo.copy.deepcopy(model).eval().requires_grad_(False)
-    policy = compo.shard(compo.Policy(model), weights, torch.float32, torch.device("cpu"))
-    parameters = compo.make_tail(policy, tail, torch.device("cpu"), args)
-    compo.cache_entries(policy, splits, args)
-    return tail, parameters, splits, args, tokenizer
+def load(folder, data, **flags):
+    """What main() of compo.py has before its first step -> head, policy, training pairs, args."""
+    args, cpu = compo.Args(model=str(folder), data=str(data), **flags), torch.device("cpu")
+    pairs = compo.load_data(args)["train"]["pairs"]
+    model, weights = compo.read_model(args)
+    head = copy.deepcopy(model.get_output_embeddings())
+    compo.place_weights(head, weights.get_output_embeddings(), cpu)
+    head.config = model.config.get_text_config()
+    head.register_buffer("moved", torch.zeros(3))
+    compo.choose_attention(model, args)
+    policy = compo.Policy(model, compo.token_logps).eval()
+    compo.shard(policy, cpu, torch.float32, args)
+    compo.place_weights(model, weights, cpu)
+    return head, policy, pairs, args
+
+
+def batch_of(policy, pairs, rows, args):
+    """What the head needs of these pairs, taken as one step."""
+    with torch.no_grad():
+        return compo.run_trunk(policy, pairs.select(rows), len(rows), args)[0]
 
 
 def whole_model(folder, dtype=torch.float32):
@@ -74,22 +85,21 @@ def slow_votes(model, pair, noise, radius):
     return torch.tensor(votes), u
 
 
-def exact_directions(tail, parameters, split, rows, args):
-    """Gradients a, b of both sides, their angle, and what view_of needs."""
+def exact_directions(head, batch):
+    """Gradients a, b (V h,) of both sides, and their angle."""
     with torch.enable_grad():
-        before, *where = compo.mean_logps(tail, split, rows, args)
-        a, b = (torch.autograd.grad(each, parameters, retain_graph=True) for each in before)
-    sizes = [math.sqrt(compo.inner(x, x)) for x in (a, b)]
-    return a, b, math.acos(compo.inner(a, b) / (sizes[0] * sizes[1])), [x.detach() for x in where]
+        before = compo.mean_logps(head, batch)
+        a, b = (torch.autograd.grad(each, head.weight, retain_graph=True)[0].flatten() for each in before)
+    return a, b, math.acos((a @ b / (a.norm() * b.norm())).item())
 
 
 @torch.no_grad()
 def timing(folder, data, m, sample):
-    tail, parameters, splits, args, _ = load(folder, data, perturbations=m)
-    split, weight = splits["train"], parameters[0]
-    length = split["lengths"].sum(1)
-    row = int(np.argsort(length, kind="stable")[len(length) // 2])
-    pair, model = split["rows"][row], whole_model(folder)
+    head, policy, pairs, args = load(folder, data, perturbations=m)
+    weight = head.weight
+    lengths = np.array([sum(len(pair[side]) for side in ("prompt", "chosen", "rejected")) for pair in pairs])
+    row = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
+    pair, model = pairs[row], whole_model(folder)
     rng = torch.Generator().manual_seed(0)
 
     def drawn(count):
@@ -99,63 +109,49 @@ def timing(folder, data, m, sample):
     clock = time.time()
     slow_votes(model, pair, drawn(sample), args.radius)
     loop = (time.time() - clock) / sample * m
-    lines, seconds = [], {}
-    for estimator, rare in (("gaussian", args.rare), ("span", args.rare), ("gaussian", 0.0), ("span", 0.0),
-                            ("exact", args.rare)):
-        args = dataclasses.replace(args, estimator=estimator, rare=rare)
-        best = []
-        for turn in range(3 if rare else 1):
-            clock = time.time()
-            whole_logps(model, pair)  # the trunk runs once
-            a, b, angle, where = exact_directions(tail, parameters, split, [row], args)
-            if estimator != "exact":
-                compo.estimate(weight, compo.view_of(*where, tail, args), 0.0, turn, args)
-            best.append(time.time() - clock)
-        seconds[estimator, rare] = float(np.median(best))
-    view = {rare: compo.view_of(*where, tail, dataclasses.replace(args, rare=rare)) for rare in (0.0, 1e-4)}
+    seconds = {}
+    for name, flags in (("gaussian", {}), ("span", {}), ("span --baseline, m = 99", dict(perturbations=99, baseline=True)),
+                        ("exact", {})):
+        each = dataclasses.replace(args, estimator=name.split()[0], gate=0.999, **flags)  # the head stays where it is
+        clock = time.time()
+        compo.update(head, batch_of(policy, pairs, [row], each), 0, each)
+        seconds[name] = time.time() - clock
+    batch = batch_of(policy, pairs, [row], args)
+    changes, span = compo.changes_by(head, batch, args)
     zs = list(drawn(min(sample, 40)))
     truth, _ = slow_votes(model, pair, zs, args.radius)
-    same = {rare: sum(int(compo.oracle(compo.changes(compo.narrow(z, each)[None], each))[0] == y)
-                      for z, y in zip(zs, truth)) for rare, each in view.items()}
-    fine = torch.stack([compo.changes(compo.narrow(z, view[0.0])[None], view[0.0])[0] for z in zs])
-    rough = torch.stack([compo.changes(compo.narrow(z, view[1e-4])[None], view[1e-4])[0] for z in zs])
-    error = ((rough - fine).norm() / fine.norm()).item()
+    same = sum(compo.oracle(changes(z @ span.T)).item() == y for z, y in zip(zs, truth.tolist()))
+    _, _, angle = exact_directions(head, batch)
     V, h = weight.shape
-    seen = view[1e-4]
-    lines += [f"{Path(folder).name}: head {V} x {h}, a pair of {length[row]} tokens, {len(where[1])} of them responses; "
-              f"k = {len(seen.span)}, C + q = {len(seen.probs)} + {len(seen.bundles)}; angle {math.degrees(angle):.0f} "
-              f"degrees; m = {m}. Same votes for the same {len(zs)} z: {same[0.0]} (every token), {same[1e-4]} (--rare "
-              f"1e-4, which changes the log-prob changes by {100 * error:.3f} %).", "",
-              "| way to u | seconds per pair | times as fast |", "|---|---|---|",
-              f"| definition: {m} x two passes of the model (timed on {sample}) | {loop:.0f} | 1 |"]
-    for (estimator, rare), value in seconds.items():
-        note = "" if estimator == "exact" or rare else ", --rare 0"
-        lines.append(f"| `{estimator}`{note} | {value:.2f} | {loop / value:.0f} |")
-    return lines
+    lines = [f"{Path(folder).name}: head {V} x {h}, a pair of {lengths[row]} tokens, {len(batch.targets)} of them responses; "
+             f"k = {len(span)}; angle {math.degrees(angle):.0f} degrees; m = {m}; {torch.get_num_threads()} threads. "
+             f"Same votes for the same {len(zs)} z: {same}.", "",
+             "| way to u | seconds per pair | times as fast |", "|---|---|---|",
+             f"| definition: {m} x two passes of the model (timed on {sample}) | {loop:.0f} | 1 |"]
+    return lines + [f"| `{name}` | {value:.2f} | {loop / value:.0f} |" for name, value in seconds.items()]
 
 
 @torch.no_grad()
-def cosines(folder, data, counts, pairs):
-    """-> [(label, m, mean cosine, its standard error, expected, D, seconds)]"""
-    tail, parameters, splits, args, _ = load(folder, data)
-    split, weight, found = splits["train"], parameters[0], {}
-    for row in range(min(pairs, len(split["rows"]))):
-        a, b, angle, where = exact_directions(tail, parameters, split, [row], args)
-        view = compo.view_of(*where, tail, args)
-        exact = [y / math.sqrt(compo.inner(b, b)) - x / math.sqrt(compo.inner(a, a)) for x, y in zip(a, b)]
-        size = math.sqrt(compo.inner(exact, exact))
+def cosines(folder, data, counts, limit):
+    """-> {(estimator, m): rows of (cosine, expected, numbers of noise, seconds, p, angle / 2 pi), one for each pair}"""
+    head, policy, pairs, args = load(folder, data)
+    found = {}
+    for row in range(min(limit, len(pairs))):
+        batch = batch_of(policy, pairs, [row], args)
+        a, b, angle = exact_directions(head, batch)
+        exact = b / b.norm() - a / a.norm()
+        rank = len(compo.changes_by(head, batch, args)[1])
         for estimator in ("gaussian", "span", "span --baseline"):
             constant = 1 - angle / math.pi if "baseline" in estimator else 0.0
-            numbers = weight.numel() if estimator == "gaussian" else (
-                len(view.probs) + len(view.bundles)) * len(view.span)
+            numbers = head.weight.numel() if estimator == "gaussian" else len(head.weight) * rank
             noise = 1 - constant**2  # variance of y - c, per number
             for m in counts:
                 each = dataclasses.replace(args, perturbations=m, estimator=estimator.split()[0])
                 clock = time.time()
-                u, p = compo.estimate(weight, view, constant, row, each)
+                u, p = compo.estimate(head, batch, constant, row, each)
                 clock = time.time() - clock
-                cosine = compo.inner(u, exact) / math.sqrt(compo.inner(u, u)) / size
-                signal = m * size / math.sqrt(2 * math.pi)
+                cosine = (compo.unit(u) @ compo.unit(exact)).item()
+                signal = m * exact.norm().item() / math.sqrt(2 * math.pi)
                 expected = signal / math.sqrt(signal**2 + m * numbers * noise)
                 found.setdefault((estimator, m), []).append((cosine, expected, numbers, clock, p, angle / 2 / math.pi))
     return {key: np.array(values) for key, values in found.items()}

@@ -336,6 +336,8 @@ TABLE = [
     ("prepare_data", "a hub name without network", lambda w: dict(dataset="some-one/some-pairs"),
      "--dataset some-one/some-pairs"),
     ("prepare_data", "a file given twice", lambda w: dict(dataset=f"{w.rows},{w.rows}"), "twice"),
+    ("prepare_data", "no pair for validation", lambda w: dict(val_fraction=1e-9), "no pair for val more --val_fraction"),
+    ("prepare_data", "no pair for training", lambda w: dict(val_fraction=1 - 1e-9), "no pair for train more --val_fraction"),
     ("prepare_data", "no pair short enough", lambda w: dict(max_length=3), "'too long' raise --max_length"),
     # tokenizers
     ("prepare_data", "a tokenizer without EOS", lambda w: tokenizer(w, eos_token=None, chat_template=None) | no_template(w),
@@ -368,9 +370,9 @@ TABLE = [
     ("evaluate", "weights cut off", lambda w: cut(w.model / "model.safetensors"), "--models model"),
     ("evaluate", "a model without tokenizer", no_tokenizer, "tokenizer"),
     # the data
-    ("dpo", "data that are not there", lambda w: dict(data=w.tmp / "no_data"), "--data no_data/meta.json file"),
-    ("dpo", "a file as data", lambda w: dict(data=w.rows), "--data rows.jsonl/meta.json directory"),
-    ("dpo", "meta.json cut off", lambda w: cut(w.data / "meta.json"), "data/meta.json"),
+    ("dpo", "data that are not there", lambda w: dict(data=w.tmp / "no_data"), "no_data/meta.json prepare_data.py"),
+    ("dpo", "a file as data", lambda w: dict(data=w.rows), "rows.jsonl/meta.json prepare_data.py"),
+    ("dpo", "meta.json cut off", lambda w: cut(w.data / "meta.json"), "data/meta.json prepare_data.py"),
     ("dpo", "meta.json of something else", lambda w: (w.data / "meta.json").write_text("{}") and None, "--data KeyError vocab_hash"),
     ("dpo", "no train folder", lambda w: delete(w.data / "train"), "--data data/train"),
     ("dpo", "an arrow file cut off", cut_arrow, "--data data read"),
@@ -386,7 +388,7 @@ TABLE = [
     ("dpo", "a cache of other weights", lambda w: [w.data, other_weights(w)][1], "0 caches weights cache_ref.py"),
     ("dpo", "a cache of other tokens", other_tokens, "0 caches tokens cache_ref.py"),
     ("dpo", "a cache that is half done", lambda w: delete(w.cache / "meta.json"), "0 caches cache_ref.py"),
-    ("dpo", "a cache whose meta.json is cut off", lambda w: cut(w.cache / "meta.json"), "ref- meta.json"),
+    ("dpo", "a cache whose meta.json is cut off", lambda w: cut(w.cache / "meta.json"), "ref- meta.json delete cache_ref.py"),
     ("dpo", "a --reference without cache", lambda w: [w.data, dict(reference="other")][1], "0 caches cache_ref.py --model other"),
     ("dpo", "two caches of one --reference", two_caches, "2 caches delete"),
     ("dpo", "log-probs cut off", lambda w: cut(w.cache / "train-logps.npy"), "train-logps.npy damaged cache_ref.py"),
@@ -632,6 +634,12 @@ def test_nothing_else_is_dropped_and_the_counts_add_up(prepared):
     assert counts["dropped"] == {reason: reasons.count(reason) for reason in reasons}
     assert counts["rows"] == counts["pairs_in"] == len(DROPPED) + len(KEPT) + len(ROWS)
     assert counts["pairs_out"] == len(KEPT) + len(ROWS) == counts["train"] + counts["val"]
+
+
+@pytest.mark.parametrize("rendering", ["chat", "plain"])
+def test_no_side_of_a_pair_is_empty_so_that_the_scripts_need_not_ask(rendering, prepared):
+    pairs = prepared[rendering].pairs.values()
+    assert pairs and all(pair[side] for pair in pairs for side in ("prompt", "chosen", "rejected"))
 
 
 @pytest.mark.parametrize("rendering", ["chat", "plain"])
