@@ -212,8 +212,8 @@ def main():
         batch = batches[step % len(batches)]
         metrics = update(head, batch, step, args)
         if not all(map(math.isfinite, metrics.values())):
-            fail(f"step {step}: the log-probs of {' '.join(batch.ids)} are not finite ({metrics}); "
-                 f"lower --step_size {args.step_size}, or look at --model {args.model}")
+            fail(f"step {step}: change {metrics['realised/chosen']} of log-probs is not finite; lower "
+                 f"--step_size, or look at --model {args.model} and at {' '.join(batch.ids)}")
         seconds = time.time() - began  # without evaluations and checkpoints
         all_seconds += seconds
         done = step + 1
@@ -511,7 +511,7 @@ def attention_tables(places, size):
             back[place] = start + torch.arange(len(place))
             start += table.shape[1]
         tables.append(to_device(table))
-    return dict(tables=tables, back=to_device(back))
+    return types.SimpleNamespace(tables=tables, back=to_device(back))  # as compile looks into dicts
 
 # -- forward pass and attention
 def token_logps(logits, targets):
@@ -562,14 +562,14 @@ def gathered_attention(module, query, key, value, attention_mask, texts=None, **
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs = []
-    for table in texts["tables"]:  # (k, T)
+    for table in texts.tables:  # (k, T)
         gathered = []
         for tensor in (query, key, value):
             tokens = tensor[0].index_select(1, table.flatten())  # (H, k T, d)
             gathered.append(tokens.unflatten(1, table.shape).transpose(0, 1))  # (k, H, T, d)
         output = causal_attention(module, *gathered, **kwargs)  # (k, T, H, d)
         outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, texts["back"])[None], None
+    return torch.cat(outputs).index_select(0, texts.back)[None], None
 
 def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
     """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d). Padding comes last, so
@@ -623,7 +623,7 @@ def choose_attention(model, args):
 def blocks_of(model):
     """The transformer's blocks, which are sharded, recomputed and compiled one by one."""
     return [module for module in model.modules()
-            if type(module).__name__.removeprefix("FSDP") in model._no_split_modules]
+            if type(module).__name__.removeprefix("FSDP") in (model._no_split_modules or [])]
 
 def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root."""

@@ -24,7 +24,7 @@ Shapes: n pairs of a micro-batch, L its tokens, M those in responses, T tokens o
 V vocabulary, h hidden size, H heads, d head size. A leading dimension of 2 means chosen, rejected.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, resource, shutil
-import signal, subprocess, sys, threading, time
+import signal, subprocess, sys, threading, time, types
 from pathlib import Path
 from typing import Literal
 
@@ -434,7 +434,7 @@ def attention_tables(places, size):
             back[place] = start + torch.arange(len(place))
             start += table.shape[1]
         tables.append(to_device(table))
-    return dict(tables=tables, back=to_device(back))
+    return types.SimpleNamespace(tables=tables, back=to_device(back))  # as compile looks into dicts
 
 # -- forward pass and attention
 def token_logps(logits, targets):
@@ -485,14 +485,14 @@ def gathered_attention(module, query, key, value, attention_mask, texts=None, **
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs = []
-    for table in texts["tables"]:  # (k, T)
+    for table in texts.tables:  # (k, T)
         gathered = []
         for tensor in (query, key, value):
             tokens = tensor[0].index_select(1, table.flatten())  # (H, k T, d)
             gathered.append(tokens.unflatten(1, table.shape).transpose(0, 1))  # (k, H, T, d)
         output = causal_attention(module, *gathered, **kwargs)  # (k, T, H, d)
         outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, texts["back"])[None], None
+    return torch.cat(outputs).index_select(0, texts.back)[None], None
 
 def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
     """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d). Padding comes last, so
@@ -536,12 +536,12 @@ def build_policy(model, weights, score, device, dtype, args):
     choose_attention(model, args)
     choose_trained(model, weights, args)
     policy = Policy(model, score).eval()  # dropout would make the policy another model
-    if args.activation_checkpointing != "off":
-        checkpoint_blocks(model, args.activation_checkpointing)
     shard(policy, device, dtype, args)
     if args.compile:  # within the hooks of FSDP, which torch.compile cannot trace
         for block in blocks_of(model):
             block.forward = torch.compile(block.forward, dynamic=True)
+    if args.activation_checkpointing != "off":
+        checkpoint_blocks(model, args.activation_checkpointing)
     place_weights(model, weights, device)
     return policy
 
@@ -577,7 +577,7 @@ def choose_trained(model, weights, args):
 def blocks_of(model):
     """The transformer's blocks, which are sharded, recomputed and compiled one by one."""
     return [module for module in model.modules()
-            if type(module).__name__.removeprefix("FSDP") in model._no_split_modules]
+            if type(module).__name__.removeprefix("FSDP") in (model._no_split_modules or [])]
 
 def checkpoint_blocks(model, how):
     """Keep the input of each block only, and compute the rest again in the backward pass (full:
@@ -590,9 +590,8 @@ def checkpoint_blocks(model, how):
                 "_scaled_dot_product_flash_attention_for_cpu")
         kept = [getattr(torch.ops.aten, name).default for name in kept]
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
-    model.gradient_checkpointing_enable(options)
     for block in blocks_of(model):
-        block.training = True  # which switches it on; the modules in the block stay in eval mode
+        block.forward = functools.partial(checkpoint, block.forward, **options)
 
 def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root."""

@@ -64,7 +64,7 @@ def make_world(folder):
     pairs = [random_pairs(rng.integers(1, 24, (n, 3)).tolist(), seed=n) for n in (400, 30)]
     write_tiny_data(folder / "data", str(folder / "model"), *pairs)
     common = ["--model", folder / "model", "--data", folder / "data", "--max_tokens", 200]
-    cache = [ROOT / "cache_ref.py", *common, "--save_seconds", 0.01]
+    cache = [ROOT / "cache_ref.py", *common]
     assert finish(*cache)[0] == 0
     train = [ROOT / "dpo.py", *common, "--batch_size", 4, "--epochs", 2, "--log_every", 5, "--learning_rate", 1e-3,
              "--eval_every", 0, "--save_every", 1, "--resume", "--out"]
@@ -100,22 +100,28 @@ def kills_in_training(folder, train, kills):
 
 def kills_in_cache(folder, cache, kills):
     truth, = (folder / "data").glob("ref-*")
-    files = {path.name: path.read_bytes() for path in truth.glob("*.npy")}
+    files = {path.name: path.read_bytes() for path in truth.glob("*-logps.npy")}
     truth.rename(folder / "truth")
-    rng, done, complete, equal = random.Random(1), 0, 0, True
-    parts = lambda: len(list((folder / "data").glob("ref-*.partial/part-*.npz")))
-    while done < kills or not truth.exists():
-        before = parts()
+    rng, done, complete, equal, lost = random.Random(1), 0, 0, True, 0
+
+    def known():
+        """Rows that are in the file already."""
+        path = truth / "train-logps.npy"
+        return int((~np.isnan(np.load(path)[:, 1])).sum()) if path.exists() else 0
+
+    while done < kills or not (truth / "meta.json").exists():
+        before = known()
         if done < kills:
-            done += kill_until(start(*cache), lambda: parts() > before, rng)
+            done += kill_until(start(*cache), lambda: known() > before or (truth / "meta.json").exists(), rng)
         else:
             assert finish(*cache)[0] == 0
-        if truth.exists():  # and once more from nothing, until there were as many kills as asked for
+        lost += known() < before
+        if (truth / "meta.json").exists():  # and once more from nothing, until there were as many kills as asked for
             complete += 1
-            equal &= {path.name: path.read_bytes() for path in truth.glob("*.npy")} == files
+            equal &= {path.name: path.read_bytes() for path in truth.glob("*-logps.npy")} == files
             if done < kills:
                 shutil.rmtree(truth)
-    return equal, f"{done} kills over {complete} caches; files equal to the byte"
+    return equal and not lost, f"{done} kills over {complete} caches; files equal to the byte, no row computed twice"
 
 
 def full_disk(folder, train):
