@@ -19,7 +19,7 @@ estimates <g, g'> without bias. Of a linear layer with input x, and d the gradie
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line 353: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 372: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, sys, time
@@ -127,18 +127,37 @@ def missing_rows(path, shape, dtype):
     """Numbers of the rows that are not in the file yet, on any node; makes a file of NaN."""
     missing = torch.zeros(shape[0], dtype=torch.int)
     if is_writer():
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if path.exists() and path.stat().st_size < size:
-            tqdm.write(f"{path} is damaged, and will be computed again")
-            path.unlink()
-        if not path.exists():
-            aside = path.with_name(f"{uuid.uuid4().hex}.npy")
-            np.save(aside, np.full(shape, np.nan, dtype))
-            aside.rename(path)
+        if not is_whole(path, shape, dtype):
+            new_file(path, shape, dtype)
         last = np.load(path, mmap_mode="r").reshape(shape[0], -1)[:, -1]  # it is written last
         missing = torch.from_numpy(np.isnan(last)).int()
     dist.all_reduce(missing, dist.ReduceOp.MAX)
     return np.flatnonzero(missing.numpy())
+
+def new_file(path, shape, dtype):
+    """An .npy file full of NaN, whole or not at all."""
+    aside = path.with_name(f"{uuid.uuid4().hex}.npy")
+    with explain(f"{path} cannot be written ({{}}); mend this and run the same command again"):
+        try:
+            np.save(aside, np.full(shape, np.nan, dtype))
+            aside.rename(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+def is_whole(path, shape, dtype):
+    """Is there a file of this shape and type? One that is cut off or of another type is removed."""
+    if not path.exists():
+        return False
+    try:
+        file = np.load(path, mmap_mode="r")
+        if file.shape == shape and file.dtype == dtype:
+            return True
+    except (ValueError, EOFError):
+        pass
+    tqdm.write(f"{path} is damaged or of another type, and will be computed again")
+    path.with_name("meta.json").unlink(missing_ok=True)
+    path.unlink()
+    return False
 
 def fill_file(path, shape, dtype, split, compute, args):
     """Compute with all ranks what is missing, for the file of every node -> was nothing missing?"""

@@ -6,28 +6,28 @@
     u = sum_i y_i z_i,  g = u / |u| without its entries below lambda_g       direction
     W <- W - gamma p g  if  p = #{i: y_i = -1} / m > lambda,  else the pair is skipped
 
-For noisy pairs, whose responses are about equally likely. The output head W (V, h) moves towards
-random perturbations that raise log pi(y_w|x) and lower log pi(y_l|x), and away from all others.
+It is for noisy pairs, whose responses are about equally likely. The output head W (V, h) moves
+towards random perturbations that raise log pi(y_w|x) and lower log pi(y_l|x), and away from others.
 
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --noise_margin 3
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME/clean --out out/clean
     torchrun --nproc_per_node=8 compo.py --model out/clean/final --data data/NAME/noisy
 
-The limit of many votes: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) by W, and phi the
-angle between them. For small r, E[y z] = -(a/|a| - b/|b|) / sqrt(2 pi) and E[p] = phi / 2 pi. So
-the gate p > 0.2 asks for phi > 72 degrees, and --estimator exact takes the limit itself.
-Why it is fast: the layers below the head do not change, so they run once per pair and are freed.
-They leave H (t, h), what enters the head for t response tokens. Write H = L Q, with orthonormal
-rows of Q (k, h). Since z changes the logits by r H z^T = r L G^T with G = z Q^T (V, k), the oracle
-sees only G, and only G is drawn. The rest of z is independent of the votes. --estimator gaussian
-adds it to u as one draw for all i, so that u is distributed as published; span leaves it out.
+What many votes give: let a, b be the gradients of log pi(y_w|x), log pi(y_l|x) with respect to W,
+phi the angle between them. For small r, E[y z] = -(a/|a| - b/|b|) / sqrt(2 pi) and E[p] = phi / 2
+pi. So the gate p > 0.2 asks for phi > 72 degrees, and --estimator exact uses these limits.
+Why it is fast: the trunk, all layers below the head, does not change. It runs once per pair and is
+freed, and leaves H (t, h), what enters the head for t response tokens. Write H = L Q, the rows of Q
+(k, h) orthonormal. As z changes the logits by r H z^T = r L G^T with G = z Q^T (V, k), the oracle
+sees only G, and only G is drawn. The rest of z is independent of the votes: --estimator gaussian
+adds its sum to u in one draw, so that u is distributed as published; span leaves it out.
 
-Departures from the paper and its code: 1. Only G is drawn. 2. --keep_fraction sets lambda_g, as the
-size of entries depends on V h. 3. z is normal, as in the code; of length 1, as in the text, it
-would be lost in rounding. 4. gamma is the code's; the paper has none. 5. The code rounds W to
-bfloat16, which loses most of a step; here W is float32, and not tied to the embedding. 6. The
-code's trial step, --accept_step, is off. 7. Ours: --pairs_per_step, --baseline, span and exact.
-Differs from dpo.py: votes instead of loss and AdamW, no reference, check_forward of cache_ref.py.
+Departures from the paper and its code: 1. Only G is drawn. 2. --keep_fraction sets lambda_g, whose
+right size depends on V h. 3. z is normal, as in the code; of length 1, as in the text, it would be
+lost in rounding. 4. The paper gives no gamma; 0.035 is the code's. 5. The code rounds W to
+bfloat16, which loses most of a step; here it is float32, and never tied to the embedding. 6. The
+code's trial step, --accept_step, is off. 7. Ours: span, exact, --pairs_per_step, --baseline.
+Differs from dpo.py: votes, not a loss and AdamW; no cache, so check_forward is here.
 
 Read to line 327: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
@@ -96,44 +96,44 @@ def oracle(changes):
     return torch.where((changes[0] > 0) & (changes[1] < 0), -1.0, 1.0)
 
 def update(head, batch, step, args):
-    """The algorithm: one step on a batch -> {name: number} for the log. Vectors are (V h,)."""
+    """The algorithm: one step on a batch -> {name: number} for the log. Directions are (V, h)."""
     with torch.enable_grad():
         before = mean_logps(head, batch)  # (2,) log pi(y_w|x), log pi(y_l|x)
         gradients = [torch.autograd.grad(logp, head.weight, retain_graph=True) for logp in before]
-    a, b = [unit(gradient[0].flatten()) for gradient in gradients]  # a / |a|, b / |b|
-    phi = a.dot(b).clamp(-1, 1).acos().item()
+    a, b = [unit(gradient[0]) for gradient in gradients]  # a / |a|, b / |b|
+    phi = (a * b).sum().clamp(-1, 1).acos().item()
     limit = b - a  # E[y z], but for its length
     if args.estimator == "exact":
         u, p = limit, phi / (2 * math.pi)
     else:
-        constant = 1 - phi / math.pi if args.baseline else 0.0  # E[y] = 1 - 2 E[p]
+        constant = 1 - phi / math.pi if args.baseline else 0.0  # of the votes: E[y] = 1 - 2 E[p]
         u, p = estimate(head, batch, constant, step, args)
     g = unit(u)
-    cosine = g.dot(unit(limit)).item()
+    cosine = (g * unit(limit)).sum().item()
     kept = sparse(g, args)
 
     accepted = p > args.gate
-    if accepted and args.accept_step:
+    if accepted and args.accept_step:  # a trial, which is taken back
         weight = head.weight.clone()
-        head.weight -= args.accept_step * g.view_as(weight)
+        head.weight -= args.accept_step * g
         accepted = oracle(mean_logps(head, batch) - before).item() == -1
         head.weight.copy_(weight)
     move = -args.step_size * p * g
     if accepted:
-        head.weight += move.view_as(head.weight)
+        head.weight += move
     realised = mean_logps(head, batch) - before  # (2,)
-    head.moved += realised.new_tensor([*realised, accepted])
+    head.moved += realised.new_tensor([*realised, accepted])  # sums since step 0
 
     metrics = dict(accepted_steps=int(head.moved[2]), p=p, angle=math.degrees(phi), cosine=cosine,
                    kept=kept, accepted=int(accepted))
     for i, side in enumerate(("chosen", "rejected")):
-        metrics[f"predicted/{side}"] = move.dot(gradients[i][0].flatten()).item()  # to first order
+        metrics[f"predicted/{side}"] = (move * gradients[i][0]).sum().item()  # to first order
         metrics[f"realised/{side}"] = realised[i].item()
-        metrics[f"displacement/{side}"] = head.moved[i].item()  # of all steps together
+        metrics[f"displacement/{side}"] = head.moved[i].item()
     return metrics
 
 def estimate(head, batch, constant, step, args):
-    """-> u = sum_i (y_i - constant) z_i (V h,), and p. The ranks share the m draws."""
+    """-> u = sum_i (y_i - constant) z_i (V, h), and p. The ranks share the m perturbations."""
     changes, span = changes_by(head, batch, args)  # span is Q (k, h)
     size, m, device = (len(head.weight), len(span)), args.perturbations, span.device
     sums, successes = torch.zeros(size, device=device), torch.zeros(1, device=device)
@@ -148,21 +148,21 @@ def estimate(head, batch, constant, step, args):
     u = sums @ span  # (V, h) the part of u in the rows of Q
     if args.estimator == "gaussian":  # and the rest, which is normal for any given votes
         rest = normal(u.shape, device, args.seed, step, m)
-        variance = m * (p * (-1 - constant)**2 + (1 - p) * (1 - constant)**2)
+        variance = m * (p * (-1 - constant)**2 + (1 - p) * (1 - constant)**2)  # sum (y - c)^2
         u += math.sqrt(variance) * (rest - rest @ span.T @ span)
-    return u.flatten(), p
+    return u, p
 
 def sparse(g, args):
-    """Zero the small entries of g (V h,), in place -> the share of its entries that is kept."""
-    sizes, floor = g.abs(), args.entry_threshold  # lambda_g
+    """Zero the small entries of g, in place -> the share of its entries that is kept."""
+    sizes, floor = g.abs().flatten(), args.entry_threshold  # lambda_g
     if floor == 0:
-        place = len(g) - max(1, round(args.keep_fraction * len(g)))  # of the floor among the sorted
+        place = len(sizes) - max(1, round(args.keep_fraction * len(sizes)))  # of the smallest kept
         if g.is_cuda:
             floor = sizes.kthvalue(place + 1).values.item()
         else:  # numpy takes a tenth of the time
             floor = float(np.partition(sizes.numpy(), place)[place])
-    g *= sizes >= floor
-    return g.count_nonzero().item() / len(g)
+    g *= g.abs() >= floor
+    return g.count_nonzero().item() / len(sizes)
 
 @torch.no_grad()
 def main():
@@ -182,17 +182,17 @@ def main():
     train, val = splits["train"]["pairs"], splits["val"]["pairs"]
     train = train.select(range(min(args.max_pairs or len(train), len(train))))
 
-    # The layers below the head run once. Then only the head stays in memory.
-    head = copy.deepcopy(model.get_output_embeddings())  # no longer one with the embedding
+    # The trunk runs once over all pairs. Then only the head stays in memory.
+    head = copy.deepcopy(model.get_output_embeddings())  # float32, not tied, whole on every rank
     place_weights(head, weights.get_output_embeddings() if weights else None, device)
     head.config = model.config.get_text_config()
-    head.register_buffer("moved", torch.zeros(3, device=device))  # chosen, rejected, steps
+    head.register_buffer("moved", torch.zeros(3, device=device))  # see update
     choose_attention(model, args)
     policy = Policy(model, token_logps).eval()
     shard(policy, device, dtype, args)
     place_weights(model, weights, device)
     batches = run_trunk(policy, train, args.pairs_per_step, args)
-    held_out = run_trunk(policy, val if args.eval_every else train, 1, args)
+    held_out = run_trunk(policy, val if args.eval_every else train, 1, args)  # pair by pair
     del policy, model, weights
     gc.collect()  # FSDP's modules refer to each other in circles
     first = torch.stack([mean_logps(head, pair) for pair in held_out], 1)  # (2, n) at step 0
@@ -201,7 +201,7 @@ def main():
     log = open_log(args)
     evaluation = {}
     if start > 0:
-        load_checkpoint(head, [], start, args)
+        load_checkpoint(head, [], start, args)  # [] as there is no optimiser
     elif args.eval_every:
         evaluation = displacement(head, held_out, first, "eval")
         log({"step": 0} | evaluation)
@@ -212,8 +212,8 @@ def main():
         batch = batches[step % len(batches)]
         metrics = update(head, batch, step, args)
         if not all(map(math.isfinite, metrics.values())):
-            fail(f"step {step}: change {metrics['realised/chosen']} of log-probs is not finite; lower "
-                 f"--step_size, or look at --model {args.model} and at {' '.join(batch.ids)}")
+            fail(f"step {step}: log-probs moved by {metrics['realised/chosen']}, not finite; lower "
+                 f"--step_size, or look at --model {args.model} and pairs {' '.join(batch.ids)}")
         seconds = time.time() - began  # without evaluations and checkpoints
         all_seconds += seconds
         done = step + 1
@@ -252,13 +252,13 @@ def changes_by(head, batch, args):
     scale = scale / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
     rows = hidden.double()
-    squares, vectors = torch.linalg.eigh(rows @ rows.T)  # the squares of H's singular values
+    squares, vectors = torch.linalg.eigh(rows @ rows.T)  # squares of H's singular values, rising
     span = F.normalize(vectors[:, squares > 1e-10 * squares[-1]].T @ rows).float()  # Q (k, h)
     reach = args.radius * scale * (span @ hidden.T)  # r L^T (k, t)
 
     def changes(G):
         s = G @ reach  # (V, t)
-        if cap is not None:  # logits are cap tanh(x): tanh(x + d) - tanh(x), nothing cancels
+        if cap is not None:  # cap (tanh(x + d) - tanh(x)), by the addition theorem
             tanh_x, tanh_d = logits.T / cap, torch.tanh(s / cap)
             s = cap * tanh_d * (1 - tanh_x**2) / (1 + tanh_x * tanh_d)
         own = s.gather(0, targets[None])[0]  # (t,) s_token
@@ -272,17 +272,17 @@ def normal(size, device, *key):
     return torch.randn(size, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 def run_trunk(policy, pairs, size, args):
-    """Run the model once over all pairs -> batches of `size` pairs: hidden (t, h) on the CPU, what
-    enters the head; targets (t,), the next tokens; sides (2, t), the weights with which their
-    log-probs add up to mean_logps; ids of the pairs."""
+    """Run the model over all pairs -> batches of `size` pairs: hidden (t, h), H on the CPU; targets
+    (t,), the tokens that follow; sides (2, t), the weights with which the log-probs of the targets
+    add up to mean_logps; ids of the pairs."""
     entries, batches = [], []
     hook = policy.model.get_output_embeddings().register_forward_pre_hook(
         lambda module, inputs: entries.append(inputs[0].cpu()))
-    for start in tqdm(range(0, len(pairs), size), "layers", disable=dist.get_rank() > 0):
+    for start in tqdm(range(0, len(pairs), size), "trunk", disable=dist.get_rank() > 0):
         entries.clear()
         targets, side, ids = [], [], []
         for pair in pairs.select(range(start, min(start + size, len(pairs)))):
-            policy(collate([pair], args.layout))
+            policy(collate([pair], args.layout))  # the hook keeps what enters the head
             targets += pair["chosen"] + pair["rejected"]
             side += [0] * len(pair["chosen"]) + [1] * len(pair["rejected"])
             ids.append(pair["id"])
@@ -298,8 +298,8 @@ def mean_logps(head, batch):
     return batch.sides @ head_pass(hidden, batch.targets, head, head.config, token_logps)
 
 def unit(x):
-    """x / |x|. A dot product is exact; on a CPU the norm of 10^8 float32 numbers is 1 % off."""
-    return x / x.dot(x).sqrt().clamp(min=1e-30)
+    """x / |x|, row by row, as one float32 sum of 10^8 squares would be 1 % off on a CPU."""
+    return x / x.norm(dim=1).norm().clamp(min=1e-30)
 
 def displacement(head, pairs, first, name):
     """Means over batches of one pair {name/...: mean}; rewards are the changes since `first`."""

@@ -90,12 +90,12 @@ spec.loader.exec_module(script)
 del sys.argv[0]; script.parse_args(script.Args)' "$@"
 }
 reference_flags() {  # ARGS: sets model, data, dtype, and flags, which are for cache_ref.py
-  local name value words known reference=""; model="" data="" dtype=auto flags=()
-  known=" $(sed -n '/^class Args/,/^[^ ]/s/^    \([a-z_]*\): .*/--\1/p' cache_ref.py | xargs) "
-  while [ $# -gt 0 ]; do
-    name=${1%%=*} value=${1#*=} words=("$1")
-    case "$1 ${2---}" in "$name --"*) ;; "$name "*) value=$2 words+=("$2"); shift ;; esac
-    case $name in --model|--reference|--data|--dtype) printf -v "${name#--}" %s "$value" ;; esac
+  local flag name value words known reference=""; model="" data="" dtype=auto flags=()
+  known=" $(sed -n '/^class Args/,/^[^ ]/s/^    \([a-z_]*\): .*/\1/p' cache_ref.py | xargs) "
+  while [ $# -gt 0 ]; do  # --x=1 or --x 1; --max-tokens is --max_tokens, as for the scripts
+    flag=${1%%=*} value=${1#*=} words=("$1") name=${flag#--} name=${name//-/_}
+    case "$1 ${2---}" in "$flag --"*) ;; "$flag "*) value=$2 words+=("$2"); shift ;; esac
+    case $name in model|reference|data|dtype) printf -v "$name" %s "$value" ;; esac
     case $known in *" $name "*) flags+=("${words[@]}") ;; esac; shift
   done
   [ -z "$reference" ] || { model=$reference; flags+=(--model "$model"); }  # the last one counts

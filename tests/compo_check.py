@@ -85,8 +85,7 @@ def gradients(head, batch):
     """a and b (V, h), of the mean log-probs of both sides, and the angle between them."""
     with torch.enable_grad():
         a, b = [torch.autograd.grad(logp, head.weight, retain_graph=True)[0] for logp in compo.mean_logps(head, batch)]
-    cosine = (compo.unit(a.flatten()) @ compo.unit(b.flatten())).item()
-    return a, b, math.acos(cosine)
+    return a, b, (compo.unit(a) * compo.unit(b)).sum().acos().item()
 
 
 @torch.no_grad()
@@ -135,7 +134,7 @@ def cosines(folder, data, counts, number):
     found = {}
     for step, batch in enumerate(batches[:number]):
         a, b, angle = gradients(head, batch)
-        limit = compo.unit(b.flatten()) - compo.unit(a.flatten())
+        limit = compo.unit(b) - compo.unit(a)
         size = limit.norm().item()
         k = len(compo.changes_by(head, batch, args)[1])
         for estimator in ("gaussian", "span", "span --baseline"):
@@ -147,7 +146,7 @@ def cosines(folder, data, counts, number):
                 clock = time.time()
                 u, p = compo.estimate(head, batch, constant, step, each)
                 clock = time.time() - clock
-                cosine = (compo.unit(u) @ compo.unit(limit)).item()
+                cosine = (compo.unit(u) * compo.unit(limit)).sum().item()
                 signal = m * size / math.sqrt(2 * math.pi)
                 expected = signal / math.sqrt(signal**2 + m * numbers * noise)
                 found.setdefault((estimator, m), []).append((cosine, expected, numbers, clock, p, angle / 2 / math.pi))

@@ -1,10 +1,11 @@
 """What clusters do to a job, done to a small one: kills at random moments, a full disk, damaged files, NaN, a rank that stalls.
 Each ends in recovery with the weights of the run that was left alone, or in one line; nothing else is a success.
 
-    python tests/faults.py [--kills 50]        (a few minutes on two cores; prints a table, exit status 1 if a row fails)
+    python tests/faults.py [--kills 50] [--out results/faults.md]    (a few minutes on two cores)
 
-A pair that were lost or repeated would change the weights, which are compared bit by bit.
-The full disk is a limit on the size of files, which fails in the middle of a write as a full disk does.
+It prints a table, and writes it into --out; the exit status is 1 if a row fails. A pair that were lost or repeated
+would change the weights, which are compared bit by bit. The full disk is a limit on the size of files, which fails in
+the middle of a write as a full disk does.
 """
 import argparse
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from conftest import ROOT, random_pairs, tiny_hf_model, tiny_tokenizer, write_tiny_data
 from safetensors.torch import load_file, save_file
 
@@ -121,7 +123,7 @@ def kills_in_cache(folder, cache, kills):
             equal &= {path.name: path.read_bytes() for path in truth.glob("*-logps.npy")} == files
             if done < kills:
                 shutil.rmtree(truth)
-    return equal and not lost, f"{done} kills over {complete} caches; files equal to the byte, no row computed twice"
+    return equal and not lost, f"{done} kills over {complete} caches; files equal to the byte, no row lost"
 
 
 def full_disk(folder, train):
@@ -187,11 +189,16 @@ def stalled_rank(folder, train):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="of the training run, and of cache_ref.py")
-    kills, failed = parser.parse_args().kills, 0
+    parser.add_argument("--out", help="file for the table, such as results/faults.md")
+    args, failed = parser.parse_args(), 0
+    kills = args.kills
+    lines = [f"`python tests/faults.py --kills {kills} --out results/faults.md`, {os.cpu_count()} CPU cores, "
+             f"torch {torch.__version__}, transformers {transformers.__version__}:\n",
+             "| fault | ends | how |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cache, train = make_world(folder)
-        print("| fault | ends | how |\n|---|---|---|", flush=True)
+        print(*lines, sep="\n", flush=True)
         for fault, check in {
                 "SIGKILL in training": lambda: kills_in_training(folder, train, kills),
                 "SIGKILL in cache_ref.py": lambda: kills_in_cache(folder, cache, kills),
@@ -203,7 +210,10 @@ def main():
             good, how = check()
             failed += not good
             how = how.replace(name, "RUN").replace("|", "/")
-            print(f"| {fault} | {'as it should' if good else 'FAILED'} | {how} |", flush=True)
+            lines.append(f"| {fault} | {'as it should' if good else 'FAILED'} | {how} |")
+            print(lines[-1], flush=True)
+    if args.out:
+        Path(args.out).write_text("\n".join(lines) + "\n")
     raise SystemExit(int(failed > 0))
 
 

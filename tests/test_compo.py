@@ -128,7 +128,7 @@ def test_a_perturbation_depends_on_seed_step_and_its_number_alone(world, monkeyp
         y = compo.oracle(changes(G)).item()
         wanted, successes = wanted + (y - constant) * G @ span, successes + (y == -1)
     u, p = compo.estimate(head, batch, constant, step, w.args)
-    torch.testing.assert_close(u.view(97, 32), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(u, wanted, rtol=1e-4, atol=1e-4)
     assert p == successes / 31 and 0 < successes < 31
     shares = []
     monkeypatch.setattr(compo.dist, "get_world_size", lambda: 3)
@@ -147,14 +147,14 @@ def test_a_perturbation_depends_on_seed_step_and_its_number_alone(world, monkeyp
 def test_votes_estimate_the_angle_and_the_difference_of_the_unit_gradients(estimator, baseline, world):
     m = 40_000
     w = world("llama", radius=1e-5, perturbations=m, estimator=estimator)
-    for row in range(3):
+    for row in range(2):
         a, b, angle = gradients(w.head, w.batches[row])
         constant = 1 - angle / math.pi if baseline else 0.0
         u, p = compo.estimate(w.head, w.batches[row], constant, row, w.args)
         share = angle / (2 * math.pi)
         assert abs(p - share) < 4 * math.sqrt(share * (1 - share) / m)
         wanted = -(unit(a) - unit(b)) / math.sqrt(2 * math.pi)
-        error = u.view_as(a) / m - wanted
+        error = u / m - wanted
         rank = len(compo.changes_by(w.head, w.batches[row], w.args)[1])
         numbers = w.head.weight.numel() if estimator == "gaussian" else len(w.head.weight) * rank
         noise = (numbers * (1 - constant**2) - wanted.square().sum().item()) / m  # of (y - c) z, less its mean
@@ -174,7 +174,7 @@ def test_span_has_the_mean_of_gaussian_and_its_variance_times_rank_over_width(wo
     rank = len(span)
     assert rank == 10 and variance["span"] / variance["gaussian"] == pytest.approx(rank / h, rel=0.02)
     assert variance["gaussian"] == pytest.approx(200 * V * h, rel=0.01)
-    difference = (runs["gaussian"].mean(0) - runs["span"].mean(0)).view(V, h)
+    difference = runs["gaussian"].mean(0) - runs["span"].mean(0)
     assert difference.square().sum().item() == pytest.approx(200 * V * (h - rank) / 150, rel=0.05)
     assert ((difference @ span.T).abs() < 1e-2).all()  # the same votes: what the oracle sees is the same
 
@@ -190,7 +190,7 @@ def test_the_noise_that_gaussian_draws_once_is_that_of_a_loop(world):
     for constant in (0.0, 0.6):
         ours, p = compo.estimate(w.head, w.batches[0], constant, 0, w.args)
         loop, share = u - constant * sum(noise), (votes < 0).double().mean().item()
-        for x, part in ((loop, share), (ours.view_as(weight), p)):
+        for x, part in ((loop, share), (ours, p)):
             unseen = x - x @ span.T @ span
             wanted = numbers * 300 * (part * (1 + constant)**2 + (1 - part) * (1 - constant)**2)
             assert unseen.square().sum().item() == pytest.approx(wanted, rel=6 * math.sqrt(2 / numbers))
@@ -230,11 +230,11 @@ def test_keep_fraction_keeps_the_largest_entries_as_they_are():
     assert g.tolist() == [3.0, 0.0, 0.0, -4.0, 0.0]
 
 
-def test_a_unit_vector_has_length_one_even_if_it_is_long():
-    """torch's norm of so many float32 numbers is off on a CPU."""
-    x = torch.randn(30_000_000, generator=torch.Generator().manual_seed(0))
-    assert compo.unit(x).double().norm().item() == pytest.approx(1, abs=1e-5)
-    assert compo.unit(torch.zeros(3)).tolist() == [0, 0, 0]
+def test_a_unit_matrix_has_length_one_even_if_it_is_large():
+    """torch's norm of all its entries at once is off on a CPU, and so is a dot product."""
+    x = torch.randn(60_000, 500, generator=torch.Generator().manual_seed(0))
+    assert compo.unit(x).double().square().sum().item() == pytest.approx(1, abs=1e-6)
+    assert compo.unit(torch.zeros(3, 2)).tolist() == [[0, 0]] * 3
 
 
 # ---- main()

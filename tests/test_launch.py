@@ -3,6 +3,7 @@
 Most tests read the commands that DRY_RUN=1 prints, in a copy of the repository's top folder. A shell script
 stands in for Python where a machine is needed that this one is not: with GPUs, or without any package."""
 import importlib
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import random_pairs
 
 ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -89,11 +91,23 @@ def test_cache_ref_runs_first_with_the_flags_that_it_shares(root, flags):
     assert set(" ".join(own).replace("=", " ").split()) == {
         "--model", "some/model", "--data", "data/a", "b", "--dtype", "float32", "--shard_group", "2"}
 
-def test_another_reference_is_what_cache_ref_reads(root):
-    first, second = launch(root, "dpo.py", "--model", "out/one/final", "--data", "data/a", "--reference", "some/base")
+@pytest.mark.parametrize("flags", [
+    ["--model", "out/one/final", "--data", "data/a", "--reference", "some/base"],
+    ["--reference=some/base", "--model=out/one/final", "--data", "data/a"]])
+def test_another_reference_is_what_cache_ref_reads(root, flags):
+    first, second = launch(root, "dpo.py", *flags)
     own = first.split("cache_ref.py ")[1].split()
-    assert own[-2:] == ["--model", "some/base"] and "--reference" not in own  # of two --model the last one counts
-    assert "--model out/one/final" in second and "--reference some/base" in second
+    assert own[-2:] == ["--model", "some/base"]  # of two --model the last one counts
+    assert "--reference" not in first and second.endswith("dpo.py " + " ".join(flags))
+
+def test_flags_with_dashes_and_empty_or_negative_values_are_passed_on_as_they_are(root):
+    """The scripts take --max-tokens for --max_tokens."""
+    flags = [*FLAGS, "--max-tokens", "400", "--train-modules=a=b", "--sketch_modules", "", "--seed", "-1"]
+    first, second = launch(root, "auxdpo.py", *flags, "--resume", "--keep", "3", "--reference", "")
+    assert first.split("cache_ref.py ")[1] == (
+        "--sketch_dim 4096 --model some/model --data data/pairs --max-tokens 400 --train-modules=a=b "
+        "--sketch_modules '' --seed -1")
+    assert second.endswith("--resume --keep 3 --reference ''")
 
 def test_a_script_that_needs_sketches_has_them_made_with_its_own_default_unless_told_otherwise(root):
     flags = ["--model", "m", "--data", "d", "--train_modules", "norm"]
@@ -108,8 +122,8 @@ def test_scripts_without_a_reference_and_incomplete_commands_run_no_cache_ref(ro
         assert len(launch(root, *args)) == 1
 
 def test_cache_ref_is_left_out_only_while_neither_model_nor_data_is_touched(root):
-    def commands(model="m", **env):
-        return len(launch(root, "dpo.py", "--model", model, "--data", "d", "--dtype", "float32", **env))
+    def commands(*flags, model="m", **env):
+        return len(launch(root, "dpo.py", "--model", model, "--data", "d", "--dtype", "float32", *flags, **env))
 
     for folder in ("m", "other", "d/train", "d/val"):
         (root / folder).mkdir(parents=True)
@@ -118,9 +132,11 @@ def test_cache_ref_is_left_out_only_while_neither_model_nor_data_is_touched(root
     assert commands() == 2  # no cache
     (root / "d/ref-0123").mkdir()
     time.sleep(0.02)  # the clock of file times ticks every few milliseconds
-    (root / "d/ref-0123/meta.json").write_text('{\n "dtype": "float32",\n "model": "m"\n}')
+    (root / "d/ref-0123/meta.json").write_text(json.dumps(dict(key=dict(dtype="float32"), args=dict(model="m", dtype="auto"))))
     assert commands() == 1
     assert commands(model="other") == 2  # a cache of another model
+    assert commands("--reference", "m", model="other") == 1  # which is the one that is wanted here
+    assert commands("--reference", "other") == 2
     assert commands(NNODES="2", MASTER_ADDR="n0") == 2  # nodes might see different files
     assert len(launch(root, "dpo.py", "--model=m", "--data=d", "--dtype=bfloat16")) == 2
     time.sleep(0.02)
@@ -396,6 +412,19 @@ def test_a_term_signal_ends_cache_ref_and_nothing_runs_after_it(root):
 def test_a_wrong_flag_is_one_line_before_anything_runs(root):
     line, = launch(root, "dpo.py", *FLAGS, "--learning_rte", "1", rc=1, DRY_RUN="", NPROC="2")
     assert line.startswith("error: ") and "--learning_rte" in line
+
+@pytest.mark.slow
+def test_a_policy_is_trained_against_another_reference_whose_cache_is_made_once(root, tiny_model, tiny_data):
+    policy, reference = tiny_model("llama", seed=1), tiny_model("llama")
+    data = tiny_data(policy, random_pairs([(3, 4, 5)] * 6), random_pairs([(3, 4, 5)] * 2, seed=1))
+    flags = ["--model", policy, "--reference", reference, "--data", data, "--out", str(root / "out"), "--log_every", "1"]
+    first, second = launch(root, "dpo.py", *flags)
+    output = launch(root, "dpo.py", *flags, DRY_RUN="")
+    folder, = Path(data).glob("ref-*")
+    assert f"{folder} is complete" in output and f"final: {root}/out/final" in output
+    step_0 = json.loads((root / "out/log.jsonl").read_text().splitlines()[0])
+    assert abs(step_0["eval/rewards/chosen"]) > 0.1  # of the policy itself it would be 0
+    assert launch(root, "dpo.py", *flags) == [second]
 
 @pytest.mark.slow
 @pytest.mark.torchrun

@@ -321,7 +321,7 @@ def packed(pairs):
     """What collate makes of them: ids and positions (L,), tables, back."""
     (batch,) = dpo.collate(pairs, "packed")
     inputs = batch["inputs"]
-    texts = getattr(inputs["texts"], "__dict__", inputs["texts"])
+    texts = vars(inputs["texts"])
     return inputs["input_ids"][0], inputs["position_ids"][0], texts["tables"], texts["back"]
 
 
