@@ -154,15 +154,15 @@ def estimate(head, batch, constant, step, args):
 
 def sparse(g, args):
     """Zero the small entries of g, in place -> the share of its entries that is kept."""
-    sizes, floor = g.abs().flatten(), args.entry_threshold  # lambda_g
+    sizes, floor = g.abs(), args.entry_threshold  # lambda_g
     if floor == 0:
-        place = len(sizes) - max(1, round(args.keep_fraction * len(sizes)))  # of the smallest kept
+        place = g.numel() - max(1, round(args.keep_fraction * g.numel()))  # of the smallest kept
         if g.is_cuda:
-            floor = sizes.kthvalue(place + 1).values.item()
+            floor = sizes.flatten().kthvalue(place + 1).values.item()
         else:  # numpy takes a tenth of the time
-            floor = float(np.partition(sizes.numpy(), place)[place])
-    g *= g.abs() >= floor
-    return g.count_nonzero().item() / len(sizes)
+            floor = float(np.partition(sizes.flatten().numpy(), place)[place])
+    g *= sizes >= floor
+    return g.count_nonzero().item() / g.numel()
 
 @torch.no_grad()
 def main():
