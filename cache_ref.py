@@ -19,7 +19,7 @@ estimates <g, g'> without bias. Of a linear layer with input x, and d the gradie
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line 372: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 376: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, sys, time
@@ -156,7 +156,7 @@ def is_whole(path, shape, dtype):
         pass
     tqdm.write(f"{path} is damaged or of another type, and will be computed again")
     path.with_name("meta.json").unlink(missing_ok=True)
-    path.unlink()
+    path.unlink(missing_ok=True)
     return False
 
 def fill_file(path, shape, dtype, split, compute, args):
@@ -193,12 +193,16 @@ def fill_file(path, shape, dtype, split, compute, args):
     return False
 
 def write_rows(path, rows, values, total):
-    """Write some of `total` rows where they belong in an .npy file, counted from its end. By seek,
-    not by mapped memory: of a file on a network, two nodes would overwrite each other's pages."""
-    with open(path, "r+b") as file:
+    """Write some of `total` rows where they belong in an .npy file, counted from its end, unless
+    another job was faster: its values may differ by rounding, and meta.json may have their hash.
+    By seek, not by mapped memory or a buffer: there two jobs would overwrite each other's rows."""
+    with open(path, "r+b", buffering=0) as file:
         for row, value in zip(rows, values):
-            file.seek((int(row) - total) * value.nbytes, os.SEEK_END)
-            file.write(value.tobytes())
+            place = (int(row) - total) * value.nbytes
+            file.seek(place, os.SEEK_END)
+            if np.isnan(np.frombuffer(file.read(value.nbytes), value.dtype)[-1]):
+                file.seek(place, os.SEEK_END)
+                file.write(value.tobytes())
 
 # -- sketches
 def sketch_key(args):

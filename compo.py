@@ -34,8 +34,8 @@ head. Below the rule stand the helpers of dpo.py; you can fork this file without
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
 pairs, a batch is the pairs of a step (see run_trunk). Shapes: V vocabulary, h hidden size, t
-response tokens of a batch, k rank of H; in helpers n pairs, L tokens, M of them in responses, T
-tokens of the longest text, H heads, d head size. A leading dimension of 2 means chosen, rejected.
+response tokens of a batch, k rank of H, B perturbations at once; in helpers n pairs, L tokens, M of
+them in responses, T tokens of a text, H heads, d head size. A leading 2 means chosen, rejected.
 """
 import contextlib, copy, dataclasses, gc, hashlib, inspect, json, math, os, re, resource, shutil
 import signal, subprocess, sys, threading, time, types
@@ -92,8 +92,8 @@ class Args:
     accept_step: float = 0.0  # skip the pair unless a step of this size is a success; 0 = no trial
 
 def oracle(changes):
-    """Changes (2,) of log pi(y_w|x) and log pi(y_l|x) -> vote C, where -1 is a success."""
-    return torch.where((changes[0] > 0) & (changes[1] < 0), -1.0, 1.0)
+    """Changes (..., 2) of log pi(y_w|x), log pi(y_l|x) -> votes C (...), where -1 is a success."""
+    return torch.where((changes[..., 0] > 0) & (changes[..., 1] < 0), -1.0, 1.0)
 
 def update(head, batch, step, args):
     """The algorithm: one step on a batch -> {name: number} for the log. Directions are (V, h)."""
@@ -135,13 +135,16 @@ def update(head, batch, step, args):
 def estimate(head, batch, constant, step, args):
     """-> u = sum_i (y_i - constant) z_i (V, h), and p. The ranks share the m perturbations."""
     changes, span = changes_by(head, batch, args)  # span is Q (k, h)
-    size, m, device = (len(head.weight), len(span)), args.perturbations, span.device
-    sums, successes = torch.zeros(size, device=device), torch.zeros(1, device=device)
-    for index in range(dist.get_rank(), m, dist.get_world_size()):
-        G = normal(size, device, args.seed, step, index)  # (V, k)
-        vote = oracle(changes(G))  # y
-        sums += (vote - constant) * G
-        successes += vote == -1
+    shape, m, device = (len(head.weight), len(span)), args.perturbations, span.device
+    size = max(1, 2**26 // (4 * len(head.weight) * (len(span) + len(batch.targets))))  # 64 MiB
+    sums, successes = torch.zeros(shape, device=device), torch.zeros(1, device=device)
+    mine = range(dist.get_rank(), m, dist.get_world_size())
+    for first in range(0, len(mine), size):
+        draws = [normal(shape, device, args.seed, step, i) for i in mine[first:first + size]]
+        G = torch.stack(draws)  # (B, V, k)
+        votes = oracle(changes(G))  # (B,) y
+        sums += torch.tensordot(votes - constant, G, 1)
+        successes += (votes == -1).sum()
     dist.all_reduce(sums)
     dist.all_reduce(successes)
     p = successes.item() / m
@@ -206,8 +209,7 @@ def main():
         evaluation = displacement(head, held_out, first, "eval")
         log({"step": 0} | evaluation)
     all_seconds = 0.0
-    bar = tqdm(range(start, steps), args.out, initial=start, total=steps, disable=rank > 0)
-    for step in bar:
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=rank > 0):
         began = time.time()
         batch = batches[step % len(batches)]
         metrics = update(head, batch, step, args)
@@ -221,7 +223,6 @@ def main():
         dist.all_reduce(stopping)  # a signal on any rank stops all of them
         saving = stopping or (args.save_every > 0 and done % args.save_every == 0)
         log({"step": done, "epoch": done / len(batches)} | metrics | {"seconds": seconds})
-        bar.set_postfix(p=metrics["p"], accepted=metrics["accepted_steps"])
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
             evaluation = displacement(head, held_out, first, "eval")
             log({"step": done} | evaluation)
@@ -241,7 +242,7 @@ def main():
     dist.destroy_process_group()
 
 def changes_by(head, batch, args):
-    """-> a function from G (V, k) to the changes (2,) of mean_logps that its z makes; and Q (k, h).
+    """-> a function from G (B, V, k) to the changes (B, 2) of mean_logps by their z; and Q (k, h).
 
     If the logits of a token change by s, its log-prob changes by s_token - log sum_v p_v exp(s_v) =
     s_token - log1p(sum_v p_v expm1(s_v)), where no large numbers cancel."""
@@ -255,15 +256,14 @@ def changes_by(head, batch, args):
     squares, vectors = torch.linalg.eigh(rows @ rows.T)  # squares of H's singular values, rising
     span = F.normalize(vectors[:, squares > 1e-10 * squares[-1]].T @ rows).float()  # Q (k, h)
     reach = args.radius * scale * (span @ hidden.T)  # r L^T (k, t)
-
     def changes(G):
-        s = G @ reach  # (V, t)
+        s = G @ reach  # (B, V, t) one matrix product
         if cap is not None:  # cap (tanh(x + d) - tanh(x)), by the addition theorem
             tanh_x, tanh_d = logits.T / cap, torch.tanh(s / cap)
             s = cap * tanh_d * (1 - tanh_x**2) / (1 + tanh_x * tanh_d)
-        own = s.gather(0, targets[None])[0]  # (t,) s_token
-        growth = s.expm1_().mul_(probs).sum(0)  # (t,)
-        return batch.sides @ (own - growth.log1p())
+        own = s.gather(1, targets.expand(len(G), 1, -1))[:, 0]  # (B, t) s_token
+        growth = s.expm1_().mul_(probs).sum(1)  # (B, t)
+        return (own - growth.log1p()) @ batch.sides.T
     return changes, span
 
 def normal(size, device, *key):

@@ -116,7 +116,7 @@ def timing(folder, data, m, sample):
     zs = list(drawn(min(sample, 40)))
     truth, _ = slow_votes(model, pair, zs, args.radius)
     changes, span = compo.changes_by(head, batch, args)
-    same = sum(compo.oracle(changes(z @ span.T)).item() == y for z, y in zip(zs, truth.tolist()))
+    same = (compo.oracle(changes(torch.stack([z @ span.T for z in zs]))) == truth).sum().item()
     (V, h), (_, _, angle) = head.weight.shape, gradients(head, batch)
     lines = [f"{Path(folder).name}: head {V} x {h}, a pair of {lengths[row]} tokens, {len(batch.targets)} of them in "
              f"responses; k = {len(span)}; angle {math.degrees(angle):.0f} degrees; m = {m}. Same votes for the same "
