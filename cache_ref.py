@@ -19,17 +19,19 @@ estimates <g, g'> without bias. Of a linear layer with input x, and d the gradie
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line 376: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 380: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
-import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, sys, time
-import types, uuid
+import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal
+import sys, time, types, uuid
 from pathlib import Path
 from typing import Literal
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow.compute as pc
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -40,12 +42,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.core_model_loading import revert_weight_conversion
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     # input and output
     model: str  # Hugging Face folder or hub name of the reference
     data: str  # folder made by prepare_data.py
+    trust_remote_code: bool = False  # run the Python files that come with some models
     noise_margin: float = 0.0  # delta, nats: also split the data into noisy/ and clean/; 0 = no
     # memory and speed
     layout: Literal["packed", "concatenated", "separate"] = "packed"  # how pairs enter the model
@@ -67,14 +71,14 @@ def main():
         args = dataclasses.replace(args, layout="concatenated")
     with explain(f"--data {args.data} or --model {args.model} cannot be read ({{}})"):
         splits = load_data(args)
-        model, weights = read_model(args)  # the model is empty; only rank 0 has the weights
-    content = content_hashes(weights, splits, dtype)
-    check_forward(weights, args)
+        model, weights = read_model(args.model, args)  # without weights; with them, on rank 0
+    content = content_hashes(weights, splits, dtype, args)
     choose_attention(model, args)
     choose_trained(model, weights, args)
     policy = Policy(model, token_logps).eval()
     shard(policy, device, dtype, args)
     place_weights(model, weights, device)
+    check_forward(policy, weights, splits["train"], dtype, args)
     def logps(pairs):
         with torch.no_grad():
             return policy(collate(pairs, args.layout)).T  # (n, 2)
@@ -385,7 +389,11 @@ def parse_args(cls):
     parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
     parser.format_help = lambda: source
     parser.error = fail
-    args = cls(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if type(value) is str and value[1:]:
+            values[name] = value.rstrip("/")  # x/ is x
+    args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
         may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
@@ -396,9 +404,15 @@ def parse_args(cls):
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(5)  # rank 0 says it too, and torchrun ends the others before they repeat it
+    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
+
+def wait_for_torchrun():
+    """Another rank may have said what is wrong. Then torchrun ends this one within 5 seconds."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
 
 @contextlib.contextmanager
 def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
@@ -423,10 +437,19 @@ def start_process_group(dtype):
     if cuda:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    with explain("the ranks do not find each other ({}): start them by torchrun, or use python"):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    if not alone:
+        sys.excepthook = late_traceback
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
+
+def late_traceback(*error):
+    """A rank that only lost its connection to the one that failed is ended before it says so."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
+    sys.__excepthook__(*error)
 
 def to_device(array):
     """numpy or list -> torch, where the model computes; the host does not wait for the copy."""
@@ -438,8 +461,9 @@ def load_data(args, names=("train", "val")):
     """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
     with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
-    vocabulary = transformers.AutoTokenizer.from_pretrained(args.model).get_vocab()
-    vocabulary = json.dumps(sorted(vocabulary.items())).encode()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        find_model(args.model)[0], trust_remote_code=args.trust_remote_code)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
         fail(f"--data {args.data} has other tokens than --model {args.model}: run prepare_data.py")
     splits = {}
@@ -456,9 +480,9 @@ def load_data(args, names=("train", "val")):
         splits[name] = dict(pairs=pairs, lengths=lengths, hash=content)
     return splits
 
-def content_hashes(weights, splits, dtype):
-    """All that log-probs depend on: weights (a sample of each tensor), tokens and precision."""
-    digest = hashlib.sha256()
+def content_hashes(weights, splits, dtype, args):
+    """All that log-probs depend on: config, weights (a sample of each tensor), rows, precision."""
+    digest = hashlib.sha256((find_model(args.model)[0] / "config.json").read_bytes())
     if dist.get_rank() == 0:
         for name, tensor in sorted(weights.state_dict().items()):
             sample = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()
@@ -544,7 +568,9 @@ def pack(chosen, rejected):
         new = len(ids) + torch.arange(len(response))
         places.append(torch.cat([places[i][:len(prompt)], new]))
         ids += response
+    # Without a mask of ones, transformers would search the row for texts, and wait for the GPU.
     inputs = dict(input_ids=to_device([ids]), position_ids=to_device([positions]),
+                  attention_mask=to_device(torch.ones(1, len(ids))),
                   texts=attention_tables(places, len(ids)))
     return dict(inputs=inputs, **predictions(places, chosen + rejected))
 
@@ -620,10 +646,16 @@ class Policy(torch.nn.Module):
             sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
         return torch.stack(sums).unflatten(0, (2, -1)).clone()  # FSDP warns about views
 
+def window_as_mask(local_size=None, **kwargs):
+    """What models get in place of a mask, and give to attention: the size of a sliding window."""
+    return local_size
+
 @torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
     """Every layer calls this with query (b, H, L, d), key and value (maybe fewer heads), and wants
     (b, L, H, d). Packed, b is 1: gather the texts into tables, attend, put the results back."""
+    if kwargs.get("sliding_window") is None:  # some models have it in their masks only
+        kwargs["sliding_window"] = attention_mask
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs = []
@@ -657,21 +689,66 @@ def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
     return output.transpose(1, 2)
 
 # -- model
-def read_model(args):
-    """-> the model without weights (on the meta device), and on rank 0 a second one with them."""
+MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+
+@functools.cache
+def find_model(name):
+    """A name -> folder of the model, and that of a LoRA adapter or None. A run's folder means its
+    final/, and what is no folder is downloaded from the hub."""
+    folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
+    if not folder.is_dir():
+        wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
+                                                        ignore_patterns="*/*"))
+    adapter = folder / "adapter_config.json"
+    if not adapter.exists():
+        return folder, None
+    if any(folder.glob("model*.safetensors")):
+        fail(f"{folder} holds a model and a LoRA adapter: take one of them out")
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    base = folder / base if (folder / base).is_dir() else base  # its path may begin here
+    return find_model(str(base))[0], folder
+
+def read_model(name, args):
+    """-> the model `name` without weights (on the meta device), and on rank 0 a second one with
+    them, in which a LoRA adapter is merged."""
     transformers.utils.logging.disable_progress_bar()
-    auto = transformers.AutoModelForCausalLM
-    config = transformers.AutoConfig.from_pretrained(args.model)
+    auto, (folder, adapter) = transformers.AutoModelForCausalLM, find_model(name)
+    trust = dict(trust_remote_code=args.trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(folder, **trust)
+    if getattr(config, "quantization_config", None):
+        fail(f"--model {name} is quantised; train the dense model that it was made from")
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32, **trust)
     if dist.get_rank() > 0:
         return model, None
-    weights, info = auto.from_pretrained(args.model, dtype=torch.float32, output_loading_info=True)
+    weights, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
+                                         **trust)
     same = dict(model.named_parameters()).keys() == dict(weights.named_parameters()).keys()
-    if info["missing_keys"] or not same:
-        missing = sorted(info["missing_keys"]) or "an output head that the config ties"
-        fail(f"--model {args.model}: config.json and weights do not agree on {missing}")
+    wrong = sorted(info["missing_keys"] | info["unexpected_keys"])[:3]
+    if wrong or not same:
+        wrong = wrong or "an output head that the config ties"
+        fail(f"--model {name}: config.json and weights do not agree on {wrong}")
+    model._weight_conversions = weights._weight_conversions  # for in_files
+    list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
+    if adapter:
+        from peft import PeftModel
+        weights = PeftModel.from_pretrained(weights, adapter).merge_and_unload()
     return model, weights
+
+def in_files(model, state, folder):
+    """Yields for each file of weights {name: tensor} and its path. Where `state` has a tensor, it
+    stands in place of the old one, under the name and in the type that it has in the file."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    state = revert_weight_conversion(model, state)
+    for path in folder.glob("model*.safetensors"):
+        tensors = safetensors.torch.load_file(path)  # each is read from the disk when it is used
+        for name in tensors.keys() & state.keys():
+            assert state[name].shape == tensors[name].shape, name
+            tensors[name] = state.pop(name).to(tensors[name].dtype).contiguous()
+        yield tensors, path
+    assert not state, f"no model*.safetensors of it has {list(state)[:3]}"
 
 def choose_attention(model, args):
     """Use our attention if the model mixes tokens by attention only."""
@@ -680,14 +757,18 @@ def choose_attention(model, args):
     plain = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
     if plain and model._supports_attention_backend:
         transformers.AttentionInterface.register("gathered", gathered_attention)
+        transformers.AttentionMaskInterface.register("gathered", window_as_mask)
         model.set_attn_implementation("gathered")
     elif args.layout == "packed":
         fail(f"--layout packed needs plain attention, but {config.model_type} mixes tokens in "
              "other ways too; use --layout concatenated or --layout separate")
 
 def choose_trained(model, weights, args):
-    """Train LoRA adapters if --lora_rank says so, and only what --train_modules matches."""
+    """Train LoRA adapters if --lora_rank says so, and only what --train_modules matches. Towers
+    for images get no gradient from text, and stay as they are."""
     if args.lora_rank:
+        if find_model(args.model)[1]:
+            fail(f"--lora_rank cannot add to --model {args.model}, an adapter: merge it first")
         from peft import LoraConfig
         rank = args.lora_rank
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -695,9 +776,11 @@ def choose_trained(model, weights, args):
         if weights is not None:  # rank 0, where the adapters get their random start
             torch.manual_seed(args.seed)
             weights.add_adapter(lora)
+    head = model.get_output_embeddings()
+    text = {*model.get_decoder().parameters(), *head.parameters()}
     with explain(f"--train_modules {args.train_modules}: {{}}"):
         for name, parameter in model.named_parameters():
-            if not re.search(args.train_modules, name):
+            if parameter not in text or not re.search(args.train_modules, name):
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         fail(f"--train_modules {args.train_modules} matches no parameter, such as {name}")
@@ -740,22 +823,53 @@ def place_weights(model, weights, device):
     set_model_state_dict(model, state, options=options)
 
 @torch.no_grad()
-def check_forward(weights, args):
-    """Rank 0 stops unless our log-probs of a small pair are those of the model's own forward."""
-    if weights is None:
-        return
-    ids = (np.arange(3, 95) % weights.config.get_text_config().vocab_size).tolist()
-    pair, own = dict(prompt=ids[:3], chosen=ids[3:40], rejected=ids[40:]), []
-    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}); try another "
-                 "--layout, or adapt Policy and head_pass to it"):
-        weights.eval().set_attn_implementation("eager")  # SDPA ignored Gemma-2's cap before 5.23
-        for text in (ids[:40], ids[:3] + ids[40:]):
-            logits = weights(torch.tensor([text]), use_cache=False).logits[0, 2:-1].float()
-            own.append(token_logps(logits, torch.tensor(text[3:])).sum().item())
-        choose_attention(weights, args)
-        ours = Policy(weights, token_logps)(collate([pair], args.layout)).flatten().tolist()
-        same = np.allclose(ours, own, rtol=1e-4, equal_nan=True)
-        assert same, f"log-probs {ours}, in its own forward pass {own}"
+def check_forward(policy, weights, split, dtype, args):
+    """Stop unless our log-probs are those of the model's own forward pass, for the longest pair
+    together with two short ones, as then every layout has padding."""
+    for name, tensor in weights.state_dict().items() if weights else []:
+        if not tensor.sum().isfinite():
+            fail(f"--model {args.model}: not all weights in {name} are finite")
+    model, config = policy.model, policy.model.config.get_text_config()
+    texts = split["lengths"][:, 0] + split["lengths"][:, 1:].max(1)  # (rows,) the longer one
+    rows = texts.argsort()[[-1, 0, len(texts) > 2]]
+    pairs = [split["pairs"][int(row)] for row in rows]
+    cause = "try another --layout, or adapt Policy and head_pass to it"
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = (rope.get("original_max_position_embeddings")
+             or getattr(config, "max_position_embeddings", None) or math.inf)
+    if texts.max() > limit > 0:
+        cause = (f"a text has {texts.max()} tokens, and the model was made for {limit}: prepare "
+                 f"the data with --max_length {limit}")
+    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}): {cause}"):
+        logps = policy(collate(pairs, args.layout))
+        ours = model.config._attn_implementation
+        capped = getattr(config, "attn_logit_softcapping", None)  # SDPA ignored it before 5.23
+        model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
+        policy.unshard()
+        truth = own_logps(model, pairs)
+        policy.reshard()
+        model.set_attn_implementation(ours)
+    check_same(logps, truth, split["lengths"][rows], dtype, f"in --layout {args.layout} the "
+               f"log-probs are not those of the forward pass of --model {args.model}: {cause}")
+
+def check_same(logps, truth, lengths, dtype, trouble):
+    """Stop if log-probs (2, n) or (2, n, k) are not the true ones (2, n), but for rounding."""
+    logps = logps.reshape(*truth.shape, -1)[..., 0].cpu().numpy()
+    errors = np.abs(logps - truth) / (lengths[:, 1:].T + 10)  # (2, n) nats per token
+    if not errors.max() < (1e-4 if dtype == torch.float32 else 0.05):
+        fail(f"{trouble} (they differ by {errors.max():.2g} nats per token)")
+
+# -- the run's folder: log, checkpoints, final model
+@torch.no_grad()
+def own_logps(model, pairs):
+    """log pi(y|x) (2, n) by the model's own forward pass, one text at a time."""
+    sums = []
+    for side in ("chosen", "rejected"):
+        for pair in pairs:
+            ids = torch.tensor([pair["prompt"] + pair[side]], device=model.device)
+            logits = model(ids, use_cache=False).logits[0, len(pair["prompt"]) - 1:-1].float()
+            sums.append(token_logps(logits, ids[0, len(pair["prompt"]):]).sum().item())
+    return np.array(sums).reshape(2, -1)
 
 if __name__ == "__main__":
     with explain("{}; what is computed is kept: mend this and run the same command again",

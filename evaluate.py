@@ -31,7 +31,7 @@ samples.jsonl and logps.npz: every s, so that another question needs no model. t
 over processes; --shard splits a model that one device does not hold.
 """
 import contextlib, dataclasses, hashlib, importlib.util, inspect, itertools, json, math
-import os, re, sys, time
+import os, re, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -89,8 +89,9 @@ BEST = "best of "
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(5)  # rank 0 says it too, and torchrun ends the others before they repeat it
+    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
 
 @contextlib.contextmanager
@@ -110,7 +111,11 @@ def parse_args(cls):
     parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
     parser.format_help = lambda: source
     parser.error = fail
-    args = cls(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if type(value) is str and value[1:]:
+            values[name] = value.rstrip("/")  # x/ is x
+    args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
         may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
@@ -137,7 +142,10 @@ def start_process_group(dtype):
     if cuda:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    with explain("the ranks do not find each other ({}): start them by torchrun, or use python"):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    if not alone:
+        sys.excepthook = late_traceback
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
@@ -145,6 +153,13 @@ def start_process_group(dtype):
 # ---- end of the helpers ----
 
 # ---- models, and what they are asked: all of it dealt over the ranks
+
+def late_traceback(*error):
+    """A rank that only lost its connection to the one that failed is ended before it says so."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
+    sys.__excepthook__(*error)
+
 
 def model_folder(name):
     """What a name in --models, --reference or --reward stands for: a folder or a hub name."""

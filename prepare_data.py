@@ -28,7 +28,7 @@ that cannot be read counts as one pair. A response ends in exactly one end token
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 """
 import bisect, dataclasses, functools, gzip, hashlib, inspect, itertools, json, math
-import multiprocessing, os, platform, random, re, shutil, sys, time, types, zlib
+import multiprocessing, os, platform, random, re, shutil, signal, sys, time, types, zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, process
 from pathlib import Path
@@ -69,8 +69,9 @@ class Args:
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(5)  # rank 0 says it too, and torchrun ends the others before they repeat it
+    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
 
 
@@ -81,7 +82,11 @@ def parse_args(cls):
     parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
     parser.format_help = lambda: source
     parser.error = fail
-    args = cls(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if type(value) is str and value[1:]:
+            values[name] = value.rstrip("/")  # x/ is x
+    args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
         may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")

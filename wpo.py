@@ -18,7 +18,7 @@ weight, its rewards are not.
 Differs from dpo.py: the loss is weighted, and the head pass also gives log sum_v pi(v)^2; the
 default of beta.
 
-Read to line 205: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 211: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -35,6 +35,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow.compute as pc
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -46,16 +47,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
+from transformers.core_model_loading import revert_weight_conversion
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     # input and output
     model: str  # Hugging Face folder or hub name: the policy at step 0
     data: str  # folder made by prepare_data.py
+    trust_remote_code: bool = False  # run the Python files that come with some models
     reference: str = ""  # model given to cache_ref.py, if it is not the one of --model
     out: str = f"out/{Path(__file__).stem}"  # the run's args.json, log.jsonl, checkpoints, final/
     resume: bool = False  # continue from the last checkpoint in --out; begin if there is none
-    save_every: int = 0  # steps between checkpoints; 0 = only one on SIGTERM
+    save_every: int = 0  # steps between checkpoints; 0 = only on SIGTERM and before final/
     keep: int = 2  # how many checkpoints stay on disk
     # optimisation
     epochs: int = 1  # passes over the training pairs
@@ -110,9 +113,9 @@ def main():
 
     with explain(f"--data {args.data}, --model {args.model} or --out {args.out}: {{}}"):
         splits = load_data(args)
-        model, weights = read_model(args)  # the model is empty; only rank 0 has the weights
-        content = content_hashes(weights, splits, dtype)
-        load_reference(content, splits, args)
+        model, weights = read_model(args.model, args)  # without weights; with them, on rank 0
+        content = content_hashes(weights, splits, dtype, args)
+        content["reference"] = load_reference(content, splits, args)
         start = open_run(content, args)
     train, val = splits["train"], splits["val"]
     policy = build_policy(model, weights, token_scores, device, dtype, args)
@@ -161,7 +164,7 @@ def main():
         done = step + 1
         stopping = torch.tensor(float(sigterm.is_set()))
         dist.all_reduce(stopping)  # a signal on any rank stops all of them
-        saving = stopping or (args.save_every > 0 and done % args.save_every == 0)
+        saving = stopping or done == steps or (args.save_every and done % args.save_every == 0)
         # Checkpoints do not hold the sums, so these are logged before each.
         if saving or done % args.log_every == 0 or done == steps:
             means = mean_over_pairs(sums)
@@ -179,6 +182,9 @@ def main():
         if stopping:
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
     save_final(policy, args)
+    check_final(policy, val, dtype, args)
+    if rank == 0 and not args.save_every:  # this checkpoint was made only in case that final/ fails
+        shutil.rmtree(f"{args.out}/step-{steps:06d}")
     if rank == 0:  # a block of lines for grep, such as "eval/loss: 0.61"
         summary = {"seconds": all_seconds, "tokens/s": all_tokens / max(all_seconds, 1e-9),
                    "memory/GiB": peak_memory(), "steps": steps, "final": f"{args.out}/final"}
@@ -214,7 +220,11 @@ def parse_args(cls):
     parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
     parser.format_help = lambda: source
     parser.error = fail
-    args = cls(**vars(parser.parse_args()))
+    values = vars(parser.parse_args())
+    for name, value in values.items():
+        if type(value) is str and value[1:]:
+            values[name] = value.rstrip("/")  # x/ is x
+    args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
         may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
@@ -225,9 +235,15 @@ def parse_args(cls):
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(5)  # rank 0 says it too, and torchrun ends the others before they repeat it
+    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
+
+def wait_for_torchrun():
+    """Another rank may have said what is wrong. Then torchrun ends this one within 5 seconds."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
 
 @contextlib.contextmanager
 def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
@@ -252,10 +268,19 @@ def start_process_group(dtype):
     if cuda:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    with explain("the ranks do not find each other ({}): start them by torchrun, or use python"):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    if not alone:
+        sys.excepthook = late_traceback
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
+
+def late_traceback(*error):
+    """A rank that only lost its connection to the one that failed is ended before it says so."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
+    sys.__excepthook__(*error)
 
 def to_device(array):
     """numpy or list -> torch, where the model computes; the host does not wait for the copy."""
@@ -311,8 +336,9 @@ def load_data(args, names=("train", "val")):
     """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
     with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
-    vocabulary = transformers.AutoTokenizer.from_pretrained(args.model).get_vocab()
-    vocabulary = json.dumps(sorted(vocabulary.items())).encode()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        find_model(args.model)[0], trust_remote_code=args.trust_remote_code)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
         fail(f"--data {args.data} has other tokens than --model {args.model}: run prepare_data.py")
     splits = {}
@@ -329,9 +355,9 @@ def load_data(args, names=("train", "val")):
         splits[name] = dict(pairs=pairs, lengths=lengths, hash=content)
     return splits
 
-def content_hashes(weights, splits, dtype):
-    """All that log-probs depend on: weights (a sample of each tensor), tokens and precision."""
-    digest = hashlib.sha256()
+def content_hashes(weights, splits, dtype, args):
+    """All that log-probs depend on: config, weights (a sample of each tensor), rows, precision."""
+    digest = hashlib.sha256((find_model(args.model)[0] / "config.json").read_bytes())
     if dist.get_rank() == 0:
         for name, tensor in sorted(weights.state_dict().items()):
             sample = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()
@@ -342,7 +368,8 @@ def content_hashes(weights, splits, dtype):
                 train=splits["train"]["hash"], val=splits["val"]["hash"])
 
 def load_reference(content, splits, args):
-    """Add ref_logps, float32 (rows, 2), to each split, from the cache made by cache_ref.py."""
+    """Add ref_logps, float32 (rows, 2), to each split, from the cache made by cache_ref.py -> its
+    name."""
     remake = f"run cache_ref.py --model {args.reference or args.model} --data {args.data}"
     found = []
     for path in Path(args.data).glob("ref-*/meta.json"):
@@ -361,6 +388,7 @@ def load_reference(content, splits, args):
         if hashlib.sha256(path.read_bytes()).hexdigest() != hashes[name]:
             fail(f"{path} is damaged: delete {folder}, and {remake}")
         split["ref_logps"] = np.load(path)
+    return folder.name
 
 def pair_tokens(lengths, layout):
     """Tokens (rows,) that one forward pass spends on each pair alone; lengths (rows, 3)."""
@@ -438,7 +466,9 @@ def pack(chosen, rejected):
         new = len(ids) + torch.arange(len(response))
         places.append(torch.cat([places[i][:len(prompt)], new]))
         ids += response
+    # Without a mask of ones, transformers would search the row for texts, and wait for the GPU.
     inputs = dict(input_ids=to_device([ids]), position_ids=to_device([positions]),
+                  attention_mask=to_device(torch.ones(1, len(ids))),
                   texts=attention_tables(places, len(ids)))
     return dict(inputs=inputs, **predictions(places, chosen + rejected))
 
@@ -514,10 +544,16 @@ class Policy(torch.nn.Module):
             sums += [part.sum(-1) for part in torch.cat(scores, -1).split(batch["sizes"], -1)]
         return torch.stack(sums).unflatten(0, (2, -1)).clone()  # FSDP warns about views
 
+def window_as_mask(local_size=None, **kwargs):
+    """What models get in place of a mask, and give to attention: the size of a sliding window."""
+    return local_size
+
 @torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
     """Every layer calls this with query (b, H, L, d), key and value (maybe fewer heads), and wants
     (b, L, H, d). Packed, b is 1: gather the texts into tables, attend, put the results back."""
+    if kwargs.get("sliding_window") is None:  # some models have it in their masks only
+        kwargs["sliding_window"] = attention_mask
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs = []
@@ -551,21 +587,66 @@ def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
     return output.transpose(1, 2)
 
 # -- model
-def read_model(args):
-    """-> the model without weights (on the meta device), and on rank 0 a second one with them."""
+MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+
+@functools.cache
+def find_model(name):
+    """A name -> folder of the model, and that of a LoRA adapter or None. A run's folder means its
+    final/, and what is no folder is downloaded from the hub."""
+    folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
+    if not folder.is_dir():
+        wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
+                                                        ignore_patterns="*/*"))
+    adapter = folder / "adapter_config.json"
+    if not adapter.exists():
+        return folder, None
+    if any(folder.glob("model*.safetensors")):
+        fail(f"{folder} holds a model and a LoRA adapter: take one of them out")
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    base = folder / base if (folder / base).is_dir() else base  # its path may begin here
+    return find_model(str(base))[0], folder
+
+def read_model(name, args):
+    """-> the model `name` without weights (on the meta device), and on rank 0 a second one with
+    them, in which a LoRA adapter is merged."""
     transformers.utils.logging.disable_progress_bar()
-    auto = transformers.AutoModelForCausalLM
-    config = transformers.AutoConfig.from_pretrained(args.model)
+    auto, (folder, adapter) = transformers.AutoModelForCausalLM, find_model(name)
+    trust = dict(trust_remote_code=args.trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(folder, **trust)
+    if getattr(config, "quantization_config", None):
+        fail(f"--model {name} is quantised; train the dense model that it was made from")
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32, **trust)
     if dist.get_rank() > 0:
         return model, None
-    weights, info = auto.from_pretrained(args.model, dtype=torch.float32, output_loading_info=True)
+    weights, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
+                                         **trust)
     same = dict(model.named_parameters()).keys() == dict(weights.named_parameters()).keys()
-    if info["missing_keys"] or not same:
-        missing = sorted(info["missing_keys"]) or "an output head that the config ties"
-        fail(f"--model {args.model}: config.json and weights do not agree on {missing}")
+    wrong = sorted(info["missing_keys"] | info["unexpected_keys"])[:3]
+    if wrong or not same:
+        wrong = wrong or "an output head that the config ties"
+        fail(f"--model {name}: config.json and weights do not agree on {wrong}")
+    model._weight_conversions = weights._weight_conversions  # for in_files
+    list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
+    if adapter:
+        from peft import PeftModel
+        weights = PeftModel.from_pretrained(weights, adapter).merge_and_unload()
     return model, weights
+
+def in_files(model, state, folder):
+    """Yields for each file of weights {name: tensor} and its path. Where `state` has a tensor, it
+    stands in place of the old one, under the name and in the type that it has in the file."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    state = revert_weight_conversion(model, state)
+    for path in folder.glob("model*.safetensors"):
+        tensors = safetensors.torch.load_file(path)  # each is read from the disk when it is used
+        for name in tensors.keys() & state.keys():
+            assert state[name].shape == tensors[name].shape, name
+            tensors[name] = state.pop(name).to(tensors[name].dtype).contiguous()
+        yield tensors, path
+    assert not state, f"no model*.safetensors of it has {list(state)[:3]}"
 
 def build_policy(model, weights, score, device, dtype, args):
     """Choose what is trained and how it is computed, spread it over the ranks -> Policy."""
@@ -588,14 +669,18 @@ def choose_attention(model, args):
     plain = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
     if plain and model._supports_attention_backend:
         transformers.AttentionInterface.register("gathered", gathered_attention)
+        transformers.AttentionMaskInterface.register("gathered", window_as_mask)
         model.set_attn_implementation("gathered")
     elif args.layout == "packed":
         fail(f"--layout packed needs plain attention, but {config.model_type} mixes tokens in "
              "other ways too; use --layout concatenated or --layout separate")
 
 def choose_trained(model, weights, args):
-    """Train LoRA adapters if --lora_rank says so, and only what --train_modules matches."""
+    """Train LoRA adapters if --lora_rank says so, and only what --train_modules matches. Towers
+    for images get no gradient from text, and stay as they are."""
     if args.lora_rank:
+        if find_model(args.model)[1]:
+            fail(f"--lora_rank cannot add to --model {args.model}, an adapter: merge it first")
         from peft import LoraConfig
         rank = args.lora_rank
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -603,9 +688,11 @@ def choose_trained(model, weights, args):
         if weights is not None:  # rank 0, where the adapters get their random start
             torch.manual_seed(args.seed)
             weights.add_adapter(lora)
+    head = model.get_output_embeddings()
+    text = {*model.get_decoder().parameters(), *head.parameters()}
     with explain(f"--train_modules {args.train_modules}: {{}}"):
         for name, parameter in model.named_parameters():
-            if not re.search(args.train_modules, name):
+            if parameter not in text or not re.search(args.train_modules, name):
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         fail(f"--train_modules {args.train_modules} matches no parameter, such as {name}")
@@ -661,17 +748,22 @@ def place_weights(model, weights, device):
     state = {} if weights is None else weights.state_dict()
     set_model_state_dict(model, state, options=options)
 
+def check_same(logps, truth, lengths, dtype, trouble):
+    """Stop if log-probs (2, n) or (2, n, k) are not the true ones (2, n), but for rounding."""
+    logps = logps.reshape(*truth.shape, -1)[..., 0].cpu().numpy()
+    errors = np.abs(logps - truth) / (lengths[:, 1:].T + 10)  # (2, n) nats per token
+    if not errors.max() < (1e-4 if dtype == torch.float32 else 0.05):
+        fail(f"{trouble} (they differ by {errors.max():.2g} nats per token)")
+
 @torch.no_grad()
 def check_reference(policy, split, dtype, args):
     """Stop unless the stored log-probs are those of the policy, which still is the reference."""
     batch = batch_rows(0, len(split["pairs"]), args)
     rows = max(micro_batches(batch, split["lengths"], args, 1), key=len)
-    pairs = [split["pairs"][int(row)] for row in rows]
-    logps = policy(collate(pairs, args.layout)).reshape(2, len(rows), -1)[..., 0].cpu().numpy()
-    error = np.abs(logps - split["ref_logps"][rows].T).sum() / split["lengths"][rows, 1:].sum()
-    if not error < (1e-4 if dtype == torch.float32 else 0.05):
-        fail(f"the reference's stored log-probs are {error:.2g} nats per token from those of "
-             f"--model {args.model}: delete {args.data}/ref-*, and run cache_ref.py again")
+    logps = policy(collate([split["pairs"][int(row)] for row in rows], args.layout))
+    check_same(logps, split["ref_logps"][rows].T, split["lengths"][rows], dtype, "the stored "
+               f"log-probs are not those of --model {args.model}: delete {args.data}/ref-*, and "
+               "run cache_ref.py again")
 
 # -- the run's folder: log, checkpoints, final model
 # A resumed run may change these: they move files, or change the numbers by rounding only. What the
@@ -686,7 +778,8 @@ def open_run(content, args):
         out.mkdir(parents=True, exist_ok=True)
         steps = [int(path.name.removeprefix("step-")) for path in out.glob("step-*")]
         last = [max(steps, default=0)]
-        settings = dataclasses.asdict(args) | dict(content=content)
+        settings = dataclasses.asdict(args)
+        settings |= {f"hash of {name}": value for name, value in content.items()}
         if (out / "log.jsonl").exists():
             check_settings(settings, args)
             cut_log(out / "log.jsonl", last[0])
@@ -702,7 +795,7 @@ def check_settings(settings, args):
         fail(f"--out {args.out} holds a run: use --resume, or choose another --out")
     with explain(f"{args.out}/args.json is damaged ({{}}): choose another --out"):
         old = json.loads(Path(args.out, "args.json").read_text())["args"]
-    for name in settings.keys() - MAY_CHANGE:
+    for name in sorted(settings.keys() - MAY_CHANGE):
         if settings[name] != old.get(name):
             fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not {settings[name]}: "
                  "repeat its settings, or choose another --out")
@@ -764,40 +857,67 @@ def save_checkpoint(policy, optimizer, step, args):
 def load_checkpoint(policy, optimizer, step, args):
     state, options = checkpoint_state(policy, optimizer)
     folder = Path(args.out, f"step-{step:06d}")
-    with explain(f"{folder} is damaged ({{}}); delete it, and --resume finds the one before it"):
+    with explain(f"{folder} cannot be read ({{}}); if it is damaged, delete it, and --resume finds "
+                 "the one before it"):
         dcp.load(state, checkpoint_id=folder)
-        set_state_dict(policy, optimizer, model_state_dict=state["model"],
-                       optim_state_dict=state["optim"], options=options)
+    set_state_dict(policy, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optim"], options=options)
     torch.set_rng_state(state["rng"])
 
 def copy_model_files(folder, args):
     """All files of --model but its weights, as they are: configs, tokenizer, chat template, ..."""
-    source, kinds = args.model, (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-    if not Path(source).is_dir():
-        source = huggingface_hub.snapshot_download(source, allow_patterns=[f"*{k}" for k in kinds])
     folder.mkdir(exist_ok=True)
-    for path in Path(source).iterdir():
-        if path.suffix in kinds and not path.name.endswith(".index.json"):  # of weights in parts
-            shutil.copyfile(path, folder / path.name)
+    for source in filter(None, find_model(args.model)):  # an adapter may have its own tokenizer
+        for path in source.iterdir():
+            if path.suffix in MODEL_FILES and path.name != "adapter_config.json":
+                shutil.copyfile(path, folder / path.name)
 
 def save_final(policy, args):
-    """out/final: a Hugging Face folder (LoRA: an adapter) in the precision of --model."""
+    """out/final: the files of --model with other weights, or with LoRA an adapter."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)  # whole on rank 0, empty elsewhere
     if dist.get_rank() == 0:
         aside, final, model = Path(args.out, "final.tmp"), Path(args.out, "final"), policy.model
-        dtype = transformers.AutoConfig.from_pretrained(args.model).dtype or torch.float32
-        names = dict([*policy.named_parameters(), *policy.named_buffers()])  # without a tied head
-        state = {name.removeprefix("model."): state[name].to(dtype)
-                 for name in names if name in state}
-        model.generation_config = transformers.GenerationConfig()  # --model's may be refused
-        with explain(f"{aside} cannot be written ({{}}): make room, and continue with --resume"):
-            model.save_pretrained(aside, state_dict=state)
-        (aside / "generation_config.json").unlink(missing_ok=True)
-        copy_model_files(aside, args)  # over a config that says float32
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        with explain(f"{aside} cannot be written ({{}}): make room, and run the same command with "
+                     "--resume; the last step is saved"):
+            folder = find_model(args.model)[0]
+            if args.lora_rank:
+                model.peft_config["default"].base_model_name_or_path = str(folder.resolve())
+                model.generation_config = transformers.GenerationConfig()  # theirs may be refused
+                model.save_pretrained(aside, state_dict=state)
+                (aside / "generation_config.json").unlink(missing_ok=True)
+            else:
+                for tensors, path in in_files(model, state, folder):
+                    safetensors.torch.save_file(tensors, aside / path.name, dict(format="pt"))
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
     dist.barrier()  # a rank that ended now would end rank 0
+
+@torch.no_grad()
+def own_logps(model, pairs):
+    """log pi(y|x) (2, n) by the model's own forward pass, one text at a time."""
+    sums = []
+    for side in ("chosen", "rejected"):
+        for pair in pairs:
+            ids = torch.tensor([pair["prompt"] + pair[side]], device=model.device)
+            logits = model(ids, use_cache=False).logits[0, len(pair["prompt"]) - 1:-1].float()
+            sums.append(token_logps(logits, ids[0, len(pair["prompt"]):]).sum().item())
+    return np.array(sums).reshape(2, -1)
+
+@torch.no_grad()
+def check_final(policy, split, dtype, args):
+    """Rank 0 reads final/ back: it must give two short pairs the log-probs that the policy does."""
+    final, rows = f"{args.out}/final", split["lengths"].sum(1).argsort()[:2]
+    pairs = [split["pairs"][int(row)] for row in rows]
+    logps = policy(collate(pairs, args.layout))
+    if dist.get_rank() == 0:
+        weights = read_model(final, args)[1]
+        if transformers.AutoConfig.from_pretrained(final).dtype != torch.float32:
+            dtype = torch.bfloat16
+        check_same(logps, own_logps(weights.eval(), pairs), split["lengths"][rows], dtype,
+                   f"{final} gives other log-probs than the weights that were trained")
+    dist.barrier()
 
 if __name__ == "__main__":
     with explain("{}; mend this and run the same command again, a training with --resume",

@@ -150,7 +150,7 @@ def one_batch(args, work):
             losses = old.pair_losses(policy, part, split, {}, settings)
             losses.mean().backward()
             before = gradients(policy)
-            model, weights = new.read_model(settings)
+            model, weights = new.read_model(settings.model, settings)
             score = new.token_scores if script == "wpo" else new.token_logps
             policy = new.build_policy(model, weights, score, device, torch.float32, settings)
             split = dict(pairs=pairs, lengths=lengths, ref_logps=ref)

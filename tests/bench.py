@@ -98,7 +98,7 @@ def ours(layout, how, model_folder, pairs, max_tokens):
     args = dpo.Args(model=str(model_folder), data="", layout=layout, max_tokens=int(max_tokens), compile=how == "compile",
                     activation_checkpointing=how if how in ("selective", "full") else "off")
     _, _, device, dtype = dpo.start_process_group("float32")
-    model, weights = dpo.read_model(args)
+    model, weights = dpo.read_model(args.model, args)
     policy = dpo.build_policy(model, weights, dpo.token_logps, device, dtype, args)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)

@@ -34,7 +34,7 @@ def load(model, data, **flags):
     """What main() of compo.py has before its first step -> head, batches, the settings, the training pairs."""
     args = compo.Args(model=str(model), data=str(data), **flags)
     pairs = compo.load_data(args)["train"]["pairs"]
-    model, weights = compo.read_model(args)
+    model, weights = compo.read_model(args.model, args)
     device = torch.device("cpu")
     head = copy.deepcopy(model.get_output_embeddings())
     compo.place_weights(head, weights.get_output_embeddings(), device)

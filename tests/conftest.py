@@ -170,15 +170,15 @@ def tiny_model(tmp_path_factory):
 
 def tiny_args(folder, **changes):
     """The settings that make a Policy, as the command line would give them."""
-    settings = dict(model=folder, layout="packed", max_tokens=8192, activation_checkpointing="off", compile=False,
-                    shard_group=0, lora_rank=0, train_modules="", seed=0)
+    settings = dict(model=folder, trust_remote_code=False, layout="packed", max_tokens=8192,
+                    activation_checkpointing="off", compile=False, shard_group=0, lora_rank=0, train_modules="", seed=0)
     return types.SimpleNamespace(**settings | changes)
 
 
 def tiny_policy(script, folder, layout="packed", checkpointing="off", **changes):
     """The Policy that main() of a training script makes of a model folder, in a process group."""
     args = tiny_args(folder, layout=layout, activation_checkpointing=checkpointing, **changes)
-    model, weights = script.read_model(args)
+    model, weights = script.read_model(args.model, args)
     score = getattr(script, "token_scores", script.token_logps)
     return script.build_policy(model, weights, score, torch.device("cpu"), torch.float32, args)
 
@@ -245,14 +245,16 @@ def process_group():
         dist.destroy_process_group()
 
 
-def split_of(pairs, reference):
+def split_of(pairs, reference=None):
     """What load_data and load_reference make of pairs, with `reference` a Policy."""
     import dpo
 
-    with torch.no_grad():
-        logps = reference(dpo.collate(pairs, "packed"))
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
-    return dict(pairs=pairs, lengths=lengths, ref_logps=logps.T.numpy())
+    split = dict(pairs=pairs, lengths=lengths)
+    if reference is not None:
+        with torch.no_grad():
+            split["ref_logps"] = reference(dpo.collate(pairs, "packed")).T.numpy()
+    return split
 
 
 def trl_dpo_loss(trainer, pairs):

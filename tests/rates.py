@@ -56,7 +56,7 @@ def stepper(name, model_folder, data, max_tokens, rows, checkpointing="off"):
     args = script.Args(model=str(model_folder), data=str(data), max_tokens=max_tokens, activation_checkpointing=checkpointing)
     splits = script.load_data(args)
     train = splits["train"]
-    model, weights = script.read_model(args)
+    model, weights = script.read_model(args.model, args)
     content = script.content_hashes(weights, splits, torch.float32)
     if name != "simpo":
         script.load_reference(content, splits, args)
@@ -87,7 +87,7 @@ def cacher(model_folder, data, max_tokens, folder):
     import cache_ref
     args = cache_ref.Args(model=str(model_folder), data=str(data), max_tokens=max_tokens)
     splits = dict(train=cache_ref.load_data(args)["train"])
-    model, weights = cache_ref.read_model(args)
+    model, weights = cache_ref.read_model(args.model, args)
     cache_ref.choose_attention(model, args)
     policy = cache_ref.Policy(model, cache_ref.token_logps).eval()
     cache_ref.shard(policy, torch.device("cpu"), torch.float32, args)

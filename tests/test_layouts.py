@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cache_ref
 import dpo
 from conftest import ATTENTION, FAMILIES, MIXED, MOE, RECURRENT, VOCAB, WINDOW, random_pairs
-from conftest import tiny_args, tiny_config, tiny_policy
+from conftest import split_of, tiny_args, tiny_config, tiny_policy
 
 LAYOUTS = ["packed", "concatenated", "separate"]
 FIVE = "five unequal pairs"
@@ -229,15 +229,15 @@ ODD = {
 def test_a_model_is_either_right_or_refused_but_never_silently_wrong(
     tiny_model, monkeypatch, family, layout
 ):
-    """cache_ref.py, simpo.py and compo.py compare ours with its own forward pass before they start;
-    what cache_ref.py stored is what the other scripts are compared with."""
+    """cache_ref.py and simpo.py compare ours with its own forward pass before they start; what
+    cache_ref.py stored is what the other scripts are compared with."""
     if not hasattr(transformers, ODD[family][0]):
         pytest.skip(f"{family} is not in transformers {transformers.__version__}")
     monkeypatch.setitem(FAMILIES, family, ODD[family])
     folder = tiny_model(family)
     try:
-        args = tiny_args(folder, layout=layout)
-        cache_ref.check_forward(dpo.read_model(args)[1], args)
+        args, split = tiny_args(folder, layout=layout), split_of(batch_of(FIVE))
+        cache_ref.check_forward(make_policy(folder, layout), None, split, torch.float32, args)
         result = ours_of(folder, layout, FIVE)
     except SystemExit as refusal:
         assert "--layout" in str(refusal)
