@@ -19,7 +19,7 @@ estimates <g, g'> without bias. Of a linear layer with input x, and d the gradie
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line 380: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 387: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal
@@ -261,16 +261,21 @@ def watch(model, args, salt=""):
             fail(f"--sketch_dim knows linear layers, embeddings and norms, not {kind}: leave its "
                  f"{own} out with --sketch_modules")
         if own:
-            module.register_forward_hook(functools.partial(remember, state, own, add))
+            hook = functools.partial(remember, state, own, add)
+            module.register_forward_hook(hook, with_kwargs=True)
     return state
 
-def remember(state, own, add, module, inputs, output):
+def remember(state, own, add, module, inputs, kwargs, output):
     """Forward hook of a layer; own is {name in it: name in the model} of the weights that count.
     Its backward hook `add` gets x, the input of the layer, and d, the gradient of its output."""
     if state.active and torch.is_grad_enabled():
+        tensors = [each for each in (*inputs, *kwargs.values()) if torch.is_tensor(each)]
+        if len(tensors) > 1:
+            fail(f"--sketch_dim knows layers of one tensor: leave {own}, which are given "
+                 f"{len(tensors)}, out with --sketch_modules")
         if not output.requires_grad:
             output.requires_grad_()  # the backward pass ends at the first layer that counts
-        output.register_hook(functools.partial(add, state, own, module, inputs[0].detach()))
+        output.register_hook(functools.partial(add, state, own, module, tensors[0].detach()))
 
 def add_product(state, own, module, x, d):
     """Backward hook of a linear layer or an embedding, whose x are token ids."""
@@ -308,6 +313,8 @@ def product_spectrum(state, name, module, x, d):
 def add_norm(state, own, module, x, d):
     """Backward hook: the gradient of a norm for each row of x and d is small and can be formed."""
     weights = {leaf: getattr(module, leaf).detach().float() for leaf in own}
+    if len(x) == math.prod(state.shape):  # OPT does away with the rows here
+        x, d = x.unflatten(0, state.shape), d.unflatten(0, state.shape)
     def gradient(x, d):
         def forward(weights):
             return torch.func.functional_call(module, weights, (x,))
@@ -842,13 +849,12 @@ def check_forward(policy, weights, split, dtype, args):
                  f"the data with --max_length {limit}")
     with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}): {cause}"):
         logps = policy(collate(pairs, args.layout))
-        ours = model.config._attn_implementation
         capped = getattr(config, "attn_logit_softcapping", None)  # SDPA ignored it before 5.23
         model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
         policy.unshard()
         truth = own_logps(model, pairs)
         policy.reshard()
-        model.set_attn_implementation(ours)
+        choose_attention(model, args)  # ours again
     check_same(logps, truth, split["lengths"][rows], dtype, f"in --layout {args.layout} the "
                f"log-probs are not those of the forward pass of --model {args.model}: {cause}")
 

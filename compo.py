@@ -313,8 +313,8 @@ def displacement(head, pairs, first, name):
     return {f"{name}/{key}": value.double().mean().item() for key, value in metrics.items()}
 
 def save_head(head, args):
-    """out/final: the files of --model with this head, untied, in float32, as in bfloat16 it would
-    lose most of what it learnt."""
+    """out/final: the files of --model with this head, untied, in float32. The config says so too:
+    in bfloat16 the head would lose most of what it learnt."""
     if dist.get_rank() == 0:
         aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
         model, weights = read_model(args.model, args)
@@ -332,8 +332,8 @@ def save_head(head, args):
             file = aside / "model.safetensors.index.json"
             file.write_text(json.dumps(dict(metadata={}, weight_map=index)))
         config = json.loads((aside / "config.json").read_text())
-        for part in (config, config.get("text_config", {})):
-            part["tie_word_embeddings"] = False
+        for part in (config, config.get("text_config", {})):  # torch_dtype is an older name
+            part |= dict(tie_word_embeddings=False, dtype="float32", torch_dtype="float32")
         (aside / "config.json").write_text(json.dumps(config, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)

@@ -730,13 +730,12 @@ def check_forward(policy, weights, split, dtype, args):
                  f"the data with --max_length {limit}")
     with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}): {cause}"):
         logps = policy(collate(pairs, args.layout))
-        ours = model.config._attn_implementation
         capped = getattr(config, "attn_logit_softcapping", None)  # SDPA ignored it before 5.23
         model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
         policy.unshard()
         truth = own_logps(model, pairs)
         policy.reshard()
-        model.set_attn_implementation(ours)
+        choose_attention(model, args)  # ours again
     check_same(logps, truth, split["lengths"][rows], dtype, f"in --layout {args.layout} the "
                f"log-probs are not those of the forward pass of --model {args.model}: {cause}")
 
