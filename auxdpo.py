@@ -469,9 +469,17 @@ def load_data(args, names=("train", "val")):
             pair = pairs[int(tokens.argmax())]["id"]
             fail(f"pair {pair} of {args.data}/{name} has {tokens.max()} tokens, over --max_tokens "
                  f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
-        content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
-        splits[name] = dict(pairs=pairs, lengths=lengths, hash=content)
+        splits[name] = dict(pairs=pairs, lengths=lengths, hash=rows_hash(pairs, lengths))
     return splits
+
+def rows_hash(pairs, lengths):
+    """Of all that log-probs and losses take from the pairs."""
+    digest = hashlib.sha256(lengths.tobytes())
+    for side in ("prompt", "chosen", "rejected"):
+        digest.update(pc.list_flatten(pairs.data[side]).to_numpy())
+    if "weight" in pairs.column_names:
+        digest.update(pairs.data["weight"].to_numpy())
+    return digest.hexdigest()[:16]
 
 def content_hashes(weights, splits, dtype, args):
     """All that log-probs depend on: config, weights (a sample of each tensor), rows, precision."""
@@ -761,8 +769,8 @@ def read_model(name, args):
 def in_files(model, state, folder):
     """Yields for each file of weights {name: tensor} and its path. Where `state` has a tensor, it
     stands in place of the old one, under the name and in the type that it has in the file."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    tied = {name: state[name] for name in model.all_tied_weights_keys if name in state}
+    tied = revert_weight_conversion(model, tied)  # which most files leave out
     state = revert_weight_conversion(model, state)
     for path in folder.glob("model*.safetensors"):
         tensors = safetensors.torch.load_file(path)  # each is read from the disk when it is used
@@ -770,7 +778,8 @@ def in_files(model, state, folder):
             assert state[name].shape == tensors[name].shape, name
             tensors[name] = state.pop(name).to(tensors[name].dtype).contiguous()
         yield tensors, path
-    assert not state, f"no model*.safetensors of it has {list(state)[:3]}"
+    missing = state.keys() - tied.keys()
+    assert not missing, f"no model*.safetensors of it has {sorted(missing)[:3]}"
 
 def build_policy(model, weights, score, device, dtype, args):
     """Choose what is trained and how it is computed, spread it over the ranks -> Policy."""

@@ -19,7 +19,7 @@ estimates <g, g'> without bias. Of a linear layer with input x, and d the gradie
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line 387: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 386: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal
@@ -373,9 +373,8 @@ def write_part(kind, rows, folder, splits, content, args):
     key = dict(content)
     for name, split in splits.items():
         split["pairs"].select(rows[name]).save_to_disk(str(aside / name))
-        meta["content_hash"][name] = name_of([meta["content_hash"][name], kind, origin])
-        tokens = split["lengths"][rows[name]].sum(0)
-        key[name] = [meta["content_hash"][name], *tokens.tolist()]
+        part = datasets.load_from_disk(str(aside / name))
+        key[name] = rows_hash(part, split["lengths"][rows[name]])
     own = aside / f"ref-{name_of(key)}"
     own.mkdir()
     for name in splits:
@@ -483,9 +482,17 @@ def load_data(args, names=("train", "val")):
             pair = pairs[int(tokens.argmax())]["id"]
             fail(f"pair {pair} of {args.data}/{name} has {tokens.max()} tokens, over --max_tokens "
                  f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
-        content = [meta["content_hash"][name], *lengths.sum(0).tolist()]
-        splits[name] = dict(pairs=pairs, lengths=lengths, hash=content)
+        splits[name] = dict(pairs=pairs, lengths=lengths, hash=rows_hash(pairs, lengths))
     return splits
+
+def rows_hash(pairs, lengths):
+    """Of all that log-probs and losses take from the pairs."""
+    digest = hashlib.sha256(lengths.tobytes())
+    for side in ("prompt", "chosen", "rejected"):
+        digest.update(pc.list_flatten(pairs.data[side]).to_numpy())
+    if "weight" in pairs.column_names:
+        digest.update(pairs.data["weight"].to_numpy())
+    return digest.hexdigest()[:16]
 
 def content_hashes(weights, splits, dtype, args):
     """All that log-probs depend on: config, weights (a sample of each tensor), rows, precision."""
@@ -746,8 +753,8 @@ def read_model(name, args):
 def in_files(model, state, folder):
     """Yields for each file of weights {name: tensor} and its path. Where `state` has a tensor, it
     stands in place of the old one, under the name and in the type that it has in the file."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    tied = {name: state[name] for name in model.all_tied_weights_keys if name in state}
+    tied = revert_weight_conversion(model, tied)  # which most files leave out
     state = revert_weight_conversion(model, state)
     for path in folder.glob("model*.safetensors"):
         tensors = safetensors.torch.load_file(path)  # each is read from the disk when it is used
@@ -755,7 +762,8 @@ def in_files(model, state, folder):
             assert state[name].shape == tensors[name].shape, name
             tensors[name] = state.pop(name).to(tensors[name].dtype).contiguous()
         yield tensors, path
-    assert not state, f"no model*.safetensors of it has {list(state)[:3]}"
+    missing = state.keys() - tied.keys()
+    assert not missing, f"no model*.safetensors of it has {sorted(missing)[:3]}"
 
 def choose_attention(model, args):
     """Use our attention if the model mixes tokens by attention only."""

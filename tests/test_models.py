@@ -1,0 +1,452 @@
+"""Claim: a model is what its folder says, and a run loses nothing.
+
+- final/ is --model with other weights: the names, shapes and types of its tensors are those of the files of --model,
+  and every other file is the same to the byte. So float32 biases stay float32 beside bfloat16 weights, a tied head is
+  not stored twice, and tensors that training does not use (of a vision tower, of multi-token prediction) stay.
+- Weights and config.json must agree, and what would make the numbers of a model depend on its company in the batch is
+  refused with its cause: LongRoPE, positions and ids beyond a table, padding.
+- A LoRA adapter, a run's folder, a path with a slash at its end and a path from elsewhere mean what a user means.
+- --resume compares content; if final/ cannot be written, the last step is saved, and --resume only writes final/.
+"""
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, SMALL, VOCAB, random_pairs, run_as_program, tiny_hf_model, tiny_tokenizer, write_tiny_data
+from safetensors.torch import load_file, save_file
+
+PAIRS = random_pairs([(4, 3, 5), (3, 6, 2), (5, 1, 4), (2, 4, 4), (6, 2, 3), (3, 5, 3)])
+
+
+@pytest.fixture
+def program(monkeypatch, capfd):
+    """program(script, **flags) -> what main() printed; a SystemExit of it is raised."""
+    def run(script, **flags):
+        module = importlib.import_module(script)
+        module.find_model.cache_clear() if hasattr(module, "find_model") else None
+        argv = [f"{script}.py"]
+        for name, value in flags.items():
+            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            run_as_program(module)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        return capfd.readouterr().out
+    return run
+
+
+def random_model(config):
+    """With weights so large that attention and positions matter."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3 if "embed" in name else 1.5 / weight.shape[-1] ** 0.5)
+    return model
+
+
+def save(model, folder, dtype=torch.bfloat16):
+    """A model's folder with a tokenizer, in bfloat16 but for the biases that released models have in float32."""
+    model.to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train(program, script, model, data, out, **flags):
+    common = dict(batch_size=3, max_steps=2, eval_every=0, log_every=1, learning_rate=1e-2)
+    return program(script, model=model, data=data, out=out, **common | flags)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """world(hf model, pairs) -> folders of a bfloat16 model and of data without a cache"""
+    def make(model, pairs=PAIRS, dtype=torch.bfloat16):
+        folder = save(model, tmp_path / "model", dtype)
+        (tmp_path / "data").mkdir()
+        return folder, write_tiny_data(tmp_path / "data", str(folder), pairs, pairs)
+    return make
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(SystemExit) as caught:
+        call(*args, **kwargs)
+    line = str(caught.value)
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
+def tensors(folder):
+    return {name: tensor for path in Path(folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def edit_tensors(folder, change):
+    """Rewrite the weights of a folder after change(tensors)."""
+    file = Path(folder, "model.safetensors")
+    found = load_file(file)
+    change(found)
+    save_file(found, file, metadata=dict(format="pt"))
+
+
+# ---- final/
+
+
+def assert_final_is_the_model(final, model, moved):
+    old, new = tensors(model), tensors(final)
+    assert old.keys() == new.keys()
+    assert [name for name in old if (old[name].dtype, old[name].shape) != (new[name].dtype, new[name].shape)] == []
+    assert {name for name in old if not torch.equal(old[name], new[name])} >= moved
+    for path in Path(model).iterdir():
+        if path.suffix != ".safetensors":
+            assert (final / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def mixture():
+    config = transformers.Glm4MoeConfig(**SMALL | dict(
+        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=24, n_group=1, topk_group=1,
+        first_k_dense_replace=1, num_nextn_predict_layers=0))
+    return random_model(config)
+
+
+def test_a_float32_router_bias_stays_float32_beside_bfloat16_weights(world, program, tmp_path):
+    model, data = world(mixture())
+    bias, = [name for name in tensors(model) if name.endswith("e_score_correction_bias")]
+    value = torch.tensor([0.1234567, -0.7654321, 0.3333333, 0.0])  # bfloat16 would round it
+
+    def change(found):
+        found[bias] = value
+    edit_tensors(model, change)
+    train(program, "simpo", model, data, tmp_path / "out")
+    assert_final_is_the_model(tmp_path / "out/final", model, {"model.embed_tokens.weight"})
+    assert torch.equal(tensors(tmp_path / "out/final")[bias], value)
+
+
+def test_a_tied_head_is_not_stored_twice_and_one_that_is_there_twice_stays_so(world, program, tmp_path):
+    model, data = world(tiny_hf_model("llama-tied"))
+    train(program, "simpo", model, data, tmp_path / "once")
+    assert_final_is_the_model(tmp_path / "once/final", model, {"model.embed_tokens.weight"})
+    edit_tensors(model, lambda found: found.update({"lm_head.weight": found["model.embed_tokens.weight"].clone()}))
+    train(program, "simpo", model, data, tmp_path / "twice")
+    final = tensors(tmp_path / "twice/final")
+    assert torch.equal(final["lm_head.weight"], final["model.embed_tokens.weight"])
+    assert_final_is_the_model(tmp_path / "twice/final", model, {"lm_head.weight"})
+
+
+def test_weights_in_parts_come_back_in_the_same_parts(world, program, tmp_path):
+    model, data = world(tiny_hf_model("llama"))
+    (model / "model.safetensors").unlink()
+    tiny_hf_model("llama").to(torch.bfloat16).save_pretrained(model, max_shard_size="10KB")
+    parts = sorted(path.name for path in model.glob("*.safetensors"))
+    train(program, "simpo", model, data, tmp_path / "out")
+    assert len(parts) > 1 and parts == sorted(path.name for path in (tmp_path / "out/final").glob("*.safetensors"))
+    assert_final_is_the_model(tmp_path / "out/final", model, {"lm_head.weight"})
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/final")
+
+
+def with_images(folder):
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = SMALL | dict(tie_word_embeddings=True, sliding_window=8, query_pre_attn_scalar=5)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | dict(image_size=16, patch_size=4), mm_tokens_per_image=4,
+        image_token_index=VOCAB)
+    return random_model(config)
+
+
+def test_a_model_that_reads_images_keeps_its_tower_and_resumes(world, program, tmp_path):
+    model, data = world(with_images(tmp_path))
+    flags = dict(max_steps=4, batch_size=3)
+    train(program, "simpo", model, data, tmp_path / "whole", **flags)
+    assert_final_is_the_model(tmp_path / "whole/final", model, {"model.language_model.embed_tokens.weight"}
+                              & tensors(model).keys())
+    tower = [name for name in tensors(model) if "vision" in name or "multi_modal" in name]
+    final = tensors(tmp_path / "whole/final")
+    assert tower and all(torch.equal(final[name], tensors(model)[name]) for name in tower)
+    train(program, "simpo", model, data, tmp_path / "parts", save_every=2, **flags)
+    shutil.rmtree(tmp_path / "parts/final")
+    shutil.rmtree(tmp_path / "parts/step-000004")
+    train(program, "simpo", model, data, tmp_path / "parts", save_every=2, resume=True, **flags)
+    parts = tensors(tmp_path / "parts/final")
+    assert all(torch.equal(final[name], parts[name]) for name in final)
+
+
+def test_names_of_older_files_come_back(world, program, tmp_path):
+    """As google/gemma-3-4b-it has them: another order of prefixes than the modules of transformers."""
+    model, data = world(with_images(tmp_path))
+    found = {}
+    for name, tensor in tensors(model).items():
+        name = name.removeprefix("model.")
+        if name.startswith("language_model."):
+            name = name.replace("language_model.", "language_model.model.", 1)
+        found[name.replace("language_model.model.model.", "language_model.model.")] = tensor
+    save_file(found, model / "model.safetensors", metadata=dict(format="pt"))
+    assert {"vision_tower", "multi_modal_projector", "language_model"} == {name.split(".")[0] for name in found}
+    train(program, "simpo", model, data, tmp_path / "out")
+    assert_final_is_the_model(tmp_path / "out/final", model, {"language_model.model.embed_tokens.weight"})
+
+
+def test_tensors_that_transformers_leaves_out_by_name_are_kept(world, program, tmp_path):
+    model, data = world(mixture())
+    extra = "model.layers.92.eh_proj.weight"  # as GLM-4.5 has for multi-token prediction
+    edit_tensors(model, lambda found: found.update({extra: torch.ones(3, dtype=torch.int32)}))
+    train(program, "simpo", model, data, tmp_path / "out")
+    assert_final_is_the_model(tmp_path / "out/final", model, {"lm_head.weight"})
+    assert tensors(tmp_path / "out/final")[extra].dtype == torch.int32
+
+
+def test_final_that_is_not_what_was_trained_is_a_line_and_the_last_step_is_kept(world, program, tmp_path, monkeypatch):
+    import simpo
+
+    model, data = world(tiny_hf_model("llama"))
+    in_files = simpo.in_files
+
+    def wrong(*args):
+        for found, path in in_files(*args):
+            found["model.norm.weight"] = found["model.norm.weight"] * 2
+            yield found, path
+    monkeypatch.setattr(simpo, "in_files", wrong)
+    line = refusal(train, program, "simpo", model, data, tmp_path / "out")
+    assert "other log-probs" in line and (tmp_path / "out/step-000002").exists()
+
+
+@pytest.mark.parametrize("script", ["simpo", "compo"])
+def test_if_final_cannot_be_written_the_last_step_is_saved_and_resume_only_saves(
+        world, program, tmp_path, monkeypatch, script):
+    module = importlib.import_module(script)
+    model, data = world(tiny_hf_model("llama"))
+    flags = {} if script == "simpo" else dict(perturbations=8, max_pairs=2, eval_every=0)
+    start = train if script == "simpo" else (lambda program, script, model, data, out, **more: program(
+        script, model=model, data=data, out=out, **more))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(module.safetensors.torch, "save_file", full)
+        line = refusal(start, program, script, model, data, tmp_path / "out", **flags)
+        assert "No space left" in line and "--resume" in line
+    saved, = (tmp_path / "out").glob("step-*")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "pair_losses" if script == "simpo" else "update", full)  # no step is made again
+        start(program, script, model, data, tmp_path / "out", resume=True, **flags)
+    assert (tmp_path / "out/final/model.safetensors").exists() and not saved.exists()
+
+
+# ---- weights, config and data that do not fit
+
+
+def wrong_head(found):
+    found["lm_head.weight"] = found["model.embed_tokens.weight"] * 2
+
+
+def one_layer_more(found):
+    for name in [name for name in found if ".layers.1." in name]:
+        found[name.replace(".layers.1.", ".layers.2.")] = found[name].clone()
+
+
+def one_layer_less(found):
+    for name in [name for name in found if ".layers.1." in name]:
+        del found[name]
+
+
+def nan(found):
+    found["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
+
+
+@pytest.mark.parametrize("family, change, words", [
+    ("llama-tied", wrong_head, ["config", "head"]),
+    ("llama", one_layer_more, ["config", "layers.2"]),
+    ("llama", one_layer_less, ["config", "layers.1"]),
+    ("llama", nan, ["not all weights in", "layers.0.mlp.up_proj.weight", "finite"]),
+])
+def test_weights_that_do_not_fit_the_config_or_are_not_finite_are_named(world, program, family, change, words):
+    model, data = world(tiny_hf_model(family))
+    edit_tensors(model, change)
+    line = refusal(program, "cache_ref", model=model, data=data)
+    assert [word for word in words if word not in line] == [], line
+
+
+def test_a_quantised_model_is_named_so(world, program):
+    model, data = world(tiny_hf_model("llama"))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="fp8")
+    (model / "config.json").write_text(json.dumps(config))
+    assert "quantised" in refusal(program, "cache_ref", model=model, data=data)
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(world, program):
+    model, data = world(tiny_hf_model("llama"))
+    (model / "adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path=str(model))))
+    assert "LoRA adapter" in refusal(program, "cache_ref", model=model, data=data)
+
+
+def test_another_config_needs_another_cache(world, program, tmp_path):
+    model, data = world(tiny_hf_model("llama"))
+    program("cache_ref", model=model, data=data)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 123.0
+    (model / "config.json").write_text(json.dumps(config))
+    assert "0 caches" in refusal(train, program, "dpo", model, data, tmp_path / "out")
+
+
+LONG = random_pairs([(4, 3, 5), (30, 9, 12), (5, 1, 4)])
+
+
+def longrope():
+    factors = dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[4.0, 5.0, 6.0, 7.0])
+    return dict(original_max_position_embeddings=32, max_position_embeddings=128,
+                rope_parameters=factors | dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=32))
+
+
+@pytest.mark.parametrize("family, settings, limit", [
+    ("Phi3Config", longrope(), 32),
+    ("LlamaConfig", dict(max_position_embeddings=32, rope_parameters=dict(
+        rope_type="dynamic", factor=4.0, rope_theta=1e4)), 32),
+    ("GPT2Config", dict(n_embd=32, n_layer=2, n_head=4, max_position_embeddings=32), 32),
+    ("OPTConfig", dict(ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32), 32),
+])
+@pytest.mark.parametrize("script", ["cache_ref", "simpo"])
+def test_texts_longer_than_the_model_was_made_for_are_refused_with_the_cause(
+        world, program, tmp_path, script, family, settings, limit):
+    """LongRoPE turns every text of a batch by the factors of the longest one; GPT-2 has no positions beyond its table."""
+    config = getattr(transformers, family)(**SMALL | settings)
+    model, data = world(random_model(config), LONG, torch.float32)
+    out = {} if script == "cache_ref" else dict(out=tmp_path / "out")
+    line = refusal(program, script, model=model, data=data, **out)
+    assert "42 tokens" in line and f"--max_length {limit}" in line
+
+
+def test_dynamic_ropes_are_right_below_their_limit(world, program):
+    model, data = world(random_model(transformers.Phi3Config(**SMALL | longrope())), PAIRS, torch.float32)
+    assert "is complete" in program("cache_ref", model=model, data=data)
+
+
+# ---- what people give as a model
+
+
+@pytest.fixture
+def adapter(world, program, tmp_path):
+    """A model, its data, and a run that trained a LoRA adapter of it."""
+    model, data = world(tiny_hf_model("llama"), dtype=torch.float32)
+    train(program, "simpo", model, data, tmp_path / "lora", lora_rank=4)
+    return model, data, tmp_path / "lora"
+
+
+def test_an_adapter_is_merged_wherever_a_model_is_given(adapter, program, tmp_path):
+    from peft import PeftModel
+
+    model, data, run = adapter
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model)
+    merged = PeftModel.from_pretrained(whole, run / "final").merge_and_unload()
+    program("cache_ref", model=run / "final", data=data)
+    stored, = Path(data).glob("ref-*/train-logps.npy")
+    import cache_ref
+    assert np.load(stored).T == pytest.approx(cache_ref.own_logps(merged, PAIRS), abs=1e-4)
+    train(program, "dpo", run, data, tmp_path / "out")
+    final = tensors(tmp_path / "out/final")
+    assert final.keys() == tensors(model).keys() and not (tmp_path / "out/final/adapter_config.json").exists()
+    moved = [name for name in final if not torch.allclose(final[name], merged.state_dict()[name], atol=0.1)]
+    assert moved == []
+    line = refusal(train, program, "dpo", run, data, tmp_path / "more", lora_rank=2)
+    assert "adapter" in line and "--lora_rank" in line
+
+
+@pytest.mark.parametrize("base", ["absolute", "relative to the adapter"])
+def test_an_adapter_finds_its_base_from_anywhere(adapter, program, tmp_path, monkeypatch, base):
+    model, data, run = adapter
+    file = run / "final/adapter_config.json"
+    config = json.loads(file.read_text())
+    assert Path(config["base_model_name_or_path"]).is_absolute()
+    if base != "absolute":
+        config["base_model_name_or_path"] = "../../model"
+        file.write_text(json.dumps(config))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "is complete" in program("cache_ref", model="../lora", data=data)
+
+
+def test_a_runs_folder_means_its_final_and_a_slash_at_the_end_nothing(world, program, tmp_path):
+    model, data = world(tiny_hf_model("llama"))
+    train(program, "simpo", model, data, f"{tmp_path}/first/")
+    program("cache_ref", model=f"{tmp_path}/first/", data=f"{data}/")
+    train(program, "dpo", tmp_path / "first/final", data, tmp_path / "second")
+    train(program, "dpo", f"{model}/", data, tmp_path / "third", reference=f"{tmp_path}/first")
+    assert (tmp_path / "second/final").is_dir() and (tmp_path / "third/final").is_dir()
+
+
+def test_code_of_others_runs_only_if_asked_and_nobody_is_prompted(world, program, monkeypatch):
+    model, data = world(tiny_hf_model("llama"))
+    config = json.loads((model / "config.json").read_text())
+    config |= dict(model_type="mine", auto_map=dict(AutoConfig="mine.Config", AutoModelForCausalLM="mine.Model"))
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "mine.py").write_text(
+        "import transformers\n"
+        "class Config(transformers.LlamaConfig):\n    model_type = 'mine'\n"
+        "class Model(transformers.LlamaForCausalLM):\n    config_class = Config\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("prompted"))
+    assert "code" in refusal(program, "cache_ref", model=model, data=data)
+    assert "is complete" in program("cache_ref", model=model, data=data, trust_remote_code=True)
+
+
+def test_a_wrong_name_without_a_network_is_a_line_within_seconds(world, program, monkeypatch):
+    _, data = world(tiny_hf_model("llama"))
+    environment = os.environ | dict(HF_HUB_OFFLINE="0", HTTPS_PROXY="http://127.0.0.1:9", OMP_NUM_THREADS="1")
+    began = time.time()
+    command = [sys.executable, str(ROOT / "dpo.py"), "--model", "no/such", "--data", data]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "no/such" in done.stderr
+    assert "Traceback" not in done.stderr and time.time() - began < 20  # most of it is the import of torch
+
+
+# ---- resume and ranks
+
+
+def test_resume_refuses_other_rows_and_other_weights_under_the_same_name(world, program, tmp_path):
+    model, data = world(tiny_hf_model("llama"))
+    train(program, "simpo", model, data, tmp_path / "out", save_every=1)
+    swapped = [pair | dict(chosen=pair["chosen"][::-1]) for pair in PAIRS]  # of the same lengths
+    for name in ("train", "val"):
+        shutil.rmtree(Path(data, name))
+    write_tiny_data(data, str(model), swapped, PAIRS)
+    assert "train" in refusal(train, program, "simpo", model, data, tmp_path / "out", save_every=1, resume=True)
+    for name in ("train", "val"):
+        shutil.rmtree(Path(data, name))
+    write_tiny_data(data, str(model), PAIRS, PAIRS)
+    train(program, "simpo", model, data, tmp_path / "out", save_every=1, resume=True)  # the first rows are taken again
+    edit_tensors(model, lambda found: found["model.norm.weight"].mul_(2))
+    assert "weights" in refusal(train, program, "simpo", model, data, tmp_path / "out", save_every=1, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["weights on rank 0", "rank 1 alone"])
+def test_a_rank_that_fails_ends_all_with_one_line(world, tmp_path, broken):
+    model, data = world(tiny_hf_model("llama"))
+    script = tmp_path / "simpo.py"
+    source = (ROOT / "simpo.py").read_text()
+    if broken == "rank 1 alone":
+        source = source.replace("    sums, seconds = [], 0.0", "    if rank == 1:\n        fail('rank 1 has had enough')\n    sums, seconds = [], 0.0", 1)
+    else:
+        edit_tensors(model, nan)
+    script.write_text(source)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(script)]
+    done = subprocess.run([*command, "--model", model, "--data", data, "--out", tmp_path / "out"],
+                          env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=120)
+    ours = done.stderr.partition("torch.distributed.elastic.multiprocessing.errors")[0]
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr[-3000:]
+    assert "[rank" not in done.stderr and "Traceback" not in ours.partition("ChildFailedError")[0].partition("W1")[0]
+
+
+def test_a_rank_without_its_companions_is_one_line(world, tmp_path):
+    model, data = world(tiny_hf_model("llama"))
+    command = [sys.executable, str(ROOT / "dpo.py"), "--model", model, "--data", data]
+    done = subprocess.run(command, env=os.environ | dict(RANK="0", OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "torchrun" in done.stderr and "Traceback" not in done.stderr
