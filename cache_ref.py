@@ -78,7 +78,7 @@ def main():
     policy = Policy(model, token_logps).eval()
     shard(policy, device, dtype, args)
     place_weights(model, weights, device)
-    check_forward(policy, weights, splits["train"], dtype, args)
+    check_forward(policy, splits["train"], dtype, args)
     def logps(pairs):
         with torch.no_grad():
             return policy(collate(pairs, args.layout)).T  # (n, 2)
@@ -397,8 +397,8 @@ def parse_args(cls):
     parser.error = fail
     values = vars(parser.parse_args())
     for name, value in values.items():
-        if type(value) is str and value[1:]:
-            values[name] = value.rstrip("/")  # x/ is x
+        if type(value) is str:
+            values[name] = value.rstrip("/") or value  # x/ is x
     args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
@@ -499,6 +499,8 @@ def content_hashes(weights, splits, dtype, args):
     digest = hashlib.sha256((find_model(args.model)[0] / "config.json").read_bytes())
     if dist.get_rank() == 0:
         for name, tensor in sorted(weights.state_dict().items()):
+            if not tensor.sum().isfinite():
+                fail(f"--model {args.model}: not all weights in {name} are finite")
             sample = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()
             digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
     digest = [digest.hexdigest()[:16]]
@@ -738,11 +740,10 @@ def read_model(name, args):
         return model, None
     weights, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                          **trust)
-    same = dict(model.named_parameters()).keys() == dict(weights.named_parameters()).keys()
-    wrong = sorted(info["missing_keys"] | info["unexpected_keys"])[:3]
-    if wrong or not same:
-        wrong = wrong or "an output head that the config ties"
-        fail(f"--model {name}: config.json and weights do not agree on {wrong}")
+    tied = dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
+    wrong = info["missing_keys"] | info["unexpected_keys"] | tied  # such as a second output head
+    if wrong:
+        fail(f"--model {name}: config.json and weights do not agree on {sorted(wrong)[:3]}")
     model._weight_conversions = weights._weight_conversions  # for in_files
     list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
     if adapter:
@@ -791,8 +792,7 @@ def choose_trained(model, weights, args):
         if weights is not None:  # rank 0, where the adapters get their random start
             torch.manual_seed(args.seed)
             weights.add_adapter(lora)
-    head = model.get_output_embeddings()
-    text = {*model.get_decoder().parameters(), *head.parameters()}
+    text = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     with explain(f"--train_modules {args.train_modules}: {{}}"):
         for name, parameter in model.named_parameters():
             if parameter not in text or not re.search(args.train_modules, name):
@@ -838,12 +838,9 @@ def place_weights(model, weights, device):
     set_model_state_dict(model, state, options=options)
 
 @torch.no_grad()
-def check_forward(policy, weights, split, dtype, args):
+def check_forward(policy, split, dtype, args):
     """Stop unless our log-probs are those of the model's own forward pass, for the longest pair
     together with two short ones, as then every layout has padding."""
-    for name, tensor in weights.state_dict().items() if weights else []:
-        if not tensor.sum().isfinite():
-            fail(f"--model {args.model}: not all weights in {name} are finite")
     model, config = policy.model, policy.model.config.get_text_config()
     texts = split["lengths"][:, 0] + split["lengths"][:, 1:].max(1)  # (rows,) the longer one
     rows = texts.argsort()[[-1, 0, len(texts) > 2]]

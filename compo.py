@@ -233,8 +233,6 @@ def main():
         if stopping:
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
     save_head(head, args)
-    if rank == 0 and not args.save_every:  # this checkpoint was made only in case that final/ fails
-        shutil.rmtree(f"{args.out}/step-{steps:06d}")
     for kind in ("float32", "bfloat16"):  # what is left of it if final/ is read in this precision
         head.weight.copy_(head.weight.to(getattr(torch, kind)))
         log({"step": steps} | displacement(head, held_out, first, f"export/{kind}"))
@@ -337,6 +335,8 @@ def save_head(head, args):
         (aside / "config.json").write_text(json.dumps(config, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
+        for path in Path(args.out).glob("step-*") if args.save_every == 0 else []:
+            shutil.rmtree(path)  # it was made in case that this goes wrong
     dist.barrier()  # a rank that ended now would end rank 0
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
@@ -351,8 +351,8 @@ def parse_args(cls):
     parser.error = fail
     values = vars(parser.parse_args())
     for name, value in values.items():
-        if type(value) is str and value[1:]:
-            values[name] = value.rstrip("/")  # x/ is x
+        if type(value) is str:
+            values[name] = value.rstrip("/") or value  # x/ is x
     args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
@@ -464,6 +464,8 @@ def content_hashes(weights, splits, dtype, args):
     digest = hashlib.sha256((find_model(args.model)[0] / "config.json").read_bytes())
     if dist.get_rank() == 0:
         for name, tensor in sorted(weights.state_dict().items()):
+            if not tensor.sum().isfinite():
+                fail(f"--model {args.model}: not all weights in {name} are finite")
             sample = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()
             digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
     digest = [digest.hexdigest()[:16]]
@@ -676,11 +678,10 @@ def read_model(name, args):
         return model, None
     weights, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                          **trust)
-    same = dict(model.named_parameters()).keys() == dict(weights.named_parameters()).keys()
-    wrong = sorted(info["missing_keys"] | info["unexpected_keys"])[:3]
-    if wrong or not same:
-        wrong = wrong or "an output head that the config ties"
-        fail(f"--model {name}: config.json and weights do not agree on {wrong}")
+    tied = dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
+    wrong = info["missing_keys"] | info["unexpected_keys"] | tied  # such as a second output head
+    if wrong:
+        fail(f"--model {name}: config.json and weights do not agree on {sorted(wrong)[:3]}")
     model._weight_conversions = weights._weight_conversions  # for in_files
     list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
     if adapter:

@@ -84,8 +84,8 @@ def parse_args(cls):
     parser.error = fail
     values = vars(parser.parse_args())
     for name, value in values.items():
-        if type(value) is str and value[1:]:
-            values[name] = value.rstrip("/")  # x/ is x
+        if type(value) is str:
+            values[name] = value.rstrip("/") or value  # x/ is x
     args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():

@@ -15,7 +15,7 @@ turn: prepare_data.py --score_header. 3. label_smoothing and sft_weight, 0 by de
 Differs from dpo.py: no reference, mean log-probs, the margin; the default of beta. The log-probs
 are checked against the model's own forward pass, which cache_ref.py does for the other scripts.
 
-Read to line 196: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 194: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -107,7 +107,7 @@ def main():
         start = open_run(content, args)
     train, val = splits["train"], splits["val"]
     policy = build_policy(model, weights, token_logps, device, dtype, args)
-    check_forward(policy, weights, train, dtype, args)
+    check_forward(policy, train, dtype, args)
     del weights  # each rank has its share of them in the policy
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay,
@@ -170,8 +170,6 @@ def main():
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
     save_final(policy, args)
     check_final(policy, val, dtype, args)
-    if rank == 0 and not args.save_every:  # this checkpoint was made only in case that final/ fails
-        shutil.rmtree(f"{args.out}/step-{steps:06d}")
     if rank == 0:  # a block of lines for grep, such as "eval/loss: 0.61"
         summary = {"seconds": all_seconds, "tokens/s": all_tokens / max(all_seconds, 1e-9),
                    "memory/GiB": peak_memory(), "steps": steps, "final": f"{args.out}/final"}
@@ -207,8 +205,8 @@ def parse_args(cls):
     parser.error = fail
     values = vars(parser.parse_args())
     for name, value in values.items():
-        if type(value) is str and value[1:]:
-            values[name] = value.rstrip("/")  # x/ is x
+        if type(value) is str:
+            values[name] = value.rstrip("/") or value  # x/ is x
     args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
@@ -353,6 +351,8 @@ def content_hashes(weights, splits, dtype, args):
     digest = hashlib.sha256((find_model(args.model)[0] / "config.json").read_bytes())
     if dist.get_rank() == 0:
         for name, tensor in sorted(weights.state_dict().items()):
+            if not tensor.sum().isfinite():
+                fail(f"--model {args.model}: not all weights in {name} are finite")
             sample = tensor.flatten()[::max(1, tensor.numel() // 4096)].float()
             digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
     digest = [digest.hexdigest()[:16]]
@@ -592,11 +592,10 @@ def read_model(name, args):
         return model, None
     weights, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                          **trust)
-    same = dict(model.named_parameters()).keys() == dict(weights.named_parameters()).keys()
-    wrong = sorted(info["missing_keys"] | info["unexpected_keys"])[:3]
-    if wrong or not same:
-        wrong = wrong or "an output head that the config ties"
-        fail(f"--model {name}: config.json and weights do not agree on {wrong}")
+    tied = dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
+    wrong = info["missing_keys"] | info["unexpected_keys"] | tied  # such as a second output head
+    if wrong:
+        fail(f"--model {name}: config.json and weights do not agree on {sorted(wrong)[:3]}")
     model._weight_conversions = weights._weight_conversions  # for in_files
     list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
     if adapter:
@@ -659,8 +658,7 @@ def choose_trained(model, weights, args):
         if weights is not None:  # rank 0, where the adapters get their random start
             torch.manual_seed(args.seed)
             weights.add_adapter(lora)
-    head = model.get_output_embeddings()
-    text = {*model.get_decoder().parameters(), *head.parameters()}
+    text = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     with explain(f"--train_modules {args.train_modules}: {{}}"):
         for name, parameter in model.named_parameters():
             if parameter not in text or not re.search(args.train_modules, name):
@@ -720,12 +718,9 @@ def place_weights(model, weights, device):
     set_model_state_dict(model, state, options=options)
 
 @torch.no_grad()
-def check_forward(policy, weights, split, dtype, args):
+def check_forward(policy, split, dtype, args):
     """Stop unless our log-probs are those of the model's own forward pass, for the longest pair
     together with two short ones, as then every layout has padding."""
-    for name, tensor in weights.state_dict().items() if weights else []:
-        if not tensor.sum().isfinite():
-            fail(f"--model {args.model}: not all weights in {name} are finite")
     model, config = policy.model, policy.model.config.get_text_config()
     texts = split["lengths"][:, 0] + split["lengths"][:, 1:].max(1)  # (rows,) the longer one
     rows = texts.argsort()[[-1, 0, len(texts) > 2]]
@@ -902,11 +897,14 @@ def check_final(policy, split, dtype, args):
     pairs = [split["pairs"][int(row)] for row in rows]
     logps = policy(collate(pairs, args.layout))
     if dist.get_rank() == 0:
-        weights = read_model(final, args)[1]
-        if transformers.AutoConfig.from_pretrained(final).dtype != torch.float32:
+        weights = read_model(final, args)[1].eval()
+        config = json.loads(Path(final, "config.json").read_text())
+        if "float32" not in (config.get("dtype"), config.get("torch_dtype")):  # its older name
             dtype = torch.bfloat16
-        check_same(logps, own_logps(weights.eval(), pairs), split["lengths"][rows], dtype,
+        check_same(logps, own_logps(weights, pairs), split["lengths"][rows], dtype,
                    f"{final} gives other log-probs than the weights that were trained")
+        for path in Path(args.out).glob("step-*") if args.save_every == 0 else []:
+            shutil.rmtree(path)  # it was made in case that this goes wrong
     dist.barrier()
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def test_a_model_is_either_right_or_refused_but_never_silently_wrong(
     folder = tiny_model(family)
     try:
         args, split = tiny_args(folder, layout=layout), split_of(batch_of(FIVE))
-        cache_ref.check_forward(make_policy(folder, layout), None, split, torch.float32, args)
+        cache_ref.check_forward(make_policy(folder, layout), split, torch.float32, args)
         result = ours_of(folder, layout, FIVE)
     except SystemExit as refusal:
         assert "--layout" in str(refusal)

@@ -28,20 +28,19 @@ PAIRS = random_pairs([(4, 3, 5), (3, 6, 2), (5, 1, 4), (2, 4, 4), (6, 2, 3), (3,
 
 
 @pytest.fixture
-def program(monkeypatch, capfd):
-    """program(script, **flags) -> what main() printed; a SystemExit of it is raised."""
+def program(process_group, monkeypatch, capfd):
+    """program(script, **flags) -> what main() printed, in the process group of the tests; its SystemExit is raised."""
     def run(script, **flags):
         module = importlib.import_module(script)
-        module.find_model.cache_clear() if hasattr(module, "find_model") else None
+        module.find_model.cache_clear()
         argv = [f"{script}.py"]
         for name, value in flags.items():
             argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", argv)
+            patch.setattr(module, "start_process_group", lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
+            patch.setattr(module.dist, "destroy_process_group", lambda: None)
             run_as_program(module)
-        finally:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
         return capfd.readouterr().out
     return run
 
