@@ -30,13 +30,14 @@ results/ gets table.md, differences.md (every two models, bootstrap intervals), 
 samples.jsonl and logps.npz: every s, so that another question needs no model. torchrun deals texts
 over processes; --shard splits a model that one device does not hold.
 """
-import contextlib, dataclasses, hashlib, importlib.util, inspect, itertools, json, math
+import contextlib, dataclasses, functools, hashlib, importlib.util, inspect, itertools, json, math
 import os, re, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -52,6 +53,7 @@ class Args:
     # input and output
     models: str  # folders, hub names, runs or checkpoints, separated by commas; the first: baseline
     data: str = ""  # folder made by prepare_data.py; without it only --plot is drawn
+    trust_remote_code: bool = False  # run the Python files that come with some models
     split: str = "val"  # which folder of the data; "train,val" is both, for a benchmark
     limit: int = 0  # only the first so many pairs or questions; 0 = all
     reference: str = ""  # model that changes are measured from
@@ -174,6 +176,28 @@ def model_folder(name):
         fail(f"{folder} is a LoRA adapter, which needs a package: pip install peft")
     return str(folder)
 
+MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+
+
+@functools.cache
+def find_model(name):
+    """A name -> folder of the model, and that of a LoRA adapter or None. A run's folder means its
+    final/, and what is no folder is downloaded from the hub."""
+    folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
+    if not folder.is_dir():
+        wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
+                                                        ignore_patterns="*/*"))
+    adapter = folder / "adapter_config.json"
+    if not adapter.exists():
+        return folder, None
+    if any(folder.glob("model*.safetensors")):
+        fail(f"{folder} holds a model and a LoRA adapter: take one of them out")
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    base = folder / base if (folder / base).is_dir() else base  # its path may begin here
+    return find_model(str(base))[0], folder
+
+
 def load_model(name, args, dtype, device, kind=transformers.AutoModelForCausalLM):
     """-> model in eval mode, its tokenizer. Of a checkpoint, the model that its run began with
     gets the weights. With --shard a device holds its share, and one block at a time."""
@@ -186,9 +210,15 @@ def load_model(name, args, dtype, device, kind=transformers.AutoModelForCausalLM
     with explain(f"{name} of --models, --reference or --reward is no {what} ({{}})"):
         if saved:
             folder = json.loads(run.read_text())["args"]["model"]
-        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        folder, adapter = find_model(str(folder))
+        trust = dict(trust_remote_code=args.trust_remote_code)
+        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **trust)
         assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        if adapter:
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        own = adapter if adapter and (adapter / "tokenizer_config.json").exists() else folder
+        tokenizer = transformers.AutoTokenizer.from_pretrained(own, **trust)
     if saved:
         state = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
         with explain(f"{name} is no checkpoint of all of {folder} ({{}}); take its run's final/"):
@@ -837,7 +867,8 @@ def summarise(names, data, logps, samples, rewards, args):
 
 def main():
     args = parse_args(Args)
-    names = list(dict.fromkeys(filter(None, map(str.strip, args.models.split(",")))))
+    names = [name.strip().rstrip("/") for name in args.models.split(",")]
+    names = list(dict.fromkeys(filter(None, names)))  # each once
     runs = [name for name in names if Path(name, "log.jsonl").is_file()]
     if not names or not (args.data or args.plot or args.prompts or args.choices):
         fail("nothing to do: give --models A,B with --data data/NAME, --plot FILE.png, --prompts "

@@ -354,6 +354,8 @@ def test_an_adapter_is_merged_wherever_a_model_is_given(adapter, program, tmp_pa
     assert final.keys() == tensors(model).keys() and not (tmp_path / "out/final/adapter_config.json").exists()
     moved = [name for name in final if not torch.allclose(final[name], merged.state_dict()[name], atol=0.1)]
     assert moved == []
+    said = program("evaluate", models=f"{run}/, {tmp_path}/out/", data=data, out=tmp_path / "table")
+    assert "lora" in said and "out" in said
     line = refusal(train, program, "dpo", run, data, tmp_path / "more", lora_rank=2)
     assert "adapter" in line and "--lora_rank" in line
 
