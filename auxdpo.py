@@ -641,7 +641,7 @@ def token_logps(logits, targets):
 
 def head_pass(hidden, targets, head, config, score):
     """Scores of hidden (t, h), targets (t,), with the scaling and soft-capping of some models."""
-    logits = head(hidden).float()  # (t, V)
+    logits = head(hidden.to(head.weight.dtype)).float()  # (t, V) Mamba's are float32 until here
     scale = getattr(config, "logit_scale", None) or 1  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
     if scale != 1:
@@ -814,9 +814,11 @@ def choose_trained(model, weights, args):
         if find_model(args.model)[1]:
             fail(f"--lora_rank cannot add to --model {args.model}, an adapter: merge it first")
         from peft import LoraConfig
-        rank = args.lora_rank
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        model.add_adapter(lora)
+        routers = [name for name, _ in model.named_modules() if name.endswith("router")]  # Phi-MoE
+        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
+                          target_modules="all-linear", exclude_modules=routers or None)
+        with explain(f"--lora_rank does not fit --model {args.model} ({{}})"):
+            model.add_adapter(lora)
         if weights is not None:  # rank 0, where the adapters get their random start
             torch.manual_seed(args.seed)
             weights.add_adapter(lora)
@@ -844,6 +846,8 @@ def checkpoint_blocks(model, how):
                 "_scaled_dot_product_flash_attention_for_cpu")
         kept = [getattr(torch.ops.aten, name).default for name in kept]
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+    if not blocks_of(model):
+        fail(f"--activation_checkpointing {how}: transformers names no blocks of this model")
     for block in blocks_of(model):
         block.forward = functools.partial(checkpoint, block.forward, **options)
 

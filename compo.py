@@ -565,7 +565,7 @@ def token_logps(logits, targets):
 
 def head_pass(hidden, targets, head, config, score):
     """Scores of hidden (t, h), targets (t,), with the scaling and soft-capping of some models."""
-    logits = head(hidden).float()  # (t, V)
+    logits = head(hidden.to(head.weight.dtype)).float()  # (t, V) Mamba's are float32 until here
     scale = getattr(config, "logit_scale", None) or 1  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
     if scale != 1:

@@ -90,6 +90,7 @@ FAMILIES = {
         "GPT2Config",
         dict(tie_word_embeddings=True, n_embd=32, n_layer=2, n_head=4, n_positions=128),
     ),
+    "opt": ("OPTConfig", dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.3)),
     "phi": ("PhiConfig", dict(num_key_value_heads=4)),
     "gpt-oss": ("GptOssConfig", MOE | dict(sliding_window=WINDOW, layer_types=MIXED)),
     "mamba": ("MambaConfig", dict(state_size=4, time_step_rank=4)),

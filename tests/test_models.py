@@ -383,6 +383,38 @@ def test_a_runs_folder_means_its_final_and_a_slash_at_the_end_nothing(world, pro
     assert (tmp_path / "second/final").is_dir() and (tmp_path / "third/final").is_dir()
 
 
+MAMBA = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("config", [
+    transformers.MambaConfig(**MAMBA, state_size=4, time_step_rank=4),
+    transformers.Mamba2Config(**MAMBA, num_heads=8, head_dim=8, state_size=8, n_groups=1, chunk_size=16),
+    transformers.FalconMambaConfig(**MAMBA, state_size=4, time_step_rank=4, intermediate_size=64),
+])
+def test_mamba_trains_in_bfloat16_and_says_that_lora_does_not_fit(world, program, tmp_path, config):
+    model, data = world(random_model(config))
+    flags = dict(layout="separate", dtype="bfloat16")
+    train(program, "simpo", model, data, tmp_path / "out", **flags)
+    assert_final_is_the_model(tmp_path / "out/final", model, set())
+    line = refusal(train, program, "simpo", model, data, tmp_path / "lora", lora_rank=2, **flags)
+    assert "--lora_rank" in line and "Mamba" in line
+
+
+def test_lora_leaves_out_routers_that_are_no_plain_linear_layers(world, program, tmp_path):
+    model, data = world(random_model(transformers.PhimoeConfig(
+        **SMALL, num_local_experts=4, num_experts_per_tok=2)), dtype=torch.float32)
+    train(program, "simpo", model, data, tmp_path / "out", lora_rank=2)
+    assert not [name for name in tensors(tmp_path / "out/final") if "router" in name]
+
+
+def test_checkpointing_of_a_model_whose_blocks_nobody_knows_is_refused(world, program, tmp_path, monkeypatch):
+    model, data = world(tiny_hf_model("llama"))
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_no_split_modules", None)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_no_split_modules", None, raising=False)
+    line = refusal(train, program, "simpo", model, data, tmp_path / "out", activation_checkpointing="full")
+    assert "--activation_checkpointing full" in line and "blocks" in line
+
+
 def test_code_of_others_runs_only_if_asked_and_nobody_is_prompted(world, program, monkeypatch):
     model, data = world(tiny_hf_model("llama"))
     config = json.loads((model / "config.json").read_text())

@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import ROOT, random_pairs
+from conftest import ROOT, VOCAB, random_pairs
 
 import cache_ref
 import sketch_check
@@ -124,6 +124,25 @@ def test_a_parameter_that_cannot_be_sketched_is_named_and_can_be_left_out(tiny_m
     for sketch, grads in zip(ours, gradients(folder, pairs)):
         truth = by_definition({n: g for n, g in grads.items() if re.search("self_attn|norm|embed|head", n)}, DIM)
         assert (sketch - truth).norm() < 1e-4 * truth.norm()
+
+
+def test_rows_that_a_model_does_away_with_are_told_apart(tiny_model):
+    """OPT's norm before its second half sees all tokens of a batch in one row. Its positions are no plain embedding."""
+    folder, pairs, modules = tiny_model("opt"), random_pairs(SIZES), "fc|norm|proj"
+    ours = sketcher(folder, modules)(pairs).flatten(0, 1)
+    for sketch, grads in zip(ours, gradients(folder, pairs)):
+        truth = by_definition({n: g for n, g in grads.items() if re.search(modules, n)}, DIM)
+        assert (sketch - truth).norm() < 2e-5 * truth.norm()
+
+
+def test_a_norm_of_two_tensors_is_refused_and_can_be_left_out(tmp_path):
+    """Mamba-2's takes a gate as well, without which its gradient would be another one."""
+    config = transformers.Mamba2Config(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8,
+                                       state_size=8, n_groups=1, chunk_size=16)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="mixer.norm.weight.*2, out with --sketch_modules"):
+        sketcher(str(tmp_path), "norm")(random_pairs(SIZES[:1]))
+    assert sketcher(str(tmp_path), r"in_proj|norm_f|\d.norm.weight")(random_pairs(SIZES[:1])).isfinite().all()
 
 
 def test_the_company_of_a_pair_in_its_batch_does_not_matter(tiny_model):
