@@ -20,9 +20,9 @@ Departures from the paper and from its authors' notebook:
    numbers that keep inner products approximately. The notebook has c of a batch only, exactly.
 3. The notebook has delta inside beta, bounds it and rewards its size. The paper and we do not.
 4. For comparison, --null exact keeps c at 0, and --geometry random treats all g as orthogonal.
-5. The label_smoothing of cDPO and the sft_weight of RPO, both 0 by default.
+5. The label_smoothing of cDPO, 0 by default.
 Differs from dpo.py: delta, its solver, a first pass for the margins, the sketches, delta's files.
-Read to line 327: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 325: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -97,7 +97,6 @@ class Args:
     sketch_dim: int = 4096  # K, as given to cache_ref.py
     sketch_modules: str = ""  # as given to cache_ref.py; empty = all that is trained
     label_smoothing: float = 0.0  # probability that a preference label is wrong, eps of cDPO
-    sft_weight: float = 0.0  # weight of -log pi(y_w|x) / |y_w|, added to the loss as in RPO
 
 def preference_loss(logps, ref_logps, delta, lengths, args):
     """The algorithm: log-probs logps, ref_logps (2, n) in nats, delta (2, n), lengths (2, n) in
@@ -321,7 +320,6 @@ def pair_losses(policy, rows, split, args, logps=None):
     losses, metrics = preference_loss(logps, ref_logps, delta, lengths[1:], args)
     metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
     losses = losses * to_device(np.float32([pair.get("weight", 1.0) for pair in pairs]))
-    losses = losses - args.sft_weight * logps[0] / lengths[1]
     metrics["loss"] = losses
     sums = {name: factor * value.detach().double().sum() for name, value in metrics.items()}
     return factor * losses, sums
@@ -355,11 +353,6 @@ def fail(message):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
-
-def wait_for_torchrun():
-    """Another rank may have said what is wrong. Then torchrun ends this one within 5 seconds."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(5)
 
 @contextlib.contextmanager
 def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
@@ -1011,23 +1004,26 @@ def save_final(policy, args):
     """out/final: the files of --model with other weights, or with LoRA an adapter."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)  # whole on rank 0, empty elsewhere
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
     if dist.get_rank() == 0:
-        aside, final, model = Path(args.out, "final.tmp"), Path(args.out, "final"), policy.model
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         with explain(f"{aside} cannot be written ({{}}): make room, and run the same command with "
                      "--resume; the last step is saved"):
-            folder = find_model(args.model)[0]
-            if args.lora_rank:
-                model.peft_config["default"].base_model_name_or_path = str(folder.resolve())
-                model.generation_config = transformers.GenerationConfig()  # theirs may be refused
-                model.save_pretrained(aside, state_dict=state)
-                (aside / "generation_config.json").unlink(missing_ok=True)
-            else:
-                for tensors, path in in_files(model, state, folder):
-                    safetensors.torch.save_file(tensors, aside / path.name, dict(format="pt"))
+            write = write_adapter if args.lora_rank else write_weights
+            write(policy.model, state, find_model(args.model)[0], aside)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
     dist.barrier()  # a rank that ended now would end rank 0
+
+def write_weights(model, state, source, folder):
+    for tensors, path in in_files(model, state, source):
+        safetensors.torch.save_file(tensors, folder / path.name, dict(format="pt"))
+
+def write_adapter(model, state, source, folder):
+    model.peft_config["default"].base_model_name_or_path = str(source.resolve())
+    model.generation_config = transformers.GenerationConfig()  # that of the base may be refused
+    model.save_pretrained(folder, state_dict=state)
+    (folder / "generation_config.json").unlink(missing_ok=True)
 
 @torch.no_grad()
 def own_logps(model, pairs):

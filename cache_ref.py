@@ -415,11 +415,6 @@ def fail(message):
         time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
 
-def wait_for_torchrun():
-    """Another rank may have said what is wrong. Then torchrun ends this one within 5 seconds."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(5)
-
 @contextlib.contextmanager
 def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
     """An error in the `with` block ends the program with the line `trouble`, {} is the reason."""
@@ -843,25 +838,25 @@ def place_weights(model, weights, device):
 def check_forward(policy, split, dtype, args):
     """Stop unless our log-probs are those of the model's own forward pass, for the longest pair
     together with two short ones, as then every layout has padding."""
-    model, config = policy.model, policy.model.config.get_text_config()
+    config = policy.model.config.get_text_config()
     texts = split["lengths"][:, 0] + split["lengths"][:, 1:].max(1)  # (rows,) the longer one
     rows = texts.argsort()[[-1, 0, len(texts) > 2]]
     pairs = [split["pairs"][int(row)] for row in rows]
     cause = "try another --layout, or adapt Policy and head_pass to it"
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
-    limit = (rope.get("original_max_position_embeddings")
-             or getattr(config, "max_position_embeddings", None) or math.inf)
+    limit = rope.get("original_max_position_embeddings", limit)
     if texts.max() > limit > 0:
-        cause = (f"a text has {texts.max()} tokens, and the model was made for {limit}: prepare "
-                 f"the data with --max_length {limit}")
+        cause = f"a text has {texts.max()} tokens, the model {limit} positions: see --max_length"
     with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}): {cause}"):
         logps = policy(collate(pairs, args.layout))
-        capped = getattr(config, "attn_logit_softcapping", None)  # SDPA ignored it before 5.23
-        model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
+        # Before transformers 5.23, Gemma-2's cap was ignored by SDPA.
+        sdpa = policy.model._supports_sdpa and not hasattr(config, "attn_logit_softcapping")
+        policy.model.set_attn_implementation("sdpa" if sdpa else "eager")
         policy.unshard()
-        truth = own_logps(model, pairs)
+        truth = own_logps(policy.model, pairs)
         policy.reshard()
-        choose_attention(model, args)  # ours again
+        choose_attention(policy.model, args)  # ours again
     check_same(logps, truth, split["lengths"][rows], dtype, f"in --layout {args.layout} the "
                f"log-probs are not those of the forward pass of --model {args.model}: {cause}")
 

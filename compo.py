@@ -369,11 +369,6 @@ def fail(message):
         time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
 
-def wait_for_torchrun():
-    """Another rank may have said what is wrong. Then torchrun ends this one within 5 seconds."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(5)
-
 @contextlib.contextmanager
 def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
     """An error in the `with` block ends the program with the line `trouble`, {} is the reason."""

@@ -866,23 +866,26 @@ def save_final(policy, args):
     """out/final: the files of --model with other weights, or with LoRA an adapter."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)  # whole on rank 0, empty elsewhere
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
     if dist.get_rank() == 0:
-        aside, final, model = Path(args.out, "final.tmp"), Path(args.out, "final"), policy.model
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         with explain(f"{aside} cannot be written ({{}}): make room, and run the same command with "
                      "--resume; the last step is saved"):
-            folder = find_model(args.model)[0]
-            if args.lora_rank:
-                model.peft_config["default"].base_model_name_or_path = str(folder.resolve())
-                model.generation_config = transformers.GenerationConfig()  # theirs may be refused
-                model.save_pretrained(aside, state_dict=state)
-                (aside / "generation_config.json").unlink(missing_ok=True)
-            else:
-                for tensors, path in in_files(model, state, folder):
-                    safetensors.torch.save_file(tensors, aside / path.name, dict(format="pt"))
+            write = write_adapter if args.lora_rank else write_weights
+            write(policy.model, state, find_model(args.model)[0], aside)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
     dist.barrier()  # a rank that ended now would end rank 0
+
+def write_weights(model, state, source, folder):
+    for tensors, path in in_files(model, state, source):
+        safetensors.torch.save_file(tensors, folder / path.name, dict(format="pt"))
+
+def write_adapter(model, state, source, folder):
+    model.peft_config["default"].base_model_name_or_path = str(source.resolve())
+    model.generation_config = transformers.GenerationConfig()  # that of the base may be refused
+    model.save_pretrained(folder, state_dict=state)
+    (folder / "generation_config.json").unlink(missing_ok=True)
 
 @torch.no_grad()
 def own_logps(model, pairs):

@@ -102,7 +102,7 @@ def test_delta_zero_gives_the_gradients_of_dpo_to_the_bit(tiny_model, layout):
     both = {}
     for script in (dpo, auxdpo):
         policy = tiny_policy(script, tiny_model("llama"), layout)
-        losses, _ = script.pair_losses(policy, np.arange(len(pairs)), with_delta(split), arguments(layout=layout))
+        losses, _ = script.pair_losses(policy, np.arange(len(pairs)), with_delta(split), arguments(layout=layout, sft_weight=0.0))
         losses.mean().backward()
         both[script] = losses, {name: weight.grad.full_tensor() for name, weight in policy.named_parameters()}
     assert torch.equal(both[dpo][0], both[auxdpo][0])
@@ -262,7 +262,7 @@ def test_the_margins_of_the_first_pass_are_those_of_the_second(tiny_model):
 def test_log_probs_that_are_kept_give_the_losses_and_gradients_of_new_ones(tiny_model):
     pairs, policy = random_pairs(SIZES), tiny_policy(auxdpo, tiny_model("llama"))
     split = with_delta(split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1))), delta=torch.randn(6, 2).double())
-    args, parts, found = arguments(sft_weight=0.1), [np.array([1, 4, 0]), np.array([2, 3, 5])], []
+    args, parts, found = arguments(), [np.array([1, 4, 0]), np.array([2, 3, 5])], []
     for keep in (True, False):
         _, computed = auxdpo.first_pass(policy, parts, split, args)
         losses = []

@@ -320,7 +320,7 @@ def test_texts_longer_than_the_model_was_made_for_are_refused_with_the_cause(
     model, data = world(random_model(config), LONG, torch.float32)
     out = {} if script == "cache_ref" else dict(out=tmp_path / "out")
     line = refusal(program, script, model=model, data=data, **out)
-    assert "42 tokens" in line and f"--max_length {limit}" in line
+    assert "42 tokens" in line and f"{limit} positions" in line and "--max_length" in line
 
 
 def test_dynamic_ropes_are_right_below_their_limit(world, program):
