@@ -171,7 +171,7 @@ def main():
     path, data, count = sys.argv[1], sys.argv[2], int((sys.argv + ["16"])[3])
     transformers.utils.logging.disable_progress_bar()
     cache_ref.start_process_group("float32")
-    args = types.SimpleNamespace(model=path, data=data, layout="concatenated", max_tokens=8192)
+    args = types.SimpleNamespace(model=path, trust_remote_code=False, data=data, layout="concatenated", max_tokens=8192)
     rows = cache_ref.load_data(args, ["train"])["train"]["pairs"]
     pairs = [rows[i] for i in range(count)]
     print(f"{Path(path).name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers {transformers.__version__}")

@@ -110,7 +110,7 @@ def check_in_process(model, data, max_tokens):
     _, _, device, dtype = dpo.start_process_group("auto")
     splits = dpo.load_data(args)
     empty, weights = dpo.read_model(args.model, args)
-    dpo.load_reference(dpo.content_hashes(weights, splits, dtype), splits, args)
+    dpo.load_reference(dpo.content_hashes(weights, splits, dtype, args), splits, args)
     policy = dpo.build_policy(empty, weights, dpo.token_logps, device, dtype, args)
     cuda = device.type == "cuda"
     for mode in ("default", "default", "error", "error"):  # the first calls allocate, compile and load kernels

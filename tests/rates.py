@@ -57,7 +57,7 @@ def stepper(name, model_folder, data, max_tokens, rows, checkpointing="off"):
     splits = script.load_data(args)
     train = splits["train"]
     model, weights = script.read_model(args.model, args)
-    content = script.content_hashes(weights, splits, torch.float32)
+    content = script.content_hashes(weights, splits, torch.float32, args)
     if name != "simpo":
         script.load_reference(content, splits, args)
     if name == "auxdpo":
