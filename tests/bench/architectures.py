@@ -1,0 +1,397 @@
+"""Twelve architectures go the whole way by the command line scripts, and end as what they began: results/architectures.md
+
+    python tests/bench/architectures.py [--only Llama,gpt-oss] [--out results/architectures.md]    (minutes, on one core)
+
+Each is a tiny random model, saved as the released ones are: in bfloat16, under the names of the hub, with the router
+biases of DeepSeek-V3 and GLM-4.5 in float32 and with a tensor of their layer for several tokens at once, which
+transformers does not read. Then prepare_data.py, cache_ref.py, dpo.py and auxdpo.py make a final/ of it, which is
+compared with the folder of the model, read by transformers and given to evaluate.py. dpo.py also runs a second time, is
+killed, and continues in a new process.
+
+It prints a table and writes it into --out; the exit status is 1 if a row fails. To save the seconds that imports take,
+each script runs in a fork of this process; the resumed dpo.py is a command of its own.
+"""
+import argparse
+import contextlib
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import auxdpo, cache_ref, dpo, evaluate, prepare_data  # noqa: here, so that forks have them
+from conftest import FAMILIES, MOE, ROOT, SMALL, VOCAB, WINDOW
+from conftest import random_pairs, run_as_program, tiny_policy, tiny_tokenizer
+from test_layouts import GEMMA_3N
+
+ROUTER = MOE | dict(
+    n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1
+)
+LATENT = dict(  # DeepSeek's attention
+    num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
+    v_head_dim=8,
+)
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+              image_size=16, patch_size=4)
+
+# architecture: (Config class, what it changes in conftest's SMALL)
+ARCHITECTURES = {
+    "Llama": FAMILIES["llama"],
+    "Qwen2": ("Qwen2Config", dict(tie_word_embeddings=True)),
+    "Qwen3": FAMILIES["qwen3"],
+    "Gemma 2": FAMILIES["gemma2"],
+    "Gemma 3, with vision": ("Gemma3Config", FAMILIES["gemma3"][1]),
+    "Gemma 3n, text": ("Gemma3nTextConfig", GEMMA_3N),
+    "Phi-3": ("Phi3Config", dict(sliding_window=WINDOW)),
+    "OLMo-2": ("Olmo2Config", {}),
+    "SmolLM3": ("SmolLM3Config", dict(tie_word_embeddings=True, no_rope_layers=[1, 0])),
+    "gpt-oss": FAMILIES["gpt-oss"],
+    "DeepSeek-V3": ("DeepseekV3Config", ROUTER | LATENT),
+    "GLM-4.5": ("Glm4MoeConfig", ROUTER),
+}
+UNREAD = {"DeepSeek-V3": "model.layers.61.eh_proj.weight", "GLM-4.5": "model.layers.46.eh_proj.weight"}
+LAYOUTS = ["packed", "concatenated", "separate"]
+FIVE = random_pairs([(1, 1, 4), (7, 9, 1), (23, 5, 17), (2, 30, 2), (12, 3, 11)], seed=3)
+SKETCHED = r"self_attn\.\w+_proj|mlp\.(gate|up|down)_proj|embed_tokens|norm|lm_head"  # no experts
+STEPS = 6
+SAME = 2e-3  # nats: what float32 may differ by, in the log-prob of a response of up to 30 tokens
+FORK = multiprocessing.get_context("fork")
+
+
+# ---- the models ----
+
+def config_of(name):
+    """The config of a tiny model: 2 layers (Gemma 3n: 4) of size 32, and 97 words."""
+    kind, changes = ARCHITECTURES[name]
+    settings = SMALL | changes
+    if kind == "DeepseekV3Config":  # which computes it
+        del settings["head_dim"]
+    if kind != "Gemma3Config":
+        return getattr(transformers, kind)(**settings)
+    text = transformers.Gemma3TextConfig(**settings).to_dict()
+    return transformers.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4,
+                                     image_token_index=VOCAB)  # no token of the text
+
+
+def make_model(name, folder):
+    """Write a random model and its tokenizer into `folder`, as a release would have them."""
+    transformers.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+    for parameter, weight in model.named_parameters():
+        if weight.dim() > 1:  # so large that attention, windows and caps show in the log-probs
+            std = 0.3 if "embed" in parameter else 1.5 / weight.shape[-1] ** 0.5
+            torch.nn.init.normal_(weight, std=std)
+        else:
+            weight.data += 0.2 * torch.randn_like(weight)
+    model.to(torch.bfloat16)
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):  # of a size that decides between experts
+            module.e_score_correction_bias = 0.1 * torch.randn(4)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    if name in UNREAD:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[UNREAD[name]] = torch.randn(32, 64).bfloat16()
+        save_file(tensors, folder / "model.safetensors", dict(format="pt"))
+    check_types(folder)
+
+
+def check_types(folder):
+    """Stop unless the file has the types of a release: all bfloat16, but for the router's bias."""
+    for name, tensor in tensors_of(folder).items():
+        biased = name.endswith("e_score_correction_bias")
+        assert tensor.dtype == (torch.float32 if biased else torch.bfloat16), name
+        assert not biased or (tensor != tensor.bfloat16()).any(), name  # bfloat16 would round it
+
+
+def tensors_of(folder):
+    """{name: tensor} of all files of weights in a folder."""
+    tensors = {}
+    for path in Path(folder).glob("model*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+# ---- what is compared ----
+
+def unlike(model, final):
+    """Names whose tensor is not in both folders with one shape and one type."""
+    old = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(model).items()}
+    new = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(final).items()}
+    return sorted(name for name in old | new if old.get(name) != new.get(name))
+
+
+def changed(model, final):
+    """Names, which both folders have, whose tensors differ in any bit."""
+    old, new = tensors_of(model), tensors_of(final)
+    return sorted(name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name]))
+
+
+def same_config(model, final):
+    return Path(model, "config.json").read_bytes() == Path(final, "config.json").read_bytes()
+
+
+@torch.no_grad()
+def true_logps(folder, pairs):
+    """log pi(y|x) (2, n) by transformers' own forward pass, one text at a time, in float32."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    logps = np.zeros((2, len(pairs)))
+    for side, response in enumerate(("chosen", "rejected")):
+        for i, pair in enumerate(pairs):
+            ids, start = torch.tensor(pair["prompt"] + pair[response]), len(pair["prompt"])
+            scores = model.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1)
+            logps[side, i] = scores[:-1].gather(1, ids[1:, None])[start - 1:].sum()
+    return logps
+
+
+def layout_errors(folder):
+    """Largest difference, in nats, of the log-probs of five unequal pairs in each layout."""
+    dpo.start_process_group("float32")
+    truth, errors = true_logps(folder, FIVE), {}
+    for layout in LAYOUTS:
+        policy = tiny_policy(dpo, str(folder), layout)
+        logps = policy(dpo.collate(FIVE, layout)).detach().numpy()
+        errors[layout] = float(abs(logps - truth).max())
+    return errors
+
+
+@torch.no_grad()
+def policy_logps(folder, out, pairs):
+    """log pi(y|x) (2, n) of the policy in the last checkpoint of a run, with weights as they are
+    and with weights rounded to bfloat16."""
+    dpo.start_process_group("float32")
+    policy = tiny_policy(dpo, str(folder))
+    optimizer = torch.optim.AdamW(weight for weight in policy.parameters() if weight.requires_grad)
+    dpo.load_checkpoint(policy, optimizer, STEPS, argparse.Namespace(out=out))
+    exact = policy(dpo.collate(pairs, "packed")).numpy()
+    for weight in policy.parameters():
+        weight.copy_(weight.bfloat16())
+    return exact, policy(dpo.collate(pairs, "packed")).numpy()
+
+
+# ---- scripts as processes ----
+
+def in_child(function, *args):
+    """What the function returns in a fork of this process."""
+    receiver, sender = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=lambda: sender.send(function(*args)))
+    child.start()
+    sender.close()
+    result = receiver.recv()
+    child.join()
+    return result
+
+
+def program(script, *flags):
+    """Run a script as its command line would -> the line that it ends with, "" if all is well."""
+    sys.argv = [f"{script}.py", *map(str, flags)]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
+            contextlib.redirect_stderr(nowhere):
+        try:
+            run_as_program(importlib.import_module(script))
+        except SystemExit as error:
+            return str(error)
+    return ""
+
+
+def run(script, *flags):
+    return in_child(program, script, *flags)
+
+
+def must_run(script, *flags):
+    line = run(script, *flags)
+    assert not line, f"{script}.py {' '.join(map(str, flags))}\n{line}"
+
+
+def killed(script, out, *flags):
+    """Start a script and send SIGKILL once it has a checkpoint -> is it dead before its end?"""
+    child = FORK.Process(target=program, args=(script, "--out", out, *flags))
+    child.start()
+    while child.is_alive() and not (out / "step-000002").exists():
+        time.sleep(0.001)
+    child.kill()
+    child.join()
+    return child.exitcode < 0 and not (out / "final").exists()
+
+
+def resumed(script, out, *flags):
+    """Continue in a process of its own."""
+    command = [sys.executable, ROOT / f"{script}.py", "--resume", "--out", out, *flags]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# ---- the whole way ----
+
+def write_texts(path):
+    """30 conversations of one turn, as text, for prepare_data.py."""
+    rng = np.random.default_rng(0)
+    with open(path, "w") as file:
+        for _ in range(30):
+            row = {}
+            for side in ("prompt", "chosen", "rejected"):
+                words = rng.integers(3, VOCAB, rng.integers(1, 16))
+                row[side] = " ".join(f"w{word}" for word in words)
+            row["chosen"], row["rejected"] = " " + row["chosen"], " " + row["rejected"]
+            file.write(json.dumps(row) + "\n")
+
+
+def cache(common):
+    """cache_ref.py with sketches -> the flags that auxdpo.py needs, the line of a refusal or ""."""
+    flags = ["--sketch_dim", 64]
+    line = run("cache_ref", *common, *flags)
+    if line:  # it has stored log-probs all the same; now without what it cannot sketch
+        flags += ["--sketch_modules", SKETCHED]
+        must_run("cache_ref", *common, *flags)
+    return flags, line
+
+
+def the_whole_way(name, folder):
+    """-> what is measured of one architecture, {column: value}."""
+    model, data = folder / "model", folder / "data"
+    make_model(name, model)
+    write_texts(folder / "texts.jsonl")
+    must_run("prepare_data", "--dataset", folder / "texts.jsonl", "--model", model, "--out", data,
+             "--val_fraction", 0.2, "--num_proc", 1)
+    pairs = list(datasets.load_from_disk(str(data / "val")))
+    common = ["--model", model, "--data", data]
+    sketch, refused = cache(common)
+    common += ["--max_steps", STEPS, "--batch_size", 8, "--learning_rate", 1e-3, "--save_every", 1]
+    must_run("dpo", *common, "--out", folder / "dpo")
+    must_run("auxdpo", *common, *sketch, "--out", folder / "auxdpo")
+    stopped = killed("dpo", folder / "killed", *common)
+    resumed("dpo", folder / "killed", *common)
+    finals = [folder / "dpo/final", folder / "auxdpo/final"]
+    exact, rounded = in_child(policy_logps, model, folder / "dpo", pairs)
+    read_back = true_logps(finals[0], pairs)
+    before = true_logps(model, pairs)
+    return dict(
+        parameters=sum(tensor.numel() for tensor in tensors_of(model).values()),
+        layouts=in_child(layout_errors, model),
+        tensors=len(tensors_of(model)),
+        unlike=[name for final in finals for name in unlike(model, final)],
+        changed=[len(changed(model, final)) for final in finals],
+        biases=[name for name in changed(model, finals[0]) if name.endswith("correction_bias")],
+        config=all(same_config(model, final) for final in finals),
+        learned=abs(read_back - before).max(),
+        rounding=abs(read_back - exact).max(),
+        read_back=abs(read_back - rounded).max(),
+        resume=stopped and not changed(finals[0], folder / "killed/final")
+        and not unlike(finals[0], folder / "killed/final"),
+        evaluate=evaluate_error(folder, pairs, read_back),
+        refused=refused,
+    )
+
+
+def evaluate_error(folder, pairs, truth):
+    """Largest difference, in nats, of what evaluate.py says of the run and of the truth (2, n)."""
+    must_run("evaluate", "--models", folder / "dpo", "--reference", folder / "model", "--data",
+             folder / "data", "--out", folder / "evaluation")
+    file = np.load(folder / "evaluation/logps.npz")
+    assert list(file["ids"]) == [pair["id"] for pair in pairs]
+    return abs(file["logps"][list(file["models"]).index(str(folder / "dpo"))].T - truth).max()
+
+
+# ---- the table ----
+
+HEADING = ("| architecture | parameters | layouts | names, shapes, dtypes | config.json | final/ read back "
+           "| killed and resumed | evaluate.py |")
+LEGEND = """
+- layouts: how many of packed, concatenated and separate give the log-probs of the model's own forward pass (transformers, eager, one text at a time, float32), and the largest difference of ten responses, in nats.
+- names, shapes, dtypes: how many tensors in final/ of dpo.py and of auxdpo.py have those that the files of --model have; in brackets, how many of these have changed in training.
+- config.json: final/ has the bytes of --model.
+- final/ read back: by transformers, against the policy in the last checkpoint with its weights rounded to bfloat16, in nats; in brackets, what the rounding itself does, and what training has done.
+- killed and resumed: dpo.py, killed by SIGKILL after step 2 of 6 and resumed in a new process, has the final/ of the run that was left alone, to the bit.
+- evaluate.py: its log-probs of final/ against transformers', in nats.
+"""
+
+
+def is_right(found):
+    small = [*found["layouts"].values(), found["read_back"], found["evaluate"]]
+    right = not found["unlike"] and not found["biases"] and found["config"] and found["resume"]
+    return right and max(small) < SAME and found["learned"] > 0.1 and min(found["changed"]) > 0
+
+
+def row(name, found):
+    """A line of the table."""
+    errors = found["layouts"].values()
+    kept = found["tensors"] - len(set(found["unlike"]))
+    cells = [
+        name, found["parameters"],
+        f"{sum(error < SAME for error in errors)} of 3, {max(errors):.0e}",
+        f"{kept} of {found['tensors']} ({', '.join(map(str, found['changed']))})",
+        "equal" if found["config"] else "differs",
+        f"{found['read_back']:.0e} ({found['rounding']:.2g}, {found['learned']:.2g})",
+        "equal" if found["resume"] else "differs",
+        f"{found['evaluate']:.0e}",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def refusals(results):
+    """What was refused, under the table: each line once, with the architectures that got it."""
+    lines = {}
+    for name, found in results.items():
+        if found["refused"]:
+            lines.setdefault(f"`{found['refused']}`", []).append(name)
+    return "".join(f"- {', '.join(names)}: {line}\n" for line, names in lines.items())
+
+
+def document(command, rows, results, seconds):
+    """The text of the Markdown file."""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    first = f"`{command}`, one CPU core, {versions}, {seconds:.0f} s:\n\n"
+    notes = refusals(results)
+    if notes:
+        notes = ("\n`cache_ref.py --sketch_dim 64` refuses these by a line. auxdpo.py then ran with "
+                 f"`--sketch_modules \"{SKETCHED}\"`:\n\n{notes}")
+    return first + "\n".join([HEADING, "|---" * 8 + "|", *rows]) + "\n" + LEGEND + notes
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="part of a name, such as Gemma; empty = all")
+    parser.add_argument("--out", default="results/architectures.md")
+    args = parser.parse_args()
+    # A fork makes torch's thread pool anew when it is first asked, which two threads must not do.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+    transformers.utils.logging.disable_progress_bar()
+    began, rows, results, wrong = time.time(), [], {}, 0
+    for name in ARCHITECTURES:
+        if args.only not in name:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                results[name] = found = the_whole_way(name, Path(folder))
+                rows.append(row(name, found))
+                wrong += not is_right(found)
+            except (AssertionError, EOFError) as error:  # of a script that should have run
+                rows.append(f"| {name} | fails: `{' '.join(str(error).split())}` |" + " |" * 6)
+                wrong += 1
+        print(rows[-1].replace(folder, "RUN"), flush=True)
+    text = document(f"python {' '.join(sys.argv)}", rows, results, time.time() - began)
+    Path(args.out).write_text(text)
+    print(f"{args.out} is written, {wrong} of {len(rows)} rows are wrong")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
