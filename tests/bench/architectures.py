@@ -9,7 +9,8 @@ compared with the folder of the model, read by transformers and given to evaluat
 killed, and continues in a new process.
 
 It prints a table and writes it into --out; the exit status is 1 if a row fails. To save the seconds that imports take,
-each script runs in a fork of this process; the resumed dpo.py is a command of its own.
+each script runs in a fork of this process; the dpo.py that is killed and the one that resumes are commands of their
+own.
 """
 import argparse
 import contextlib
@@ -139,8 +140,12 @@ def unlike(model, final):
 
 def changed(model, final):
     """Names, which both folders have, whose tensors differ in any bit."""
-    old, new = tensors_of(model), tensors_of(final)
+    old, new = bits_of(model), bits_of(final)
     return sorted(name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name]))
+
+
+def bits_of(folder):
+    return {name: value.flatten().view(torch.uint8) for name, value in tensors_of(folder).items()}
 
 
 def same_config(model, final):
@@ -195,7 +200,9 @@ def in_child(function, *args):
     child = FORK.Process(target=lambda: sender.send(function(*args)))
     child.start()
     sender.close()
-    result = receiver.recv()
+    if not receiver.poll(120):
+        child.kill()
+    result = receiver.recv()  # EOFError if the child is dead
     child.join()
     return result
 
@@ -218,25 +225,29 @@ def run(script, *flags):
 
 def must_run(script, *flags):
     line = run(script, *flags)
-    assert not line, f"{script}.py {' '.join(map(str, flags))}\n{line}"
+    assert not line, f"{script}.py {' '.join(map(str, flags))}: {line}"
+
+
+def command(script, *flags):
+    """Start a script by its command line."""
+    flags = map(str, [sys.executable, ROOT / f"{script}.py", *flags])
+    return subprocess.Popen(list(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def killed(script, out, *flags):
     """Start a script and send SIGKILL once it has a checkpoint -> is it dead before its end?"""
-    child = FORK.Process(target=program, args=(script, "--out", out, *flags))
-    child.start()
-    while child.is_alive() and not (out / "step-000002").exists():
+    process = command(script, "--out", out, *flags)
+    while process.poll() is None and not (out / "step-000002").exists():
         time.sleep(0.001)
-    child.kill()
-    child.join()
-    return child.exitcode < 0 and not (out / "final").exists()
+    process.kill()
+    process.communicate()
+    return process.returncode < 0 and not (out / "final").exists()
 
 
 def resumed(script, out, *flags):
-    """Continue in a process of its own."""
-    command = [sys.executable, ROOT / f"{script}.py", "--resume", "--out", out, *flags]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = command(script, "--resume", "--out", out, *flags)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, f"{script}.py --resume: {errors[-3000:]}"
 
 
 # ---- the whole way ----
@@ -269,8 +280,9 @@ def the_whole_way(name, folder):
     model, data = folder / "model", folder / "data"
     make_model(name, model)
     write_texts(folder / "texts.jsonl")
-    must_run("prepare_data", "--dataset", folder / "texts.jsonl", "--model", model, "--out", data,
-             "--val_fraction", 0.2, "--num_proc", 1)
+    tiny_tokenizer().save_pretrained(folder / "words")  # alone: beside a config that says qwen2,
+    must_run("prepare_data", "--dataset", folder / "texts.jsonl", "--model", folder / "words",
+             "--out", data, "--val_fraction", 0.2, "--num_proc", 1)  # it would be read as Qwen2's
     pairs = list(datasets.load_from_disk(str(data / "val")))
     common = ["--model", model, "--data", data]
     sketch, refused = cache(common)
