@@ -1,5 +1,5 @@
-"""Claim: for the twelve architectures of results/architectures.md, activation checkpointing changes nothing but memory, and
-final/ is the folder of --model with other weights.
+"""Claim: for the twelve architectures of results/architectures.md, activation checkpointing changes nothing but memory,
+and final/ is the folder of --model with other weights.
 
 - Loss and gradient of dpo.py, of one batch of five unequal pairs, are those of --activation_checkpointing off with
   selective and with full: the loss to 1e-5, the gradient of each parameter to 1e-4 of its norm.
@@ -85,7 +85,7 @@ def test_activation_checkpointing_changes_no_loss_and_no_gradient(loss_of, name,
 def test_the_gradient_reaches_every_weight_that_text_can_train(loss_of, name):
     losses, parameters = loss_of(name, "off")
     still = {key for key, gradient in parameters.items() if gradient.norm() == 0}
-    assert losses.std() > 0.1  # the comparison above is of five losses, not of log 2
+    assert losses.std() > 0.05  # the comparison above is of five losses, not of log 2
     assert not {key for key in still if "vision" not in key and "multi_modal" not in key}
 
 
