@@ -20,9 +20,9 @@ Departures from the paper and from its authors' notebook:
    numbers that keep inner products approximately. The notebook has c of a batch only, exactly.
 3. The notebook has delta inside beta, bounds it and rewards its size. The paper and we do not.
 4. For comparison, --null exact keeps c at 0, and --geometry random treats all g as orthogonal.
-5. The label_smoothing of cDPO, 0 by default.
+
 Differs from dpo.py: delta, its solver, a first pass for the margins, the sketches, delta's files.
-Read to line 325: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 324: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -48,7 +48,7 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
@@ -81,6 +81,7 @@ class Args:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
     activation_checkpointing: Literal["off", "selective", "full"] = "off"  # less memory, more time
     compile: bool = False  # torch.compile each block
+    zero: Literal["auto", "2", "3"] = "auto"  # 2: whole weights during a step; auto: on one rank
     shard_group: int = 0  # ranks that share one copy of the weights, such as a node's; 0 = all
     lora_rank: int = 0  # train LoRA adapters of this rank (peft) instead of all weights; 0 = off
     train_modules: str = ""  # train only the parameters whose names match this regex; empty = all
@@ -96,15 +97,13 @@ class Args:
     geometry: Literal["scores", "random"] = "scores"  # random: treat all g as orthogonal
     sketch_dim: int = 4096  # K, as given to cache_ref.py
     sketch_modules: str = ""  # as given to cache_ref.py; empty = all that is trained
-    label_smoothing: float = 0.0  # probability that a preference label is wrong, eps of cDPO
 
 def preference_loss(logps, ref_logps, delta, lengths, args):
     """The algorithm: log-probs logps, ref_logps (2, n) in nats, delta (2, n), lengths (2, n) in
     tokens -> losses (n,) and metrics of each pair {name: (n,)}."""
     rewards = args.beta * (logps - ref_logps)  # (2, n) of the policy, without delta
     margins = rewards[0] - rewards[1] + (delta[0] - delta[1])  # (n,) 4.2
-    losses = -(1 - args.label_smoothing) * F.logsigmoid(margins)  # (n,) 4.2
-    losses = losses - args.label_smoothing * F.logsigmoid(-margins)  # (n,) 0 by default
+    losses = -F.logsigmoid(margins)  # (n,) 4.2
     correct = reward_metrics(rewards + delta, logps, lengths)["rewards/accuracies"]
     metrics = {"delta/chosen": delta[0], "delta/rejected": delta[1], "delta/accuracies": correct}
     return losses, reward_metrics(rewards, logps, lengths) | metrics
@@ -119,7 +118,7 @@ def minimise(z, margins, weights, signs, gram, pull, args):
     tanh(m / 2) / 2m and lies above it (Jaakkola and Jordan 2000). So no step ever leads up."""
     for _ in range(args.delta_steps):
         m = margins + signs @ z  # (n,)
-        slopes = weights * (torch.sigmoid(m) - 1 + args.label_smoothing)  # (n,) d loss / d m
+        slopes = weights * (torch.sigmoid(m) - 1)  # (n,) d loss / d m
         bounds = weights * torch.where(m.abs() < 1e-4, 0.25, torch.tanh(m / 2) / (2 * m))  # (n,)
         gradient = signs.T @ slopes + gram @ z + pull  # (q,)
         curvature = signs.T @ (bounds[:, None] * signs) + gram  # (q, q)
@@ -259,7 +258,7 @@ def main():
         parts = micro_batches(batch, train["lengths"], args, world)[rank::world]
         margins, computed = first_pass(policy, parts, train, args)  # few log-probs are kept
         update_delta(batch, margins, train, args)  # at fixed theta
-        for rows, logps in computed:
+        for rows, logps in hold_weights(policy, computed):
             losses, metrics = pair_losses(policy, rows, train, args, logps)
             loss = losses.sum() / len(batch)
             (loss * world).backward()  # FSDP takes the mean over ranks, we want the sum
@@ -423,6 +422,7 @@ def evaluate(policy, split, args):
     rows = np.arange(len(split["pairs"]))
     parts = micro_batches(rows, split["lengths"], args, world)[rank::world]
     means = mean_over_pairs([pair_losses(policy, part, split, args)[1] for part in parts])
+    give_back(policy)
     return {f"eval/{name}": means[name] for name in means if name not in ("pairs", "tokens")}
 
 def batch_rows(step, pairs, args):
@@ -548,6 +548,18 @@ def micro_batches(rows, lengths, args, world):
             break
     parts += [[]] * (count - len(parts))
     return [rows[np.array(part, int)] for part in parts]
+
+def hold_weights(policy, parts):
+    """Yields the parts of a step. With --zero 2, the gathered weights stay until the last one."""
+    for i, part in enumerate(parts):
+        policy.set_reshard_after_backward(policy.gives_back or i == len(parts) - 1)
+        yield part
+
+def give_back(policy):
+    """With --zero 2, end what a forward pass began that no backward pass follows."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 def collate(pairs, layout):
     """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
@@ -845,8 +857,10 @@ def checkpoint_blocks(model, how):
         block.forward = functools.partial(checkpoint, block.forward, **options)
 
 def shard(policy, device, dtype, args):
-    """FSDP2: every block is gathered when it is needed, and the rest with the root."""
+    """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
+    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
+    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -854,7 +868,8 @@ def shard(policy, device, dtype, args):
                                  mesh_dim_names=("copies", "shards"))
     if group == world:
         mesh = mesh["shards"]
-    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
+                 reshard_after_forward=policy.gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -897,7 +912,7 @@ def check_reference(policy, split, dtype, args):
 # A resumed run may change these: they move files, or change the numbers by rounding only. What the
 # folders of --model and --data hold is compared by its hashes.
 MAY_CHANGE = set("""model data out resume save_every keep layout max_tokens compile
-    activation_checkpointing shard_group log_every eval_every wandb""".split())
+    activation_checkpointing zero shard_group log_every eval_every wandb""".split())
 
 def open_run(content, args):
     """Make the folder --out, or find the run that is in it -> step of its last checkpoint, or 0."""

@@ -19,7 +19,7 @@ estimates <g, g'> without bias. Of a linear layer with input x, and d the gradie
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line 386: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 387: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal
@@ -38,7 +38,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -55,6 +55,7 @@ class Args:
     layout: Literal["packed", "concatenated", "separate"] = "packed"  # how pairs enter the model
     max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
+    zero: Literal["auto", "2", "3"] = "auto"  # 2: whole weights during a step; auto: on one rank
     shard_group: int = 0  # ranks that share one copy of the weights, such as a node's; 0 = all
     # sketches for auxdpo.py
     sketch_dim: int = 0  # K, numbers that stand for the gradient of a response; 0 = no sketches
@@ -537,6 +538,12 @@ def micro_batches(rows, lengths, args, world):
     parts += [[]] * (count - len(parts))
     return [rows[np.array(part, int)] for part in parts]
 
+def give_back(policy):
+    """With --zero 2, end what a forward pass began that no backward pass follows."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
 def collate(pairs, layout):
     """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
     inputs        for the model: input_ids (1, L) packed or (texts, T) padded; position_ids, the
@@ -803,8 +810,10 @@ def blocks_of(model):
             if type(module).__name__.removeprefix("FSDP") in (model._no_split_modules or [])]
 
 def shard(policy, device, dtype, args):
-    """FSDP2: every block is gathered when it is needed, and the rest with the root."""
+    """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
+    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
+    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -812,7 +821,8 @@ def shard(policy, device, dtype, args):
                                  mesh_dim_names=("copies", "shards"))
     if group == world:
         mesh = mesh["shards"]
-    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
+                 reshard_after_forward=policy.gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -855,7 +865,7 @@ def check_forward(policy, split, dtype, args):
         policy.model.set_attn_implementation("sdpa" if sdpa else "eager")
         policy.unshard()
         truth = own_logps(policy.model, pairs)
-        policy.reshard()
+        give_back(policy)
         choose_attention(policy.model, args)  # ours again
     check_same(logps, truth, split["lengths"][rows], dtype, f"in --layout {args.layout} the "
                f"log-probs are not those of the forward pass of --model {args.model}: {cause}")

@@ -29,7 +29,7 @@ bfloat16, which loses most of a step; here it is float32, and never tied to the 
 code's trial step, --accept_step, is off. 7. Ours: span, exact, --pairs_per_step, --baseline.
 Differs from dpo.py: votes, not a loss and AdamW; no cache.
 
-Read to line 340: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 341: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -80,6 +80,7 @@ class Args:
     layout: Literal["packed", "concatenated", "separate"] = "packed"  # how pairs enter the model
     max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
+    zero: Literal["auto", "2", "3"] = "auto"  # 2: whole weights during a step; auto: on one rank
     shard_group: int = 0  # ranks that share one copy of the weights, such as a node's; 0 = all
     # logging
     eval_every: int = 100  # steps between evaluations on val/, also first and last; 0 = never
@@ -718,8 +719,10 @@ def blocks_of(model):
             if type(module).__name__.removeprefix("FSDP") in (model._no_split_modules or [])]
 
 def shard(policy, device, dtype, args):
-    """FSDP2: every block is gathered when it is needed, and the rest with the root."""
+    """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
+    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
+    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -727,7 +730,8 @@ def shard(policy, device, dtype, args):
                                  mesh_dim_names=("copies", "shards"))
     if group == world:
         mesh = mesh["shards"]
-    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
+                 reshard_after_forward=policy.gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -753,7 +757,7 @@ def place_weights(model, weights, device):
 # A resumed run may change these: they move files, or change the numbers by rounding only. What the
 # folders of --model and --data hold is compared by its hashes.
 MAY_CHANGE = set("""model data out resume save_every keep layout max_tokens compile
-    activation_checkpointing shard_group log_every eval_every wandb""".split())
+    activation_checkpointing zero shard_group log_every eval_every wandb""".split())
 
 def open_run(content, args):
     """Make the folder --out, or find the run that is in it -> step of its last checkpoint, or 0."""

@@ -15,7 +15,7 @@ turn: prepare_data.py --score_header. 3. label_smoothing and sft_weight, 0 by de
 Differs from dpo.py: no reference, mean log-probs, the margin; the default of beta. The log-probs
 are checked against the model's own forward pass, which cache_ref.py does for the other scripts.
 
-Read to line 194: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 196: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
@@ -72,6 +72,7 @@ class Args:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
     activation_checkpointing: Literal["off", "selective", "full"] = "off"  # less memory, more time
     compile: bool = False  # torch.compile each block
+    zero: Literal["auto", "2", "3"] = "auto"  # 2: whole weights during a step; auto: on one rank
     shard_group: int = 0  # ranks that share one copy of the weights, such as a node's; 0 = all
     lora_rank: int = 0  # train LoRA adapters of this rank (peft) instead of all weights; 0 = off
     train_modules: str = ""  # train only the parameters whose names match this regex; empty = all
@@ -131,7 +132,8 @@ def main():
         # The batch is the same on all ranks; each rank takes its share of the micro-batches.
         began = time.time()
         batch = batch_rows(step, len(train["pairs"]), args)
-        for rows in micro_batches(batch, train["lengths"], args, world)[rank::world]:
+        parts = micro_batches(batch, train["lengths"], args, world)[rank::world]
+        for rows in hold_weights(policy, parts):
             losses, metrics = pair_losses(policy, rows, train, args)
             loss = losses.sum() / len(batch)
             (loss * world).backward()  # FSDP takes the mean over ranks, we want the sum
@@ -292,6 +294,7 @@ def evaluate(policy, split, args):
     rows = np.arange(len(split["pairs"]))
     parts = micro_batches(rows, split["lengths"], args, world)[rank::world]
     means = mean_over_pairs([pair_losses(policy, part, split, args)[1] for part in parts])
+    give_back(policy)
     return {f"eval/{name}": means[name] for name in means if name not in ("pairs", "tokens")}
 
 def batch_rows(step, pairs, args):
@@ -388,6 +391,18 @@ def micro_batches(rows, lengths, args, world):
             break
     parts += [[]] * (count - len(parts))
     return [rows[np.array(part, int)] for part in parts]
+
+def hold_weights(policy, parts):
+    """Yields the parts of a step. With --zero 2, the gathered weights stay until the last one."""
+    for i, part in enumerate(parts):
+        policy.set_reshard_after_backward(policy.gives_back or i == len(parts) - 1)
+        yield part
+
+def give_back(policy):
+    """With --zero 2, end what a forward pass began that no backward pass follows."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 def collate(pairs, layout):
     """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
@@ -685,8 +700,10 @@ def checkpoint_blocks(model, how):
         block.forward = functools.partial(checkpoint, block.forward, **options)
 
 def shard(policy, device, dtype, args):
-    """FSDP2: every block is gathered when it is needed, and the rest with the root."""
+    """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
+    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
+    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -694,7 +711,8 @@ def shard(policy, device, dtype, args):
                                  mesh_dim_names=("copies", "shards"))
     if group == world:
         mesh = mesh["shards"]
-    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+    rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
+                 reshard_after_forward=policy.gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -737,7 +755,7 @@ def check_forward(policy, split, dtype, args):
         policy.model.set_attn_implementation("sdpa" if sdpa else "eager")
         policy.unshard()
         truth = own_logps(policy.model, pairs)
-        policy.reshard()
+        give_back(policy)
         choose_attention(policy.model, args)  # ours again
     check_same(logps, truth, split["lengths"][rows], dtype, f"in --layout {args.layout} the "
                f"log-probs are not those of the forward pass of --model {args.model}: {cause}")
@@ -753,7 +771,7 @@ def check_same(logps, truth, lengths, dtype, trouble):
 # A resumed run may change these: they move files, or change the numbers by rounding only. What the
 # folders of --model and --data hold is compared by its hashes.
 MAY_CHANGE = set("""model data out resume save_every keep layout max_tokens compile
-    activation_checkpointing shard_group log_every eval_every wandb""".split())
+    activation_checkpointing zero shard_group log_every eval_every wandb""".split())
 
 def open_run(content, args):
     """Make the folder --out, or find the run that is in it -> step of its last checkpoint, or 0."""

@@ -96,7 +96,8 @@ def ours(layout, how, model_folder, pairs, max_tokens):
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
     max_tokens = max(max_tokens, dpo.pair_tokens(lengths, layout).max())
     args = dpo.Args(model=str(model_folder), data="", layout=layout, max_tokens=int(max_tokens), compile=how == "compile",
-                    activation_checkpointing=how if how in ("selective", "full") else "off")
+                    activation_checkpointing=how if how in ("selective", "full") else "off",
+                    zero=how.removeprefix("zero") if how.startswith("zero") else "auto")
     _, _, device, dtype = dpo.start_process_group("float32")
     model, weights = dpo.read_model(args.model, args)
     policy = dpo.build_policy(model, weights, dpo.token_logps, device, dtype, args)
@@ -365,8 +366,8 @@ def main():
     if args.old and not Path(args.old, "dpo.py").is_file():
         sys.exit(f"error: --old {args.old} is no checkout of this repository: git worktree add {args.old} 937b6ad")
     for name in args.contenders.split(","):
-        if not re.fullmatch(r"(packed|concatenated|separate)( selective| full| compile)?|trl( [1-9]\d*( full)?)?", name):
-            sys.exit(f"error: --contenders {name!r} is none: packed, concatenated, separate (selective, full, compile), trl, trl N (full)")
+        if not re.fullmatch(r"(packed|concatenated|separate)( selective| full| compile| zero3)?|trl( [1-9]\d*( full)?)?", name):
+            sys.exit(f"error: --contenders {name!r} is none: packed, concatenated, separate (selective, full, compile, zero3), trl, trl N (full)")
     args.out.mkdir(parents=True, exist_ok=True)
     known = args.out / "bench.json"
     found = json.loads(known.read_text()) if known.exists() else {}  # of other workloads, maybe of other calls

@@ -172,7 +172,7 @@ def tiny_model(tmp_path_factory):
 def tiny_args(folder, **changes):
     """The settings that make a Policy, as the command line would give them."""
     settings = dict(model=folder, trust_remote_code=False, layout="packed", max_tokens=8192,
-                    activation_checkpointing="off", compile=False, shard_group=0, lora_rank=0, train_modules="", seed=0)
+                    activation_checkpointing="off", compile=False, shard_group=0, zero="auto", lora_rank=0, train_modules="", seed=0)
     return types.SimpleNamespace(**settings | changes)
 
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def policy_of(folder, dim=0, salt="", **changes):
     """The Policy that main() of cache_ref.py makes of a model folder; what its hooks share, if it makes sketches."""
-    settings = dict(model=folder, trust_remote_code=False, layout="concatenated", shard_group=0, lora_rank=0, train_modules="", seed=0)
+    settings = dict(model=folder, trust_remote_code=False, layout="concatenated", shard_group=0, zero="auto", lora_rank=0, train_modules="", seed=0)
     args = types.SimpleNamespace(**settings | dict(sketch_dim=dim, sketch_modules="") | changes)
     model, weights = cache_ref.read_model(args.model, args)
     cache_ref.choose_attention(model, args)

@@ -72,16 +72,15 @@ def test_a_penalty_by_scores_ends_in_the_null_space_and_a_ridge_ends_at_dpo():
 # ---- the loss
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_the_loss_is_a_loop_over_pairs(eps):
+def test_the_loss_is_a_loop_over_pairs():
     rng, beta = np.random.default_rng(0), 0.3
     logps, ref, delta = rng.normal(-5, 3, (3, 2, 7))
-    args = arguments(beta=beta, label_smoothing=eps)
+    args = arguments(beta=beta)
     losses, metrics = auxdpo.preference_loss(*map(torch.from_numpy, (logps, ref, delta)), torch.ones(2, 7), args)
     for i in range(7):
         margin = beta * ((logps[0, i] - ref[0, i]) - (logps[1, i] - ref[1, i]))
         full = margin + delta[0, i] - delta[1, i]
-        assert losses[i] == pytest.approx((1 - eps) * math.log1p(math.exp(-full)) + eps * math.log1p(math.exp(full)))
+        assert losses[i] == pytest.approx(math.log1p(math.exp(-full)))
         assert metrics["rewards/margins"][i] == pytest.approx(margin)  # the policy's own, without delta
         assert metrics["rewards/accuracies"][i] == (margin > 0)
         assert metrics["delta/accuracies"][i] == (full > 0)
@@ -102,7 +101,7 @@ def test_delta_zero_gives_the_gradients_of_dpo_to_the_bit(tiny_model, layout):
     both = {}
     for script in (dpo, auxdpo):
         policy = tiny_policy(script, tiny_model("llama"), layout)
-        losses, _ = script.pair_losses(policy, np.arange(len(pairs)), with_delta(split), arguments(layout=layout, sft_weight=0.0))
+        losses, _ = script.pair_losses(policy, np.arange(len(pairs)), with_delta(split), arguments(layout=layout, label_smoothing=0.0, sft_weight=0.0))
         losses.mean().backward()
         both[script] = losses, {name: weight.grad.full_tensor() for name, weight in policy.named_parameters()}
     assert torch.equal(both[dpo][0], both[auxdpo][0])
@@ -139,21 +138,19 @@ def objective(delta, rows, margins, split, args):
     total, loss = len(split["pairs"]), 0.0
     for i, row in enumerate(rows):
         m = margins[row].item() + delta[i, 0] - delta[i, 1]
-        eps, weight = args.label_smoothing, split["pairs"][row].get("weight", 1.0)
-        loss += weight * ((1 - eps) * np.logaddexp(0, -m) + eps * np.logaddexp(0, m))
+        loss += split["pairs"][row].get("weight", 1.0) * np.logaddexp(0, -m)
     everything = split["delta"].numpy().copy()
     everything[rows] = delta
     c = sum(everything[i, s] * split["sketch"][i, s] for i in range(total) for s in range(2))
     return loss + total * args.penalty_weight * np.sum((c / (2 * total)) ** 2)
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_the_parabola_of_a_step_lies_above_the_loss_and_touches_it(eps):
+def test_the_parabola_of_a_step_lies_above_the_loss_and_touches_it():
     """One pair, z its margin, no penalty: the solver goes to the minimum of the parabola at m, and from there we know it."""
     def loss(m):
-        return (1 - eps) * np.logaddexp(0, -m) + eps * np.logaddexp(0, m)
+        return np.logaddexp(0, -m)
 
-    one, none, args = torch.ones(1).double(), torch.zeros(1).double(), arguments(delta_steps=1, label_smoothing=eps)
+    one, none, args = torch.ones(1).double(), torch.zeros(1).double(), arguments(delta_steps=1)
     everywhere = np.linspace(-40, 40, 4001)
     for m in (-9.0, -1.0, -1e-3, 1e-3, 0.5, 4.0):
         slope = (loss(m + 1e-5) - loss(m - 1e-5)) / 2e-5
@@ -167,7 +164,7 @@ def test_the_parabola_of_a_step_lies_above_the_loss_and_touches_it(eps):
 CASES = {
     "the paper": {},
     "a weak penalty": dict(penalty_weight=0.05),
-    "weights and label smoothing": dict(label_smoothing=0.1),
+    "weights": {},
 }
 
 

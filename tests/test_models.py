@@ -442,6 +442,20 @@ def test_a_wrong_name_without_a_network_is_a_line_within_seconds(world, program,
 # ---- resume and ranks
 
 
+@pytest.mark.parametrize("flags", [{}, dict(activation_checkpointing="full"), dict(lora_rank=2)])
+def test_weights_that_are_kept_whole_for_a_step_are_never_old_ones(world, program, tmp_path, flags):
+    """--zero 2 with several micro-batches, and an evaluation and a checkpoint after every step: the bits of --zero 3."""
+    model, data = world(tiny_hf_model("llama"), dtype=torch.float32)
+    flags = flags | dict(max_tokens=16, eval_every=1, save_every=1, max_steps=4)
+    found = []
+    for zero in ("2", "3"):
+        train(program, "simpo", model, data, tmp_path / zero, zero=zero, **flags)
+        lines = [json.loads(line) for line in (tmp_path / zero / "log.jsonl").read_text().splitlines()]
+        found.append((tensors(tmp_path / zero / "final"), [line["eval/loss"] for line in lines if "eval/loss" in line]))
+    assert found[0][1] == found[1][1] and len(set(found[0][1])) == 5
+    assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
+
+
 def test_resume_refuses_other_rows_and_other_weights_under_the_same_name(world, program, tmp_path):
     model, data = world(tiny_hf_model("llama"))
     train(program, "simpo", model, data, tmp_path / "out", save_every=1)

@@ -2,7 +2,7 @@
 
 With every algorithm, the same batch goes through pair_losses and backward in 1, 2 and 4 processes, in
 micro-batches as small and as large as can be, also with fewer pairs than ranks, with checkpointing, with
-LoRA and with groups of ranks that each hold a copy of the weights. The loss agrees to 1e-6, the gradient
+LoRA, with groups of ranks that each hold a copy of the weights, and with --zero 2 and 3. The loss agrees to 1e-6, the gradient
 of every parameter to 1e-4 of its norm, and so do the metrics of evaluate(). Below: what micro_batches
 promises, on random batches and against all ways to deal a few pairs.
 
@@ -47,6 +47,10 @@ PLANS = [  # script, family, layout, and what else
     ("dpo", "llama-tied", "packed", "groups"),
     ("dpo", "llama", "packed", "full"),  # checkpointing
     ("dpo", "llama-tied", "packed", "selective"),
+    ("dpo", "llama", "packed", "zero2"),  # else one rank has 2, several have 3
+    ("dpo", "llama-tied", "packed", "zero2"),
+    ("dpo", "llama", "packed", "zero3"),
+    ("auxdpo", "llama-tied", "packed", "zero2"),
     ("auxdpo", "llama-tied", "packed", "full"),  # the last micro-batches keep their graphs
 ]
 PLANS += [(name, "llama-tied", "packed", "") for name in SCRIPTS if name != "dpo"]
@@ -101,7 +105,7 @@ def one_step(script, policy, split, plan, case):
     if script is auxdpo:
         margins, parts = script.first_pass(policy, mine, split, args)
         script.update_delta(rows, margins, split, args)
-    for part, *known in parts:
+    for part, *known in script.hold_weights(policy, parts):
         losses, metrics = script.pair_losses(policy, part, split, args, *known)
         (losses.sum() / len(rows) * world).backward()
         sums.append(metrics)
@@ -125,6 +129,7 @@ def all_steps(folders):
         name, family, layout, how = plan
         changes = dict(shard_group=max(1, dist.get_world_size() // 2)) if how == "groups" else {}
         changes |= dict(lora_rank=2) if how == "lora" else {}
+        changes |= dict(zero=how[-1]) if how.startswith("zero") else {}
         checkpointing = arguments(layout, 0, how).activation_checkpointing
         policy = tiny_policy(SCRIPTS[name], folders[family], layout, checkpointing, **changes)
         for case in CASES:
