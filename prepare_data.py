@@ -2,28 +2,27 @@
 
     python prepare_data.py --dataset a.jsonl.gz,b.parquet --model MODEL --out data/NAME
     python prepare_data.py --dataset HuggingFaceH4/ultrafeedback_binarized --split train_prefs \\
-        --val test_prefs --model MODEL --out data/ultrafeedback
+        --model MODEL --out data/ultrafeedback
 
 Input: .jsonl .json .csv .tsv .parquet (also .gz, .zst), a folder, or a hub name. The format of each
-row is recognised by the columns that have a value; any other layout goes through --convert.
+row is recognised by the columns that have a value; --convert reads any other layout.
 
     plain            prompt (or question, query, input), chosen, rejected: text
     conversation     chosen, rejected: lists of {role, content}, whose common start is the prompt;
-                     a column prompt or messages may hold the start of it, or all of it
+                     a column prompt or messages may hold a part of it
     ShareGPT         conversations: list of {from, value}; chosen, rejected: one message each
     Alpaca           instruction, input, history, chosen, rejected: text
-    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", or a prompt like that
-    RewardBench-2    prompt: text; chosen, rejected: lists of text; a pair per chosen x rejected
+    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", or the prompt is like that
+    RewardBench-2    prompt; chosen, rejected: lists of answers; a pair per chosen x rejected
     multiple choice  question, options or choices, answer (letter, or index from 0); the prompt is
                      "question\\nA. option\\nB. option\\nAnswer:" and a response is "B. option"
 
 Columns of any format: `system` or `system_prompt` opens the conversation; `tools` and
-`chat_template_kwargs` go to the template; `initial_reason_steps` begins the answer and is not
-scored; `subset`, `category` or `subject` names the subset; `weight` is kept.
-
-Without a chat template, or with --plain, prompt and response are joined as they are; a prompt of
-several turns becomes "\\n\\nHuman: ...\\n\\nAssistant:". What a template writes to open the
-assistant's turn belongs to the prompt, or with --score_header to the response.
+`chat_template_kwargs` go to the template; `initial_reason_steps` ends the prompt; `subset`,
+`category` or `subject` names the subset; `weight` is kept. Without a chat template, or with
+--plain, prompt and response are joined as they are, and a prompt of several turns becomes
+"\\n\\nHuman: ...\\n\\nAssistant:". What a template writes to open the assistant's turn belongs to the
+prompt, or with --score_header to the response.
 
 Output: train/ and val/ (datasets.load_from_disk: token ids prompt, chosen, rejected; source,
 subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs out + dropped; a row
@@ -31,7 +30,7 @@ that cannot be read counts as one pair. A response ends in exactly one end token
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 
 Read to line 000: settings, formats, what happens to a row, main. Below the rule stand the helpers:
-files, messages, rendering, tokens, the folder and the summary.
+files, messages, text and tokens, the folder.
 """
 import bisect, csv, dataclasses, functools, gzip, hashlib, importlib.util, inspect, io, itertools
 import json, math, multiprocessing, os, pickle, platform, random, re, shutil, sys, tempfile, time
@@ -58,12 +57,12 @@ class Args:
     out: str  # folder to make, such as data/NAME
     subset: str = ""  # configuration of a hub dataset
     split: str = "train"  # split of a hub dataset, of a folder, or of a .json that holds several
-    val: str = ""  # files, or a split of --dataset, for validation; empty = part of the prompts
+    val: str = ""  # validation set: files, or a split of --dataset; empty = part of the prompts
     convert: str = ""  # FILE.py:FUNCTION, from a row to one of a known format, a list, or None
     overwrite: bool = False  # replace an earlier result in --out
     # what a pair is
     plain: bool = False  # no chat template; the text may be rendered already
-    system: Literal["turn", "first_user"] = "turn"  # first_user: written before the first question
+    system: Literal["turn", "first_user"] = "turn"  # first_user: its text opens the first question
     score_header: bool = False  # score what opens the assistant's turn too, as SimPO's authors do
     eos_token: str = ""  # ends a response (default: as the template does, else the EOS)
     max_length: int = 2048  # tokens of prompt and response; longer is dropped, never cut
@@ -76,12 +75,11 @@ class Args:
     num_proc: int = 0  # worker processes; 0 = one per core
 
 # ---- formats: to add one, write a function and give it a line in FORMATS ----
-# A function takes the columns that it uses out of the row (pop); those that stay are reported as
-# not used. It returns None if the row has another format, else
-#     prompt    a text, or the messages before the answer
-#     chosen    a list of answers: each a text, a message, or messages that end with the answer
-#     rejected  the same; a row makes a pair of every chosen and every rejected answer
-# A column whose value is null is not in the row. drop(reason, value) leaves the row out.
+# A function takes the columns that it uses out of the row (pop); the others are reported as not
+# used. It returns None if the row has another format, else the prompt (a text, or the messages
+# before the answer), a list of chosen answers and a list of rejected ones (each a text, a message,
+# or messages that end with the answer), of which the row makes a pair each. Columns that are null
+# are not in the row. drop(reason, value) leaves the row out.
 
 def read_choice(row, kit):
     """A question with options: the right option is preferred to each wrong one."""
@@ -96,17 +94,14 @@ def read_choice(row, kit):
     if type(right) is not int or not 0 <= right < len(options):
         drop("malformed", f"answer {answer!r} is no letter or index of {len(options)} options")
     lines = [f"{a}. {text_of(text, 'option')}" for a, text in zip(letters, options, strict=True)]
-    passages = [text_of(row.pop(name), name) for name in PASSAGES if name in row]
-    passages = [passage + "\n\n" for passage in passages if passage.strip()]
+    passages = [text_of(row.pop(name), name) + "\n\n" for name in PASSAGES if row.get(name)]
     question = "".join(passages) + text_of(row.pop("question"), "question")
-    prompt = "\n".join([question, *lines, "Answer:"])
     replies = lines if kit.template else [" " + line for line in lines]
+    prompt = "\n".join([question, *lines, "Answer:"])
     return prompt, [replies[right]], replies[:right] + replies[right + 1:]
 
 def read_sharegpt(row, kit):
-    if is_blank(row["conversations"]):
-        return None
-    return row.pop("conversations"), *pop_answers(row)
+    return None if is_blank(row["conversations"]) else read_any(row, kit, "conversations")
 
 def read_alpaca(row, kit):
     """instruction and input are one question, history the turns before it: [[question, answer]]."""
@@ -116,48 +111,35 @@ def read_alpaca(row, kit):
     if extra.strip():
         prompt = f"{text_of(prompt, 'instruction')}\n\n{extra}"
     turns = []
-    for said in from_json(row.pop("history", []), "history"):
-        if not isinstance(said, list) or len(said) != 2:
-            drop("malformed", f"history has {said}, not [question, answer]")
-        turns += [user_turn(said[0]), {"role": "assistant", "content": said[1]}]
+    for question, answer in from_json(row.pop("history", []), "history"):
+        turns += [user_turn(question), {"role": "assistant", "content": answer}]
     return turns + [user_turn(prompt)] if turns else prompt, *pop_answers(row)
 
 def read_dialogue(row, kit):
-    """Both answers are dialogues, or the prompt is one."""
+    """Both answers are whole dialogues, or the prompt is one that the answers go on with."""
     column = prompt_column(row)
-    prompt, sides = row.get(column), [row["chosen"], row["rejected"]]
-    if not all(isinstance(side, str) for side in sides):
-        return None
-    if is_dialogue(sides[0]) and (prompt is None or str(prompt).strip() in sides[0]):
-        row.pop(column, None)  # it stands in the dialogues
-        chosen, rejected = pop_answers(row)
-        return [], [dialogue(chosen[0], "chosen", kit)], [dialogue(rejected[0], "rejected", kit)]
-    if not kit.template or not is_dialogue(prompt):
+    prompt, sides = row.get(column, ""), [row["chosen"], row["rejected"]]
+    if all(is_dialogue(side) and str(prompt).strip() in side for side in sides):
+        row.pop(column, None)
+        return [], *([dialogue(row.pop(name), name, kit)] for name in ("chosen", "rejected"))
+    if not kit.template or not is_dialogue(prompt) or not all(isinstance(s, str) for s in sides):
         return None
     *turns, opened = dialogue(row.pop(column), column, kit)
-    if opened["content"].strip():
-        drop("malformed", f"the dialogue in {column} does not end with 'Assistant:': {prompt}")
-    chosen, rejected = pop_answers(row)
-    return turns, [chosen[0].strip()], [rejected[0].strip()]
+    if opened["content"]:
+        drop("malformed", f"{column} does not end where an answer begins: {opened['content']}")
+    return turns, [row.pop("chosen").strip()], [row.pop("rejected").strip()]
 
 def read_several(row, kit):
-    column = prompt_column(row)
-    if not column or not (is_several(row["chosen"]) or is_several(row["rejected"])):
-        return None
-    return row.pop(column), *pop_answers(row)
+    return read_any(row, kit) if is_several(row["chosen"]) or is_several(row["rejected"]) else None
 
 def read_conversation(row, kit):
-    column = prompt_column(row)
-    values = [as_messages(row.get(name)) for name in (column, "chosen", "rejected")]
-    if not any(isinstance(value, (list, dict)) for value in values):
-        return None
-    return row.pop(column, []), *pop_answers(row)
+    values = [row["chosen"], row["rejected"], row.get(prompt_column(row))]
+    lists = any(isinstance(as_messages(value), (list, dict)) for value in values)
+    return read_any(row, kit) if lists else None
 
-def read_plain(row, kit):
-    column = prompt_column(row)
-    if not column:
-        return None
-    return row.pop(column), *pop_answers(row)
+def read_any(row, kit, column=None):
+    column = column or prompt_column(row)
+    return row.pop(column, None), *pop_answers(row)
 
 ANSWERS = {"chosen", "rejected"}
 FORMATS = {  # name: (columns that must have a value, function); the first that fits reads the row
@@ -167,26 +149,25 @@ FORMATS = {  # name: (columns that must have a value, function); the first that 
     "hh-rlhf": (ANSWERS, read_dialogue),
     "RewardBench-2": (ANSWERS, read_several),
     "conversation": (ANSWERS, read_conversation),
-    "plain": (ANSWERS, read_plain),
+    "plain": (ANSWERS, read_any),
 }
 PROMPTS = ("prompt", "messages", "question", "query", "input", "conversations", "instruction")
 PASSAGES = ("context", "passage", "article", "hint")  # before a multiple-choice question
 SUBSETS = ("subset", "category", "subject")  # the first that has a value names the subset
-PAIRS_OF_A_ROW = 1000  # of many chosen and many rejected answers
+PAIRS_OF_A_ROW = 1000  # at most, of many chosen and many rejected answers
 
 # ---- what happens to a row ----
 
 def prepare_chunk(args, chunk):
-    """Entries of all_rows -> the Arrow batch of each split, the records of dropped.jsonl, what is
-    counted for the summary, and the place in the input that is reached."""
-    kit, pairs, dropped, counts = load_tokenizer(args), {"train": [], "val": []}, [], Counter()
-    hashes = {"train": [], "val": []}
+    """Entries of all_rows -> a batch of pairs for each split, the hashes of these, the records of
+    what is dropped, counts for the summary, and the place in the input that is reached."""
+    kit, dropped, counts = load_tokenizer(args), [], Counter()
+    pairs, hashes = {"train": [], "val": []}, {"train": [], "val": []}
     for split, source, key, number, place, row in chunk:
         for one, result in prepare_row(kit, args, key, row, counts):
             if isinstance(result, Exception):
                 reason, value = reason_of(result)
-                record = dict(file=source, line=number, id=one, reason=reason, value=value)
-                dropped.append(record)
+                dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
                 continue
             point, columns, both = result
             part = split or ("val" if point < args.val_fraction else "train")
@@ -194,58 +175,61 @@ def prepare_chunk(args, chunk):
             hashes[part].append(both)
     batches = {part: pa.RecordBatch.from_pylist(rows, SCHEMA) for part, rows in pairs.items()}
     hashes = {part: np.array(rows, "u8").reshape(-1, 2) for part, rows in hashes.items()}
-    return types.SimpleNamespace(rows=len(chunk), batches=batches, hashes=hashes, dropped=dropped,
-                                 counts=counts, place=place)
+    return len(chunk), batches, hashes, dropped, counts, place
 
 def prepare_row(kit, args, key, row, counts):
     """A raw row -> [(id, a pair as prepare_pair gives it, or the exception that dropped it)]."""
     rows, results = attempt(convert_row, args, row), []
-    if isinstance(rows, Exception):
-        return [(key, rows)]
+    rows = rows if isinstance(rows, list) else [rows]
     for i, row in enumerate(rows):
         name = key if len(rows) == 1 else f"{key}-{i}"
         found = attempt(read_row, kit, args, row, key, counts)
         if isinstance(found, Exception):
             results.append((name, found))
             continue
-        if found.ties:  # ref:5 and tied:5 belong together; evaluate.py asks
-            name += f":{found.ties}"
+        name += found.suffix
         pairs = list(itertools.product(found.chosen, found.rejected))
         for k, pair in enumerate(pairs):
             one = f"{name}-{k}" if len(pairs) > 1 else name
             results.append((one, attempt(prepare_pair, kit, args, found, pair)))
         if found.beyond:
-            results.append((f"{name}-more", found.beyond))
+            results.append((f"{name}-more", ValueError("more pairs of a row", found.beyond)))
     return results
 
 def read_row(kit, args, row, key, counts):
-    """A row -> what its pairs share, and its chosen and rejected answers."""
+    """A row -> its prompt, its chosen and rejected answers, and what its pairs share."""
+    if isinstance(row, Exception):  # of --convert
+        raise row
     if not isinstance(row, dict):
         drop("malformed", f"no row: {row}")
     values = {name: value for name, value in row.items() if value is not None}
-    seen = [name for name, value in values.items() if is_media(name) and not is_blank(value)]
-    if seen:
-        drop("images", f"column {seen[0]}: {values[seen[0]]}")
+    media = [name for name in values if is_media(name) and not is_blank(values[name])]
+    if media:
+        drop("images", f"column {media[0]}: {values[media[0]]}")
     name, (prompt, chosen, rejected) = read_format(values, row, kit)
     if name == "multiple choice" and args.wrong_options == "one":
         rejected = [random.Random(f"{args.seed} {key}").choice(rejected)]
-    beyond = None
-    if len(chosen) * len(rejected) > PAIRS_OF_A_ROW:  # every chosen answer keeps some of its pairs
-        value = f"{len(chosen)} chosen x {len(rejected)} rejected answers, {PAIRS_OF_A_ROW} pairs"
+    beyond = ""
+    if len(chosen) * len(rejected) > PAIRS_OF_A_ROW:
+        beyond = f"{len(chosen)} chosen x {len(rejected)} rejected, {PAIRS_OF_A_ROW} pairs are made"
         chosen = chosen[:PAIRS_OF_A_ROW]
         rejected = rejected[:PAIRS_OF_A_ROW // len(chosen)]
-        beyond = ValueError("more pairs than a row may make", f"{value} of them at most are made")
     order = own_order(values)
     if args.drop_ties and order in ("tie", "contradict"):
         drop(f"scores {order}", {name: row[name] for name in row if name not in values})
-    label = next((name for name in SUBSETS if values.get(name)), None)
-    label = text_of(str(values.pop(label, "")), "subset")
+    label = text_of(str(values.pop(next((c for c in SUBSETS if values.get(c)), ""), "")), "subset")
+    weight = values.pop("weight", 1.0) if "weight" in values or "weight" not in row else None
+    weight = number(weight)
+    if weight is None or not 0 <= weight < 1e30:
+        drop("malformed", f"weight is {row['weight']!r}, not a number from 0")
     ties = name == "RewardBench-2" and label == "Ties"
     found = types.SimpleNamespace(
         format=name, prompt=prompt, chosen=chosen, rejected=rejected, beyond=beyond, label=label,
-        ties=ties and text_of(str(values.pop("id", None)), "id"), weight=weight_of(values, row),
-        system=pop_system(values), options=pop_options(values),
-        start=text_of(values.pop("initial_reason_steps", ""), "initial_reason_steps"))
+        ties=ties, weight=weight, tools=from_json(values.pop("tools", []), "tools") or [],
+        suffix=f":{text_of(str(values.pop('id', None)), 'id')}" if ties else "",  # for evaluate.py
+        system=text_of(values.pop("system", "") or values.pop("system_prompt", ""), "system"),
+        start=text_of(values.pop("initial_reason_steps", ""), "initial_reason_steps"),
+        options=from_json(values.pop("chat_template_kwargs", {}), "chat_template_kwargs") or {})
     counts["format", name] += 1
     counts["order", order] += 1
     counts["rendered", isinstance(prompt, str) and bool(RENDERED.search(prompt))] += 1
@@ -258,16 +242,13 @@ def read_format(values, row, kit):
         found = function(values, kit) if columns <= values.keys() else None
         if found:
             return name, found
-    missing = [side for side in ("chosen", "rejected") if side not in values]
-    if "chosen" in row and "rejected" in row and missing:
-        drop("malformed", f"{missing[0]} is not valid text: None")
-    if missing:
-        drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
-    drop("malformed", "prompt is not valid text: None, and chosen is no Human/Assistant dialogue: "
-         f"{row['chosen']}")
+    null = [side for side in ("chosen", "rejected") if side in row and side not in values]
+    if null and ANSWERS <= row.keys():
+        drop("malformed", f"{null[0]} is not valid text: None")
+    drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
 
 def prepare_pair(kit, args, found, pair):
-    """-> a number from 0 to 1 that decides the split, the columns, two hashes for the summary."""
+    """-> number from 0 to 1 that decides the split, columns, hashes of the prompt and the pair."""
     if found.ties and not args.ties:
         drop("ties", pair[0])
     messages, answers = read_pair(args, found, pair)
@@ -275,24 +256,20 @@ def prepare_pair(kit, args, found, pair):
     # Prompts that differ only in white space or Unicode form may have equal tokens: one split.
     same = f"{args.seed} {' '.join(canonical(kit, prompt).split())}"
     same = int.from_bytes(hashlib.sha256(same.encode()).digest()[:8], "big")
-    whole = hash(tuple(map(tuple, ids))) % 2**64
     columns = dict(zip(SIDES, ids), subset=found.label, weight=found.weight)
-    return same / 2**64, columns, (same, whole)
+    return same / 2**64, columns, (same, hash(tuple(map(tuple, ids))) % 2**64)
 
 def main():
     args = parse_args(Args)
-    out = Path(args.out)  # without the slash at the end
-    part = out.with_name(f"{out.name}.partial")
-    if args.val_fraction >= 1:
-        fail(f"--val_fraction {args.val_fraction} must be below 1")
+    out = Path(args.out)  # without a slash at its end
+    part = Path(f"{out}.partial")
     check_out(args, out, part)
     kit = load_tokenizer(args)
     load_converter(args.convert)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        summary = write_pairs(args, kit, out, part)
-        meta, pair = save(args, kit, part, summary)
+        meta, pair = save(args, kit, part, write_pairs(args, out, part))
         replace(out, part)
     except OSError as error:
         fail(f"cannot write {part}: {error}; make room or choose another --out")
@@ -328,7 +305,7 @@ def fail(message):
     raise SystemExit("error: " + " ".join(message.split()))
 
 def drop(reason, value):
-    """Leave a row or a pair out; `reason` is counted, `value` shows what is wrong."""
+    """Leave a row or a pair out; the summary counts `reason`, `value` shows what is wrong."""
     raise ValueError(reason, short(value))
 
 def attempt(step, *inputs):
@@ -345,7 +322,7 @@ def reason_of(error):
     return "error", short(f"{type(error).__name__}: {error}")
 
 def visible(text):
-    """Text for a terminal: control characters, which could move its cursor, as \\x1b or the like."""
+    """Text for a terminal: control characters, which could move its cursor, are escaped."""
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 def short(value):
@@ -367,146 +344,151 @@ def load_converter(spec):
         fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
 
 def convert_row(args, row):
-    """A raw row -> the rows that --convert makes of it, or the row itself."""
-    function = load_converter(args.convert)
-    if function is None or not isinstance(row, dict):
+    """A raw row -> the list of rows that --convert makes of it, or the row itself."""
+    convert = load_converter(args.convert)
+    if not convert or not isinstance(row, dict):
         return [row]
-    try:
-        made = function(row)
-    except Exception as error:
-        drop("convert", f"{type(error).__name__}: {error}")
+    made = attempt(convert, row)
+    if isinstance(made, Exception):
+        drop("convert", f"{type(made).__name__}: {made}")
     if not made:
         drop("convert", f"--convert returned {made}")
     return made if isinstance(made, list) else [made]
 
 # -- files and rows
-FILE = re.compile(r"(.+)\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.zst)?")
-CHUNK_ROWS, CHUNK_BYTES = 200, 2**23  # a chunk of rows ends at either; few are in memory
+FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
+CHUNK_ROWS, CHUNK_BYTES = 200, 2**23  # a chunk of rows ends at either
 
 def file_names(text):
-    """"a.jsonl,'b'" -> paths, or [] if the text is a folder or a hub name; quotes protect commas."""
-    if Path(text).is_dir() and not FILE.fullmatch(text):
-        return []
-    names = [text] if Path(text).exists() else next(csv.reader([text], skipinitialspace=True), [])
-    names = [Path(name.strip()) for name in names if name.strip()]
-    return names if all(FILE.fullmatch(name.name) for name in names) else []
+    """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
+    parts = [text] if Path(text).is_file() else next(csv.reader([text], skipinitialspace=True), [])
+    paths = [Path(part.strip()) for part in parts]
+    return paths if all(FILE.fullmatch(path.name) for path in paths) else []
 
 @functools.cache
 def find_sources(args):
-    """Everything to read, --dataset first and then --val: [split that its rows go to, or "" if the
-    prompt decides; a path or a dataset; name for the records; start of the ids; size; --split]"""
+    """What to read -> [(split that its rows go to, or "" if their prompts decide; its own split;
+    path or dataset; name; start of its ids; size in bytes, or in rows)]"""
     wanted = [("train" if args.val else "", args.dataset, args.split)]
-    if args.val and (file_names(args.val) or Path(args.val).exists()):
+    if file_names(args.val) or args.val and Path(args.val).exists():
         wanted.append(("val", args.val, args.split))
     elif args.val:
         wanted.append(("val", args.dataset, args.val))
-    paths = [path for _, text, _ in wanted for path in file_names(text)]
-    stems = Counter(FILE.fullmatch(path.name)[1] for path in paths)
-    found = []
+    files = [path for _, text, _ in wanted for path in file_names(text)]
+    stems = Counter(FILE.fullmatch(path.name)[1] for path in files)
+    sources = []
     for target, text, split in wanted:
         for path in file_names(text):
             stem = FILE.fullmatch(path.name)[1]
             stem = stem if stems[stem] == 1 else str(path)  # ids are unique over all files
-            stem = f"{stem}:{split}" if split != args.split else stem
+            stem = stem if split == args.split else f"{stem}/{split}"
             try:
-                found.append((target, path, path.name, stem, path.stat().st_size, split))
+                size = path.stat().st_size
             except OSError as error:
-                fail(f"cannot read {path}: {error}; check --dataset")
+                fail(f"cannot read {path}: {error}; check --dataset and --val")
+            if (path, split) in [(each[2], each[1]) for each in sources]:
+                fail(f"--dataset {args.dataset} --val {args.val} names a file twice")
+            sources.append((target, split, path, path.name, stem, size))
         if not file_names(text):
             rows = load_rows(args, text, split)
-            name = text if split == args.split else f"{text}:{split}"
-            found.append((target, rows, text, name, len(rows), split))
-    if len({(path, split) for _, path, *_, split in found if isinstance(path, Path)}) < len(paths):
-        fail(f"--dataset {args.dataset} names a file twice, or --val {args.val} names it again")
-    return found
+            stem = text if split == args.split else f"{text}/{split}"
+            sources.append((target, split, rows, text, stem, len(rows)))
+    return sources
 
 def load_rows(args, name, split):
-    """A split of a hub dataset, of a folder of files, or of a folder of save_to_disk."""
+    """A split of a hub dataset, of a folder of files, or of a folder made by save_to_disk."""
     try:
         if Path(name, "dataset_dict.json").exists() or Path(name, "state.json").exists():
             rows = datasets.load_from_disk(name)
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
             rows = datasets.load_dataset(name, args.subset or None, split=split)
-        return rows.with_format("arrow")  # which decodes no images
+        return rows.with_format("arrow")  # so that no image is decoded
     except Exception as error:  # hub, network, name, split, folder: each raises its own errors
         fail(f"--dataset {name} --subset '{args.subset}' --split {split}: {type(error).__name__}: "
              f"{short(error)}; a file ends in .jsonl, .json, .csv, .tsv or .parquet (.gz, .zst); "
-             "quote a name that has a comma; convert other files with pandas")
+             "quote a name that has a comma; save others as one of these")
 
 def all_rows(args):
     """(split or "", source, id, line or row number from 1, place in the whole input, row)"""
     start = 0
-    for target, source, name, stem, size, split in find_sources(args):
-        is_file = isinstance(source, Path)
-        rows = file_rows(source, split) if is_file else arrow_rows(source, len(source))
+    for target, split, source, name, stem, size in find_sources(args):
+        if isinstance(source, Path):
+            rows = file_rows(source, split)
+        else:
+            rows = arrow_rows(source.iter(batch_size(source.data.nbytes, size)), size)
         for number, row, share in rows:
             yield target, name, f"{stem}:{number:06d}", number, start + share * size, row
         start += size
 
 def file_rows(path, split="train"):
-    """-> (number, row or the text of what is no row, share of the file that is read)"""
+    """-> (line or row number, row or a text that says why it is none, share that is read)"""
     _, kind, zipped = FILE.fullmatch(path.name).groups()
-    number, size = 0, max(1, path.stat().st_size)
+    number, size = 0, path.stat().st_size
     try:
         with open(path, "rb") as raw:
-            if kind == "parquet":  # its index is at the end, to which one cannot seek in .gz
-                source = pa.BufferReader(unzip(raw, zipped).read()) if zipped else raw
-                file = pq.ParquetFile(source)
-                for number, row, share in arrow_rows(file, file.metadata.num_rows):
-                    yield number, row, share
+            stream = gzip.open(raw) if zipped == ".gz" else raw
+            if zipped == ".zst":
+                stream = io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+            if kind == "parquet":  # its index is at the end, to which .gz cannot seek
+                file = pq.ParquetFile(pa.BufferReader(stream.read()) if zipped else path)
+                rows, groups = file.metadata.num_rows, range(file.num_row_groups)
+                memory = sum(file.metadata.row_group(i).total_byte_size for i in groups)
+                yield from arrow_rows(file.iter_batches(batch_size(memory, rows)), rows)
                 return
-            stream = unzip(raw, zipped)
-            encoding = json.detect_encoding(stream.peek(4)[:4])  # of UTF-8, 16, 32, for .csv too
-            wrong = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
-            text = io.TextIOWrapper(stream, encoding, wrong, newline="\n")
-            rows = csv_rows(text, kind) if kind in ("csv", "tsv") else json_rows(text, path, split)
+            encoding = json.detect_encoding(stream.peek(4)[:4])  # UTF-8, 16 or 32, of .csv too
+            errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
+            text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
+            rows = json_rows(text, path, split) if "json" in kind else csv_rows(text, kind)
             for number, row in enumerate(rows, 1):
-                if row is not None:  # a blank line
-                    yield number, row, (1 if raw.closed else raw.tell() / size)
+                if row is not ...:  # a blank line
+                    yield number, row, 1 if raw.closed else raw.tell() / size
     except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
         fail(f"cannot read {path} after row {number}: {short(error)}; check --dataset or the file")
 
-def unzip(raw, zipped):
-    if zipped == ".gz":
-        return gzip.open(raw)
-    return io.BufferedReader(pa.CompressedInputStream(raw, "zstd")) if zipped else raw
+def batch_size(memory, rows):
+    return int(max(1, min(CHUNK_ROWS, CHUNK_BYTES * rows / max(1, memory))))
 
-def arrow_rows(table, rows):
-    """Of a parquet file or a dataset, in batches that are small if their rows are large."""
-    if isinstance(table, pq.ParquetFile):
-        groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
-        size = max((g.total_byte_size / max(1, g.num_rows) for g in groups), default=1)
-    else:
-        size = table.data.nbytes / max(1, rows)
-    count = int(max(1, min(CHUNK_ROWS, CHUNK_BYTES / max(1, size))))
-    if isinstance(table, pq.ParquetFile):
-        batches = table.iter_batches(batch_size=count)
-    else:
-        batches = table.iter(batch_size=count)
-    number = 0
+def arrow_rows(batches, rows):
+    numbers = itertools.count(1)
     for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield number, without_nulls(row), number / rows
+        for row, number in zip(without_nulls(batch.to_pylist()), numbers):
+            yield number, row, number / rows
 
 def without_nulls(value):
-    """Arrow gives every struct the keys of all rows, null where a row has none: take them out."""
+    """Arrow gives a dict the keys of all rows, null where a row has none; take them out."""
     if isinstance(value, dict):
-        kept = {name: each for name, each in value.items() if each is not None}
-        return {name: without_nulls(each) for name, each in kept.items()}
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 def csv_rows(text, kind):
-    """Rows of .csv or .tsv; an empty cell is an absent column."""
     csv.field_size_limit(2**31 - 1)
     header = text.readline()
     delimiter = "\t" if kind == "tsv" else max(",;\t", key=header.count)
     for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
-        if None in row:
-            yield f"{len(row[None])} cells more than the header has columns: {row}"
-        else:
-            yield {name: cell for name, cell in row.items() if cell}
+        whole = None not in row  # where cells go that have no column
+        yield {name: cell for name, cell in row.items() if cell} if whole else f"too long: {row}"
+
+def json_rows(text, path, split):
+    """A row per line (... for a blank one); if the file has another layout, it is read whole."""
+    start, first = [], ""
+    for line in text:
+        start.append(line)
+        if first and line.strip():  # the second line that is not blank
+            break
+        first = first or line.strip()
+    lines = ".jsonl" in path.name and first not in ("[", "{", "[{")
+    if lines or first and len(start) > 1 and isinstance(parse(first), dict):
+        for line in itertools.chain(start, text):
+            yield parse(line) if line.strip() else ...
+        return
+    whole = "".join(start) + text.read()
+    value = parse(whole)
+    if isinstance(value, str) and first.startswith("{"):  # objects one after another
+        value = [parse(part.rstrip(", \n")) for part in re.split(r"\n(?=\{)", whole)]
+    if not isinstance(value, (dict, list)):
+        fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
+    yield from rows_in(value, path, split)
 
 def parse(text):
     """JSON -> its value, or a text that says what is wrong, which is no row and dropped as such."""
@@ -515,85 +497,58 @@ def parse(text):
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}: ...{text[-60:]!r}"
 
-def json_rows(text, path, split):
-    """A row per line, None for a blank one, is streamed; any other layout is read as a whole."""
-    start, first = [], ""
-    for line in text:
-        start.append(line)
-        if first and line.strip():  # a second line that is not blank
-            break
-        first = first or line.strip()
-    by_line = ".json." not in f"{path.name}." and first not in ("[", "{", "[{")
-    if by_line or (len(start) > 1 and isinstance(parse(first), dict)):
-        for line in itertools.chain(start, text):
-            yield parse(line) if line.strip() else None
-        return
-    whole = "".join(start) + text.read()
-    value = parse(whole)
-    if isinstance(value, str) and first.startswith("{"):
-        yield from objects_in(whole)
-        return
-    if not isinstance(value, (dict, list)):
-        fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
-    yield from rows_in(value, path, split)
-
-def objects_in(whole):
-    """Pretty-printed objects one after another; after a broken one, from the next line with {."""
-    decoder, at = json.JSONDecoder(), whole.index("{")
-    while at >= 0:
-        try:
-            row, end = decoder.raw_decode(whole, at)
-        except (ValueError, RecursionError) as error:
-            row, end = f"not JSON: {error}: {whole[at:at + 60]!r}", at + 1
-            at = whole.find("\n{", end) + 1 or -1
-        else:
-            at = whole.find("{", end)
-        yield row
-
 def rows_in(value, path, split):
     """The rows of one JSON value: a list, a list under a key, columns, or a single row."""
     if isinstance(value, list):
         return value
-    if split in value and isinstance(value[split], (list, dict)):
+    if isinstance(value.get(split), (list, dict)):
         return rows_in(value[split], path, split)
-    if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):  # of pandas
-        return [dict(zip(value["columns"], row)) for row in value["data"]]
     columns = list(value.values())
-    if columns and all(isinstance(column, dict) for column in columns):  # {"prompt": {"0": "...
-        if all(column.keys() == columns[0].keys() for column in columns):
-            columns = [list(column.values()) for column in columns]
-    lists = all(isinstance(column, list) and column for column in columns)
-    turns = lists and all(is_message(column[0]) for column in columns)  # one row, a conversation
-    if lists and not turns and len({len(column) for column in columns}) == 1 and len(columns) > 1:
-        return [dict(zip(value, row)) for row in zip(*columns)]
-    keys = [key for key, each in value.items()
-            if isinstance(each, list) and each and isinstance(each[0], dict)]
-    if ANSWERS & value.keys() or not keys:
-        return [value]
+    if all(isinstance(column, dict) and "0" in column for column in columns):  # as pandas writes
+        columns = [list(column.values()) for column in columns]
+    lists = all(isinstance(column, list) for column in columns)
+    turns = lists and all(column and is_message(column[0]) for column in columns)  # of one row
+    if lists and not turns and len(columns) > 1 and len(set(map(len, columns))) == 1:
+        return [dict(zip(value, cells)) for cells in zip(*columns)]
+    keys = [key for key, each in value.items() if isinstance(each, list) and each]
+    keys = [key for key in keys if isinstance(value[key][0], dict) and not ANSWERS <= value.keys()]
     if len(keys) > 1:
         fail(f"{path} has rows under {', '.join(keys)}: choose one with --split")
-    return rows_in(value[keys[0]], path, split)
+    return value[keys[0]] if keys else [value]
 
 # -- columns and messages
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
-             chatgpt="assistant", bot="assistant", system="system", developer="system", tool="tool",
-             function="tool", observation="tool", function_call="assistant")
+             system="system", developer="system", tool="tool", function="tool", observation="tool",
+             function_call="assistant")
 HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
-RENDERED = re.compile(
-    r"<\|(im_start|start_header_id|start|user|assistant|system)\|>|<start_of_turn>|\[/?INST\]|"
-    r"<<SYS>>|<｜(User|Assistant)｜>|###\s*(Instruction|Input|Human|User|Assistant|Response)\b|"
-    r"(^|\n)(Human|USER|User): ")
-VERDICTS = dict(chosen=1, tie=0, tied=0, equal=0, same=0, draw=0, both=0, neither=0, rejected=-1)
+MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_(path|file|url|id|name|bytes)s?)?", re.I)
+RENDERED = re.compile(r"<\|(im_start|start|start_header_id|user|assistant|system)\|>|\[/?INST\]|"
+                      r"<start_of_turn>|<｜User｜>|### ?(Instruction|Human|User|Response)|\nHuman: |USER: ")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+SCORES = [(f"{word}_chosen", f"{word}_rejected") for word in ("score", "rating", "reward")]
+SCORES += [(f"chosen{mark}{word}", f"rejected{mark}{word}")
+           for mark, word in itertools.product("_-", ("score", "rating", "reward"))]
+VERDICTS = dict(chosen=1, tie=0, tied=0, equal=0, same=0, draw=0, both=0, neither=0, rejected=-1)
 
 def is_blank(value):
-    return value in ("", [], {}) or (isinstance(value, str) and not value.strip())
+    return not value.strip() if isinstance(value, str) else value in ([], {})
+
+@functools.lru_cache(4096)
+def is_media(name):
+    return bool(MEDIA.fullmatch(str(name)))
 
 def text_of(value, name):
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):  # half a surrogate pair
         drop("malformed", f"{name} is not valid text: {value!r}")
     return value
+
+def number(value):
+    """A number, maybe as text, as a float; None for anything else."""
+    try:
+        return float(value) if math.isfinite(float(value)) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 def from_json(value, name):
     """A list or dict that may be given as JSON text."""
@@ -605,25 +560,19 @@ def from_json(value, name):
         drop("malformed", f"{name} is not JSON: {error}: {value}")
 
 def is_message(value):
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys()
-                                        or {"from", "value"} <= value.keys())
+    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 def as_messages(value):
     """A text that is a message or a list of messages, as JSON or Python writes it -> these."""
-    if not isinstance(value, str) or not re.match(r"\s*\[?\s*\{", value):
-        return value
-    if not re.search(r"""["'](role|from)["']\s*:""", value):
+    opens = r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:"""
+    if not isinstance(value, str) or not re.match(opens, value):
         return value
     for read in (json.loads, literal_eval):
-        try:
-            found = read(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        listed = found if isinstance(found, list) else [found]
-        return found if all(is_message(each) for each in listed) else value
-    if re.match(r"""\s*\[?\s*\{\s*["'](role|from)["']\s*:""", value):
-        drop("malformed", f"messages that are not JSON: {value}")
-    return value
+        found = attempt(read, value.strip())
+        if isinstance(found, (list, dict)):
+            listed = found if isinstance(found, list) else [found]
+            return found if all(is_message(each) for each in listed) else value
+    drop("malformed", f"messages that are not JSON: {value}")
 
 def prompt_column(row):
     """The column of the prompt, if possible one that is not empty; None if there is none."""
@@ -645,18 +594,16 @@ def user_turn(text):
     return {"role": "user", "content": text}
 
 def is_dialogue(text):
-    return (isinstance(text, str) and text.lstrip().startswith("Human:")
-            and "\n\nAssistant:" in text)
+    return isinstance(text, str) and text.lstrip().startswith("Human:")
 
 def dialogue(text, name, kit):
     """Text of Human and Assistant -> messages that end with the last answer. Without a template
     all before that answer is one message, as it is."""
-    if not text.startswith("\n\nHuman:"):
-        text = "\n\n" + text.lstrip()
+    text = text if text.startswith("\n\nHuman:") else "\n\n" + text.lstrip()
     prompt, turn, answer = text_of(text, name).rpartition("\n\nAssistant:")
-    if "\n\nHuman:" in answer and name not in ANSWERS:
+    if name not in ANSWERS and (not turn or "\n\nHuman:" in answer):  # a prompt that lacks its end
         prompt, turn, answer = text, "\n\nAssistant:", ""
-    if not turn or not prompt.startswith("\n\nHuman:") or "\n\nHuman:" in answer:
+    if not turn or "\n\nHuman:" in answer:
         drop("malformed", f"no prompt, and {name} is no Human/Assistant dialogue: {text}")
     if not kit.template:
         return [user_turn(prompt + turn), {"role": "assistant", "content": answer}]
@@ -666,66 +613,44 @@ def dialogue(text, name, kit):
 
 def read_message(value, name):
     """A message in the form of OpenAI or ShareGPT -> {role, content, and its other keys}."""
-    if not isinstance(value, dict):
-        drop("malformed", f"{name} has a message of role none: {value!r}")
+    value = value if isinstance(value, dict) else {"role": f"none: {value!r}"}
     role = str(value.get("role") or value.get("from"))
     if role.lower() not in ROLES:
         drop("malformed", f"{name} has a message of role {role}")
     content = value.get("value") if value.get("content") is None else value["content"]
     known = ("role", "from", "content", "value", "function_call", "tool_calls")
     more = {key: each for key, each in value.items() if key not in known and each is not None}
-    seen = [key for key in more if is_media(key) and not is_blank(more[key])]
-    if seen:
-        drop("images", f"{name} has a message with {seen[0]}")
+    kinds = [key for key in more if is_media(key) and more[key]]
     calls = from_json(value.get("tool_calls") or value.get("function_call") or [], "tool_calls")
     if role == "function_call":
-        calls, content = from_json(content, "function_call"), ""
+        calls, content = from_json(content, "function_call"), None
     if calls:
-        calls = calls if isinstance(calls, list) else [calls]
-        more["tool_calls"] = [read_call(call) for call in calls]
+        more["tool_calls"] = list(map(read_call, calls if isinstance(calls, list) else [calls]))
     if content is None and (calls or any(more.get(key) for key in REASONING)):
         content = ""
-    content = join_parts(content, name) if isinstance(content, list) else content
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        kinds += [part["type"] for part in parts if is_media(part.get("type"))]
+        content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts
+                            if not kinds)
+    if kinds:
+        drop("images", f"{name} has a message with {kinds[0]}")
     return {"role": ROLES[role.lower()], "content": text_of(content, f"content in {name}")} | more
 
 def read_call(call):
-    """A call of a tool, in the form that templates expect: arguments are a dict if they can be."""
-    if not isinstance(call, dict):
-        drop("malformed", f"a tool call is {call!r}")
-    function = dict(call["function"] if isinstance(call.get("function"), dict) else call)
-    text_of(function.get("name"), "the name of a tool call")
-    if isinstance(function.get("arguments"), str):
-        try:
-            function["arguments"] = json.loads(function["arguments"])
-        except ValueError:
-            pass  # the template gets the text
-    outer = call if isinstance(call.get("function"), dict) else {"type": "function"}
-    return outer | {"function": function}
-
-def join_parts(parts, name):
-    """Content that is a list of text parts -> one text."""
-    texts = []
-    for part in parts:
-        part = part if isinstance(part, dict) else {"text": part}
-        kind = part.get("type", "text")
-        if is_media(str(kind).removeprefix("input_")):
-            drop("images", f"{name} has a part of type {kind}")
-        if kind not in ("text", "input_text", "output_text"):
-            drop("malformed", f"{name} has a part of type {kind}, which is no text")
-        texts.append(text_of(part.get("text"), f"a part of {name}"))
-    return "\n".join(texts)
-
-@functools.lru_cache(4096)
-def is_media(column):
-    return bool(re.fullmatch(r"(image|img|video|audio)s?(_(path|file|url|id|name|bytes)s?)?",
-                             str(column).lower()))
+    """A tool call as templates expect it: {type, function: {name, arguments as a dict}}."""
+    function = call.get("function", call)
+    arguments = from_json(function.get("arguments", {}), "arguments")
+    outer = call if "function" in call else {"type": "function"}
+    return outer | {"function": function | {"arguments": arguments}}
 
 def read_answer(value, name):
     """One side of a pair -> messages before the answer, the answer as a message."""
     value = as_messages(value)
     if not isinstance(value, (list, dict)):
         return [], {"role": "assistant", "content": text_of(value, name)}
-    messages = [read_message(each, name) for each in (value if isinstance(value, list) else [value])]
+    listed = value if isinstance(value, list) else [value]
+    messages = [read_message(each, name) for each in listed]
     if not messages or messages[-1]["role"] != "assistant":
         drop("malformed", f"{name} does not end with an assistant turn: {value}")
     return messages[:-1], messages[-1]
@@ -735,119 +660,69 @@ def read_pair(args, found, pair):
     before, chosen = read_answer(pair[0], "chosen")
     other, rejected = read_answer(pair[1], "rejected")
     if before != other:
-        both = zip(before, other)
-        drop("prompts differ", next((f"{a} / {b}" for a, b in both if a != b), before or other))
+        unequal = (f"{a} / {b}" for a, b in zip(before, other) if a != b)
+        drop("prompts differ", next(unequal, before or other))
     prompt = as_messages(found.prompt)
     if isinstance(prompt, (list, dict)):
-        prompt = prompt if isinstance(prompt, list) else [prompt]
-        turns = [read_message(each, "prompt") for each in prompt]
-        if turns and [turns[-1]] in ([chosen], [rejected]):  # the conversation with its answer
-            turns = turns[:-1]
+        listed = prompt if isinstance(prompt, list) else [prompt]
+        turns = [read_message(each, "prompt") for each in listed]
+        if turns and turns[-1] in (chosen, rejected):  # the conversation with its answer
+            turns.pop()
         messages = overlap(turns, before)
     elif before:  # beside a conversation, the text of a prompt only repeats its first question
         messages = before
+    elif prompt is None:
+        drop("malformed", f"prompt is not valid text: None, and chosen is no dialogue: {pair[0]}")
     else:
         messages = [user_turn(text_of(prompt, "prompt"))]
-    if found.system and not any(m["role"] == "system" for m in messages):
+    if found.system and "system" not in [message["role"] for message in messages]:
         messages = [{"role": "system", "content": found.system}, *messages]
     check_order(messages, found.format)
     if args.system == "first_user" and messages[0]["role"] == "system":
-        messages = system_to_first_user(messages)
+        system, *messages = messages
+        first = [message["role"] for message in messages].index("user")
+        text = f"{system['content']}\n\n{messages[first]['content']}"
+        messages[first] = messages[first] | {"content": text}
     return messages, [chosen, rejected]
 
 def overlap(turns, before):
     """Messages of the prompt and those before the answer, which may repeat some -> each once."""
-    def same(left, right):
-        left = [message | {"content": message["content"].strip()} for message in left]
-        return left == [message | {"content": message["content"].strip()} for message in right]
+    bare = [message | {"content": message["content"].strip()} for message in turns + before]
+    left, right = bare[:len(turns)], bare[len(turns):]
     for start in range(len(before) - len(turns) + 1):
-        if same(before[start:start + len(turns)], turns):
+        if right[start:start + len(turns)] == left:
             return before
     for size in range(min(len(turns), len(before)), 0, -1):
-        if same(turns[-size:], before[:size]):
+        if left[-size:] == right[:size]:
             return turns[:-size] + before
-    if before and same(turns[:len(before)], before):
-        drop("prompts differ", f"prompt goes on after the messages of chosen: {turns[-1]}")
     return turns + before
 
 def check_order(messages, format):
-    """The order of a conversation that is put together from several columns."""
+    """Drop what columns that do not belong together would make."""
     roles = [message["role"] for message in messages]
     if not roles or roles[-1] not in ("user", "tool"):
         drop("malformed", f"the prompt does not end with a user turn: {messages}")
     if "system" in roles[1:]:
         drop("malformed", f"a system turn that is not the first: {messages}")
-    repeats = ["user", "user"] in [list(two) for two in zip(roles, roles[1:])]
-    if repeats and format != "hh-rlhf":  # whose text has such turns
+    if ("user", "user") in zip(roles, roles[1:]) and format != "hh-rlhf":  # whose people do so
         drop("malformed", f"two user turns in a row: {messages}")
-
-def system_to_first_user(messages):
-    system, *rest = messages
-    first = next(i for i, message in enumerate(rest) if message["role"] == "user")
-    text = f"{system['content']}\n\n{rest[first]['content']}"
-    return rest[:first] + [rest[first] | {"content": text}] + rest[first + 1:]
-
-def weight_of(values, row):
-    weight = values.pop("weight", None if "weight" in row else 1.0)
-    weight = number(weight)
-    if weight is None or not 0 <= weight < 1e30:
-        drop("malformed", f"weight is {row['weight']!r}, not a number from 0")
-    return weight
-
-def number(value):
-    """A number, maybe as text, as a float; None if it is none or not finite."""
-    try:
-        found = float(value) if isinstance(value, (int, float, str)) else math.nan
-    except (ValueError, OverflowError):
-        found = math.nan
-    return found if math.isfinite(found) else None
-
-def pop_system(values):
-    for name in ("system", "system_prompt"):
-        if values.get(name):
-            return text_of(values.pop(name), name)
-
-def pop_options(values):
-    """What goes to the template beside the messages: its keyword arguments."""
-    options = from_json(values.pop("chat_template_kwargs", None) or {}, "chat_template_kwargs")
-    tools = from_json(values.pop("tools", None) or [], "tools")
-    if not isinstance(options, dict) or not isinstance(tools, list):
-        drop("malformed", f"tools or chat_template_kwargs are {tools!r}, {options!r}")
-    return options | {"tools": tools} if tools else options
-
-@functools.lru_cache(4096)
-def score_columns(columns):
-    """Those that compare the two answers -> [(column, column of the rejected answer or "")]"""
-    found = []
-    for name in columns:
-        other = str(name).replace("chosen", "rejected")
-        if other != name and other in columns and re.search("score|rating|reward", other):
-            found.append((name, other))
-        elif name in ("margin", "score_margin", "rating", "preference", "label"):
-            found.append((name, ""))
-    return found
 
 def own_order(values):
     """agree, tie or contradict: what a row's own scores say of its chosen and rejected answer."""
     gaps = []
-    for name, other in score_columns(tuple(values)):
-        value = values[name]
-        two = [value, values[other]] if other else value
-        if isinstance(two, list) and len(two) == 2 and None not in map(number, two):
-            gap = number(two[0]) - number(two[1])
-        elif isinstance(value, str) and value.lower() in VERDICTS:
-            gap = VERDICTS[value.lower()]
-        elif number(value) is None or (name == "label" and number(value) not in (-1, 0, 0.5, 1)):
-            continue
-        else:
-            gap = number(value) - (0.5 if name == "label" else 0)
-        gaps.append(gap)
-        values.pop(name)
-        values.pop(other, None)
+    for chosen, rejected in SCORES:
+        if chosen in values and rejected in values:
+            gaps.append((number(values.pop(chosen)) or 0) - (number(values.pop(rejected)) or 0))
+    for name in ("margin", "score_margin", "preference", "label"):
+        value = values.get(name)
+        gap = VERDICTS.get(value.lower()) if isinstance(value, str) else None
+        gap = number(value) if gap is None else gap
+        if gap is not None:
+            values.pop(name)
+            gaps.append(gap - 0.5 if name == "label" and not isinstance(value, str) else gap)
     if not gaps:
         return "none"
     return "contradict" if min(gaps) < 0 else "tie" if min(gaps) == 0 else "agree"
-
 
 # -- rendering: messages -> text
 @functools.cache
@@ -867,7 +742,6 @@ def load_tokenizer(args):
         fail(f"--score_header needs a chat template, and --model {args.model} has none"
              + ", as --plain is set" * args.plain)
     tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
-    added = one_of(t.content for t in tokens)
     special = one_of(t.content for t in tokens if t.special)
     alone = [t.content for t in tokens if not (t.normalized or t.lstrip or t.single_word)]
     named = re.escape(args.eos_token) if args.eos_token and args.eos_token in tail else special
@@ -876,67 +750,67 @@ def load_tokenizer(args):
     if not tokenizer.is_fast or end not in tokenizer.get_vocab():
         fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
              f"token {end!r} in its vocabulary; set --eos_token")
+    try:
+        rows = transformers.AutoConfig.from_pretrained(args.model).get_text_config().vocab_size
+    except Exception:  # a folder with a tokenizer and no model
+        rows = len(tokenizer)
+    if tokenizer.get_vocab()[end] >= rows:
+        fail(f"--model {args.model}: its embedding has {rows} rows, the end token {end} has the id "
+             f"{tokenizer.get_vocab()[end]}; resize the embedding, or set --eos_token")
     bos = [] if template else tokenizer("a").input_ids[:1]
     backend = tokenizer.backend_tokenizer  # 1.3 x as fast as through the wrapper
     backend.no_truncation()  # --max_length decides
     backend.no_padding()
-    kit = types.SimpleNamespace(
+    return types.SimpleNamespace(
         tokenizer=tokenizer, backend=backend, template=template,
         end=tokenizer.get_vocab()[end], end_token=end, score_header=args.score_header,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
         bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
         breaks=re.compile(one_of(sorted(alone, key=len)[::-1])),
-        seams=re.compile(rf"\s*({added})\s*"), normalizer=backend.normalizer)
-    probe_template(kit)
-    kit.rows = embedding_rows(args, kit)
-    return kit
+        seams=re.compile(rf"\s*({one_of(t.content for t in tokens)})\s*"),
+        normalizer=backend.normalizer, rows=rows if rows < len(tokenizer) else 0)
 
 def one_of(texts):
     """A regular expression that matches any of the texts."""
     return "|".join(map(re.escape, texts)) or "(?!)"  # which matches nothing
 
-def probe_template(kit):
-    """Does the template take a system turn, and how much does it write to open an answer?"""
-    kit.takes_system, kit.opening = True, 0
-    if not kit.template:
-        return
-    chat = functools.partial(kit.tokenizer.apply_chat_template, tokenize=False)
-    try:
-        probe = [user_turn("Q")]
-        kit.opening = len(chat(probe, add_generation_prompt=True)) - len(chat(probe))
-        kit.takes_system = "Be kind." in chat([{"role": "system", "content": "Be kind."}, *probe])
-    except Exception:  # a template raises what it likes
-        kit.takes_system = False
+def render(kit, messages, answers, found):
+    """-> (text of the prompt, [prompt + answer, without end token], the part that is not scored),
+    where the prompt ends with the `start` of an answer that a row may have."""
+    told, start = answers, found.start
+    if start:
+        begun = start if kit.template else "\n" + start
+        told = [answer | {"content": begun + answer["content"]} for answer in answers]
+    render_all = render_chat if kit.template else render_plain
+    prompt, texts, bare = render_all(kit, messages, told, found)
+    if not all(text[len(prompt):].strip() for text in texts):  # a header alone is no response
+        drop("empty", f"rendering leaves nothing of a response: {answers}")
+    for answer, text in zip(told, texts, strict=True):
+        said = [*messages, answer]
+        if not kit.template:  # contents are written as they are, and nothing else is
+            said = [message | {"content": ""} for message in said]
+        check_content(said, found.tools, text, len(prompt))
+    if start:
+        end = texts[0].index(start.strip(), len(prompt)) + len(start.strip())
+        bare = os.path.commonprefix([texts[0][:end], texts[1]])
+    return prompt, texts, bare
 
-def embedding_rows(args, kit):
-    """Rows of the model's embedding if the tokenizer has more ids than these, else None."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(args.model).get_text_config()
-        rows = config.vocab_size
-    except Exception:  # a folder with a tokenizer and no model, or a model of one's own
-        return None
-    if kit.end >= rows:
-        fail(f"--model {args.model}: the end token {kit.end_token} has the id {kit.end}, and the "
-             f"embedding has {rows} rows; set --eos_token, or resize the model's embedding")
-    return rows if len(kit.tokenizer) > rows else None
-
-def render_plain(kit, messages, answers, start):
-    """-> (text of the prompt, [prompt + answer, without end token], the part that is not scored)"""
+def render_plain(kit, messages, answers, found):
+    """Prompt and answer as they are; several turns as Human: and Assistant:."""
     prompt, gap = messages[0]["content"], ""
     if len(messages) > 1:
         prompt = "".join(f"\n\n{HEADINGS[m['role']]}: {m['content']}" for m in messages)
         prompt, gap = prompt + "\n\nAssistant:", " "
     end = re.escape(kit.end_token) + r"\s*\Z"
-    begun = prompt + (gap or "\n") + start if start else prompt + gap
-    texts = [re.sub(end, "", begun + answer["content"]) for answer in answers]
-    return prompt, texts, begun if start else prompt
+    texts = [re.sub(end, "", prompt + gap + answer["content"]) for answer in answers]
+    return prompt, texts, prompt
 
-def render_chat(kit, messages, answers, start, options):
-    """The same by the chat template. Templates strip, reorder and leave out, so a response is
-    whatever follows the prompt in the rendered conversation; with --score_header it begins where
-    the question ends, and after the `start` of an answer where that ends."""
-    chat = functools.partial(kit.tokenizer.apply_chat_template, tokenize=False, **options)
-    answers = [answer | {"content": start + answer["content"]} for answer in answers]
+def render_chat(kit, messages, answers, found):
+    """By the chat template. Templates strip, reorder and leave out, so a response is whatever
+    follows the prompt in the rendered conversation; with --score_header it begins where the
+    question ends."""
+    options = found.options | {"tools": found.tools or None, "tokenize": False}
+    chat = functools.partial(kit.tokenizer.apply_chat_template, **options)
     try:
         prompt = chat(messages, add_generation_prompt=True)
         texts = chat([[*messages, answer] for answer in answers])
@@ -948,114 +822,47 @@ def render_chat(kit, messages, answers, start, options):
         prompt = os.path.commonprefix([prompt, *texts])
     if not prompt.startswith(bare) or not all(text.endswith(kit.tail) for text in texts):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
-    begun = bare if kit.score_header else prompt
-    if start:
-        at = texts[0].find(start.strip(), max(0, len(prompt) - kit.opening))
-        begun = texts[0][:at + len(start.strip())]
-        if at < 0 or not texts[1].startswith(begun):
-            drop("template leaves out initial_reason_steps", start)
-    return prompt, [text.removesuffix(kit.tail) for text in texts], begun
+    return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.score_header else prompt
 
-def render(kit, messages, answers, found):
-    """A pair as text that has all of its content. The arguments of tool calls are objects, as most
-    templates expect; where that fails they are JSON text beside a null content, as OpenAI has it."""
-    result = attempt(render_whole, kit, messages, answers, found)
-    if isinstance(result, Exception) and any("tool_calls" in m for m in messages + answers):
-        second = list(map(as_openai, messages)), list(map(as_openai, answers))
-        second = attempt(render_whole, kit, *second, found)
-        result = result if isinstance(second, Exception) else second
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-def as_openai(message):
-    calls = []
-    for call in message.get("tool_calls", []):
-        arguments = call["function"].get("arguments", {})
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
-    return message | {"tool_calls": calls, "content": message["content"] or None} if calls else message
-
-def render_whole(kit, messages, answers, found):
-    """Render, and drop the pair if the text lacks some of its content. Only white space may differ,
-    and a text may be written as JSON."""
-    if kit.template:
-        result = render_chat(kit, messages, answers, found.start, found.options)
-    else:
-        result = render_plain(kit, messages, answers, found.start)
-    prompt, texts, begun = result
-    if not all(text[max(len(prompt), len(begun)):].strip() for text in texts):
-        drop("empty", f"rendering leaves nothing of a response: {answers}")
-    opened = max(0, len(prompt) - kit.opening)
-    tools = [("tools", text) for text in texts_of_tools(found.options.get("tools", []))]
-    for answer, text in zip(answers, texts, strict=True):
-        parts = [("tools", tools)]
-        parts += [(message["role"], pieces(message)) for message in [*messages, answer]]
-        if not kit.template:  # which writes texts as they are, and nothing else
-            parts = [(role, [p for p in own if " turn" not in p[0]]) for role, own in parts]
-        missing = first_missing(parts, text, len(prompt), opened)
-        if missing:
-            bare = [(role, [(what, squeeze(p)) for what, p in own]) for role, own in parts]
-            places = len(squeeze(text[:len(prompt)])), len(squeeze(text[:opened]))
-            missing = first_missing(bare, squeeze(text), *places)
-        if missing:
-            what, piece = missing
-            if "</think>" in piece and squeeze(piece.rpartition("</think>")[2]) in squeeze(text):
-                what = "<think>"
-            drop(f"{'template' if kit.template else 'plain text'} leaves out {what}", piece)
-    return result
+def check_content(messages, tools, text, prompt):
+    """Drop a pair if its rendered text, of which the first `prompt` characters are the prompt, does
+    not have all of its messages, in their order; a system turn may be anywhere in the prompt. Only
+    white space may differ, and a text may be written as JSON."""
+    prompt, text, at = len(squeeze(text[:prompt])), squeeze(text), 0
+    parts = [("system", [("tools", line) for tool in tools for line in lines_of_tool(tool)])]
+    parts += [(message["role"], pieces(message)) for message in messages]
+    for role, own in parts:
+        begin, end = (0 if role == "system" else at), prompt
+        if own is parts[-1][1]:  # the answer
+            end = len(text)
+        for what, piece in own:
+            place = text.find(squeeze(piece), begin, end)
+            if place < 0:
+                place = text.find(squeeze(json.dumps(piece, ensure_ascii=False)[1:-1]), begin, end)
+            if place < 0:
+                drop(f"{what} left out by the template", piece)
+            at = at if role == "system" else max(at, place)
 
 def squeeze(text):
     return "".join(text.split())
 
 def pieces(message):
-    """[(what it is, text)] of all that a message says"""
-    found = [(f"text of the {message['role']} turn", message["content"] or "")]
+    """[(what it is, text)] of all that a message says; of the arguments of a call every word."""
+    found = [(f"text of {message['role']} turn", message["content"])]
+    if message["content"].lstrip().startswith("<think>"):
+        thought, _, rest = message["content"].partition("</think>")
+        found = [("<think>", thought), (f"text of {message['role']} turn", rest)]
     found += [("reasoning", text_of(message[key], key)) for key in REASONING if message.get(key)]
     for call in message.get("tool_calls", []):
-        said = [call["function"]["name"], *leaves(call["function"].get("arguments"))]
-        found += [("tool calls", text) for text in said]
-    return [(what, text.strip()) for what, text in found if text.strip()]
+        said = json.dumps(call["function"]["arguments"], ensure_ascii=False).replace("\\n", " ")
+        words = [text_of(call["function"].get("name"), "name of a call"), *re.findall(r"\w+", said)]
+        found += [("tool calls", w) for w in words if w not in ("true", "false", "null")]
+    return [(what, text) for what, text in found if text.strip()]
 
-def leaves(value):
-    """All keys, texts and numbers in the arguments of a tool call, as texts."""
-    if isinstance(value, str) and value[:1] in ("{", "["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            pass
-    if isinstance(value, dict):
-        return [text for each in value.items() for text in leaves(list(each))]
-    if isinstance(value, list):
-        return [text for each in value for text in leaves(each)]
-    return [str(value)] if isinstance(value, (str, int, float)) and value not in (True, False) else []
-
-def texts_of_tools(tools):
-    """The name of each tool, and the first line of its description."""
-    found = []
-    for tool in tools:
-        tool = tool.get("function", tool)
-        lines = str(tool.get("description") or "").strip().splitlines()
-        found += [text_of(tool.get("name"), "the name of a tool"), *lines[:1]]
-    return found
-
-def first_missing(parts, text, prompt, opened):
-    """The first (what, piece) of the (role, pieces) in parts that is not in the text, or None. The
-    turns stand in their order before the place `prompt`, the last one behind the place `opened`;
-    tools and the system turn may stand anywhere before `prompt`."""
-    at = 0
-    for i, (role, own) in enumerate(parts):
-        begin = 0 if role in ("tools", "system") else at
-        begin, end = (opened, len(text)) if i == len(parts) - 1 else (begin, prompt)
-        for what, piece in own:
-            place = text.find(piece, begin, end)
-            if place < 0:
-                place = text.find(json.dumps(piece, ensure_ascii=False)[1:-1], begin, end)
-            if place < 0:
-                return what, piece
-            at = at if role in ("tools", "system") else max(at, place)
-    return None
+def lines_of_tool(tool):
+    """Its name, and the first line of what it does."""
+    function = tool.get("function", tool)
+    return [function["name"], *str(function.get("description") or "").strip().splitlines()[:1]]
 
 # -- tokens
 def canonical(kit, text: str) -> str:
@@ -1083,15 +890,13 @@ def tokenise(kit, prompt: str, texts: list):
 
 def encode(kit, args, messages, answers, found):
     """-> (text of the prompt, its token ids, token ids of the two responses)."""
-    asked = list(map(pieces, messages))
-    told = list(map(pieces, answers))
+    asked, told = list(map(pieces, messages)), list(map(pieces, answers))
     if not all(told) or not any(asked):
         drop("empty", [messages[-1]["content"], *(answer["content"] for answer in answers)])
-    for said in [] if args.plain else asked + told:
-        for _, text in said:
-            special = kit.special.search(text)
-            if special:
-                drop("special token", text[max(0, special.start() - 40):special.end() + 40])
+    for _, text in [] if args.plain else sum(asked + told, []):
+        special = kit.special.search(text)
+        if special:
+            drop("special token", text[max(0, special.start() - 40):special.end() + 40])
     question, texts, prompt = render(kit, messages, answers, found)
     start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
@@ -1103,39 +908,32 @@ def encode(kit, args, messages, answers, found):
     if not bos + start or left > 64:
         drop("boundary", f"no token of the prompt ends near its end: {prompt[-64:]}")
     for ids, text in zip(sides, texts, strict=True):
-        check_tokens(kit, start + ids, text)
+        back = kit.backend.decode(start + ids, skip_special_tokens=False)
+        if back != text and canonical(kit, back) != canonical(kit, text):
+            at = max(0, len(os.path.commonprefix([back, text])) - 20)
+            drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
         if kit.end in ids:
             drop("special token", f"{kit.end_token} inside a response: {text[len(prompt):]}")
+    largest = max(start + sides[0] + sides[1]) if kit.rows else -1
+    if kit.rows and largest >= kit.rows:
+        token = kit.tokenizer.convert_ids_to_tokens(largest)
+        drop("beyond the embedding", f"id {largest}, {token!r}; the model has {kit.rows} rows")
     return question, bos + start, *(ids + [kit.end] for ids in sides)
-
-def check_tokens(kit, ids, text):
-    """Decoding gives the text back, and the model knows all ids."""
-    back = kit.backend.decode(ids, skip_special_tokens=False)
-    if back != text and canonical(kit, back) != canonical(kit, text):
-        at = max(0, len(os.path.commonprefix([back, text])) - 20)
-        drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
-    if kit.rows and max(ids) >= kit.rows:
-        token = kit.tokenizer.convert_ids_to_tokens(max(ids))
-        drop("beyond the embedding", f"{token!r} has the id {max(ids)}, the model {kit.rows} rows")
 
 # -- the folder and the summary
 SIDES = ("prompt", "chosen", "rejected")
 SCHEMA = pa.schema({side: pa.list_(pa.int32()) for side in SIDES} | {
     "source": pa.string(), "subset": pa.string(), "id": pa.string(), "weight": pa.float32()})
-OWN = re.compile(r"train|val|meta\.json|dropped\.jsonl|(train|val)\.arrow|ref-.*|clean|noisy")
-FIRST_USER = "the template has no system turn: --system first_user writes it before the question"
+OWN = re.compile(r"(train|val)(\.arrow)?|meta\.json|dropped\.jsonl|ref-.*|clean|noisy")
+FIRST_USER = "if the template takes no system turn: --system first_user"
 HINTS = {  # reason of a drop: what to do
-    "too long": "raise --max_length", "ties": "add --ties",
+    "too long": "raise --max_length", "ties": "add --ties", "template": FIRST_USER,
     "special token": "add --plain if the text is rendered already",
-    "images": "this trains on text only", "malformed": "mend the rows, or read them by --convert",
-    "template leaves out tools": "choose a --model whose template takes tools",
-    "template leaves out tool calls": "choose a --model whose template takes tools",
-    "template leaves out text of the system turn": FIRST_USER,
-    "beyond the embedding": "resize the model's embedding, or take its own tokenizer"}
+    "images": "this trains on text only", "malformed": "mend the rows, or use --convert",
+    "text of system turn left out by the template": FIRST_USER,
+    "tools left out by the template": "choose a --model whose template takes tools"}
 
-def hint(reason, kit):
-    if reason == "template" and not kit.takes_system:
-        return FIRST_USER
+def hint(reason):
     return HINTS.get(reason, "mend the rows")
 
 def chunks(rows):
@@ -1169,41 +967,42 @@ def in_parallel(args):
                 yield waiting.pop(0).result()
         yield from (each.result() for each in waiting)
 
-def write_pairs(args, kit, out, folder):
+def write_pairs(args, out, folder):
     """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> the counts."""
     sources = find_sources(args)
-    unit = "B" if isinstance(sources[0][1], Path) else " rows"
+    unit = "B" if isinstance(sources[0][2], Path) else " rows"
     seen = types.SimpleNamespace(rows=0, counts=Counter(), dropped=Counter(), examples={},
                                  pairs=Counter(train=0, val=0), hashes=dict(train=[], val=[]))
     with (open(folder / "dropped.jsonl", "w") as log,
-          tqdm(total=sum(size for *_, size, _ in sources), unit=unit, unit_scale=True) as bar,
+          tqdm(total=sum(source[-1] for source in sources), unit=unit, unit_scale=True) as bar,
           pa.OSFile(f"{folder}/train.arrow", "wb") as train,
           pa.OSFile(f"{folder}/val.arrow", "wb") as val):
         writers = {"train": pa.ipc.new_stream(train, SCHEMA), "val": pa.ipc.new_stream(val, SCHEMA)}
-        for found in in_parallel(args):
-            for split, batch in found.batches.items():
+        for rows, batches, hashes, dropped, counts, place in in_parallel(args):
+            for split, batch in batches.items():
                 writers[split].write_batch(batch)
                 seen.pairs[split] += len(batch)
-                seen.hashes[split].append(found.hashes[split])
-            for record in found.dropped:
+                seen.hashes[split].append(hashes[split])
+            for record in dropped:
                 seen.dropped[record["reason"]] += 1
                 seen.examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
                 log.write(json.dumps(record) + "\n")
-            seen.rows, seen.counts = seen.rows + found.rows, seen.counts + found.counts
+            seen.rows += rows
+            seen.counts += counts
             bar.set_postfix_str(f"{seen.rows:,} rows", refresh=False)
-            bar.update(found.place - bar.n)
+            bar.update(place - bar.n)
             if not is_recognised(seen):
                 break
         for writer in writers.values():
             writer.close()
-    check_pairs(args, kit, out, folder, seen)
+    check_pairs(args, out, folder, seen)
     return seen
 
 def is_recognised(seen):
     """Had any row a known format, or pictures?"""
     return "images" in seen.dropped or any(kind == "format" for kind, _ in seen.counts)
 
-def check_pairs(args, kit, out, folder, seen):
+def check_pairs(args, out, folder, seen):
     """End the program unless both splits have pairs."""
     if not seen.rows:
         fail(f"--dataset {args.dataset} has 0 rows: give others")
@@ -1221,7 +1020,7 @@ def check_pairs(args, kit, out, folder, seen):
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
              f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
     prompts = len(np.unique(np.concatenate(sum(seen.hashes.values(), []))[:, 0]))
-    way = hint(reason, kit) if dropped else ""
+    way = hint(reason) if dropped else ""
     if kept:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
     fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} {kept} pairs "
@@ -1230,7 +1029,7 @@ def check_pairs(args, kit, out, folder, seen):
 def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
     datasets.disable_progress_bars()
-    splits, subsets, lengths, ids = {}, Counter(), [], []
+    splits, subsets, lengths = {}, Counter(), []
     for split in ("train", "val"):
         rows = datasets.Dataset.from_file(f"{folder}/{split}.arrow")
         if pc.all(pc.equal(rows.data.column("weight"), 1)).as_py():
@@ -1299,7 +1098,7 @@ def check_out(args, out, part):
     """Nothing may be in the way of the result but an earlier one, and that only if asked for."""
     if out.exists():
         if not (args.overwrite and (out / "meta.json").is_file()):
-            fail(f"--out {out} exists: choose another; --overwrite replaces a result of this script")
+            fail(f"--out {out} exists: choose another; --overwrite replaces an earlier result")
     for folder in (out, part):
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         foreign = [name for name in names if not OWN.fullmatch(name)]
@@ -1333,10 +1132,11 @@ def report(args, kit, meta, pair):
         f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
         f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped")
     for reason, n in counts["dropped"].most_common():
-        lines.append(f"  dropped {n:>7,}  {reason}: {hint(reason, kit)}")
+        lines.append(f"  dropped {n:>7,}  {reason}: {hint(reason)}")
     lines += findings(counts)
     for name, points in meta["lengths"].items():
-        lines.append(f"{name:10}" + "  ".join(f"{p} {n:>5,}" for p, n in points.items()) + "  tokens")
+        points = "  ".join(f"{p} {n:>5,}" for p, n in points.items())
+        lines.append(f"{name:10}{points}  tokens")
     decode = kit.tokenizer.decode
     start = decode(pair["prompt"])
     lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
@@ -1359,8 +1159,8 @@ def findings(counts):
                      "their markers out by --convert, or use --plain")
     agree, tie, contradict = (counts["scores"][name] for name in ("agree", "tie", "contradict"))
     if agree or tie or contradict:
-        lines.append(f"scores    of the rows: {agree:,} agree, {tie:,} tie, {contradict:,} contradict "
-                     "chosen and rejected; --drop_ties leaves out what ties or contradicts")
+        lines.append(f"scores    {agree:,} rows agree, {tie:,} tie, {contradict:,} contradict chosen "
+                     "and rejected; --drop_ties leaves out what ties or contradicts")
     pairs = [f"{name} {n:,}" for name, n in counts["longest"]]
     return [*lines, f"longest   {', '.join(pairs)} tokens"]
 
