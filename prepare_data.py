@@ -263,6 +263,8 @@ def main():
     args = parse_args(Args)
     out = Path(args.out)  # without a slash at its end
     part = Path(f"{out}.partial")
+    if args.val_fraction >= 1:
+        fail(f"--val_fraction {args.val_fraction} must be below 1")
     check_out(args, out, part)
     kit = load_tokenizer(args)
     load_converter(args.convert)
@@ -357,7 +359,8 @@ def convert_row(args, row):
 
 # -- files and rows
 FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
-CHUNK_ROWS, CHUNK_BYTES = 200, 2**23  # a chunk of rows ends at either
+CHUNK_ROWS = 200  # rows that a process handles at once, or fewer if they are large:
+CHUNK_BYTES = 2**23
 
 def file_names(text):
     """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
@@ -776,20 +779,12 @@ def one_of(texts):
 
 def render(kit, messages, answers, found):
     """-> (text of the prompt, [prompt + answer, without end token], the part that is not scored),
-    where the prompt ends with the `start` of an answer that a row may have."""
-    told, start = answers, found.start
+    which goes on to the end of `start`, the beginning of an answer that a row may have."""
+    start = found.start if kit.template or not found.start else "\n" + found.start
     if start:
-        begun = start if kit.template else "\n" + start
-        told = [answer | {"content": begun + answer["content"]} for answer in answers]
+        answers = [answer | {"content": start + answer["content"]} for answer in answers]
     render_all = render_chat if kit.template else render_plain
-    prompt, texts, bare = render_all(kit, messages, told, found)
-    if not all(text[len(prompt):].strip() for text in texts):  # a header alone is no response
-        drop("empty", f"rendering leaves nothing of a response: {answers}")
-    for answer, text in zip(told, texts, strict=True):
-        said = [*messages, answer]
-        if not kit.template:  # contents are written as they are, and nothing else is
-            said = [message | {"content": ""} for message in said]
-        check_content(said, found.tools, text, len(prompt))
+    prompt, texts, bare = render_all(kit, messages, answers, found)
     if start:
         end = texts[0].index(start.strip(), len(prompt)) + len(start.strip())
         bare = os.path.commonprefix([texts[0][:end], texts[1]])
@@ -824,24 +819,31 @@ def render_chat(kit, messages, answers, found):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
     return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.score_header else prompt
 
-def check_content(messages, tools, text, prompt):
-    """Drop a pair if its rendered text, of which the first `prompt` characters are the prompt, does
-    not have all of its messages, in their order; a system turn may be anywhere in the prompt. Only
-    white space may differ, and a text may be written as JSON."""
-    prompt, text, at = len(squeeze(text[:prompt])), squeeze(text), 0
-    parts = [("system", [("tools", line) for tool in tools for line in lines_of_tool(tool)])]
-    parts += [(message["role"], pieces(message)) for message in messages]
-    for role, own in parts:
-        begin, end = (0 if role == "system" else at), prompt
-        if own is parts[-1][1]:  # the answer
-            end = len(text)
+def check_content(said, text, size):
+    """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
+    messages say. Templates leave out thoughts, tools, system turns. Only white space may differ."""
+    missing = first_missing(said, text, size)
+    if missing:
+        said = [[(what, squeeze(piece)) for what, piece in own] for own in said]
+        missing = first_missing(said, squeeze(text), len(squeeze(text[:size])))
+    if missing:
+        drop(f"{missing[0]} left out by the template", missing[1])
+
+def first_missing(said, text, size):
+    """The first (what, piece) of the messages that is not in the text, or None. They stand in their
+    order, but tools and a system turn may be anywhere in the prompt. JSON may escape a piece."""
+    at = 0
+    for i, own in enumerate(said):
+        begin, end = at, size if i < len(said) - 1 else len(text)
         for what, piece in own:
-            place = text.find(squeeze(piece), begin, end)
+            first = 0 if what in ("tools", "text of system turn") else begin
+            place = text.find(piece, first, end)
             if place < 0:
-                place = text.find(squeeze(json.dumps(piece, ensure_ascii=False)[1:-1]), begin, end)
+                place = text.find(json.dumps(piece, ensure_ascii=False)[1:-1], first, end)
             if place < 0:
-                drop(f"{what} left out by the template", piece)
-            at = at if role == "system" else max(at, place)
+                return what, piece
+            at = max(at, place + len(piece)) if first == begin else at
+    return None
 
 def squeeze(text):
     return "".join(text.split())
@@ -857,7 +859,7 @@ def pieces(message):
         said = json.dumps(call["function"]["arguments"], ensure_ascii=False).replace("\\n", " ")
         words = [text_of(call["function"].get("name"), "name of a call"), *re.findall(r"\w+", said)]
         found += [("tool calls", w) for w in words if w not in ("true", "false", "null")]
-    return [(what, text) for what, text in found if text.strip()]
+    return [(what, text.strip()) for what, text in found if text.strip()]
 
 def lines_of_tool(tool):
     """Its name, and the first line of what it does."""
@@ -898,6 +900,14 @@ def encode(kit, args, messages, answers, found):
         if special:
             drop("special token", text[max(0, special.start() - 40):special.end() + 40])
     question, texts, prompt = render(kit, messages, answers, found)
+    if not all(text[max(len(question), len(prompt)):].strip() for text in texts):
+        drop("empty", f"rendering leaves nothing of a response: {answers}")
+    tools = [("tools", line) for tool in found.tools for line in lines_of_tool(tool)]
+    for own, text in zip(told, texts, strict=True):
+        said = [tools, *asked, own]
+        if not kit.template:  # contents are written as they are, and nothing else is
+            said = [[p for p in own if p[0] in ("tools", "tool calls", "reasoning")] for own in said]
+        check_content(said, text, len(question))
     start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
         drop("identical", answers[0]["content"])
