@@ -12,7 +12,7 @@ row is recognised by the columns that have a value; --convert reads any other la
                      a column prompt or messages may hold a part of it
     ShareGPT         conversations: list of {from, value}; chosen, rejected: one message each
     Alpaca           instruction, input, history, chosen, rejected: text
-    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", or the prompt is like that
+    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", or such a prompt
     RewardBench-2    prompt; chosen, rejected: lists of answers; a pair per chosen x rejected
     multiple choice  question, options or choices, answer (letter, or index from 0); the prompt is
                      "question\\nA. option\\nB. option\\nAnswer:" and a response is "B. option"
@@ -21,15 +21,15 @@ Columns of any format: `system` or `system_prompt` opens the conversation; `tool
 `chat_template_kwargs` go to the template; `initial_reason_steps` ends the prompt; `subset`,
 `category` or `subject` names the subset; `weight` is kept. Without a chat template, or with
 --plain, prompt and response are joined as they are, and a prompt of several turns becomes
-"\\n\\nHuman: ...\\n\\nAssistant:". What a template writes to open the assistant's turn belongs to the
-prompt, or with --score_header to the response.
+"\\n\\nHuman: ...\\n\\nAssistant:". What a template writes to open the assistant's turn belongs to
+the prompt, or with --score_header to the response.
 
 Output: train/ and val/ (datasets.load_from_disk: token ids prompt, chosen, rejected; source,
 subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs out + dropped; a row
 that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 
-Read to line 000: settings, formats, what happens to a row, main. Below the rule stand the helpers:
+Read to line 282: settings, formats, what happens to a row, main. Below the rule stand the helpers:
 files, messages, text and tokens, the folder.
 """
 import bisect, csv, dataclasses, functools, gzip, hashlib, importlib.util, inspect, io, itertools
@@ -510,8 +510,8 @@ def rows_in(value, path, split):
     if all(isinstance(column, dict) and "0" in column for column in columns):  # as pandas writes
         columns = [list(column.values()) for column in columns]
     lists = all(isinstance(column, list) for column in columns)
-    turns = lists and all(column and is_message(column[0]) for column in columns)  # of one row
-    if lists and not turns and len(columns) > 1 and len(set(map(len, columns))) == 1:
+    records = lists and all(column and isinstance(column[0], dict) for column in columns)
+    if lists and not records and len(columns) > 1 and len(set(map(len, columns))) == 1:
         return [dict(zip(value, cells)) for cells in zip(*columns)]
     keys = [key for key, each in value.items() if isinstance(each, list) and each]
     keys = [key for key in keys if isinstance(value[key][0], dict) and not ANSWERS <= value.keys()]
@@ -526,8 +526,9 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", 
 HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
 MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_(path|file|url|id|name|bytes)s?)?", re.I)
-RENDERED = re.compile(r"<\|(im_start|start|start_header_id|user|assistant|system)\|>|\[/?INST\]|"
-                      r"<start_of_turn>|<｜User｜>|### ?(Instruction|Human|User|Response)|\nHuman: |USER: ")
+RENDERED = re.compile(
+    r"<\|(im_start|start|start_header_id|user|assistant|system)\|>|<start_of_turn>|<｜User｜>|"
+    r"\[/?INST\]|### ?(Instruction|Human|User|Response)|\nHuman: |USER: ")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SCORES = [(f"{word}_chosen", f"{word}_rejected") for word in ("score", "rating", "reward")]
 SCORES += [(f"chosen{mark}{word}", f"rejected{mark}{word}")
@@ -597,7 +598,8 @@ def user_turn(text):
     return {"role": "user", "content": text}
 
 def is_dialogue(text):
-    return isinstance(text, str) and text.lstrip().startswith("Human:")
+    opens = isinstance(text, str) and text.lstrip().startswith("Human:")
+    return opens and "\n\nAssistant:" in text
 
 def dialogue(text, name, kit):
     """Text of Human and Assistant -> messages that end with the last answer. Without a template
@@ -906,7 +908,8 @@ def encode(kit, args, messages, answers, found):
     for own, text in zip(told, texts, strict=True):
         said = [tools, *asked, own]
         if not kit.template:  # contents are written as they are, and nothing else is
-            said = [[p for p in own if p[0] in ("tools", "tool calls", "reasoning")] for own in said]
+            rest = ("tools", "tool calls", "reasoning")
+            said = [[piece for piece in each if piece[0] in rest] for each in said]
         check_content(said, text, len(question))
     start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
@@ -1169,8 +1172,8 @@ def findings(counts):
                      "their markers out by --convert, or use --plain")
     agree, tie, contradict = (counts["scores"][name] for name in ("agree", "tie", "contradict"))
     if agree or tie or contradict:
-        lines.append(f"scores    {agree:,} rows agree, {tie:,} tie, {contradict:,} contradict chosen "
-                     "and rejected; --drop_ties leaves out what ties or contradicts")
+        lines.append(f"scores    {agree:,} rows agree, {tie:,} tie, {contradict:,} contradict the "
+                     "order of their answers; --drop_ties leaves out the latter two")
     pairs = [f"{name} {n:,}" for name, n in counts["longest"]]
     return [*lines, f"longest   {', '.join(pairs)} tokens"]
 
