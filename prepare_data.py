@@ -141,15 +141,15 @@ def read_any(row, kit, column=None):
     column = column or prompt_column(row)
     return row.pop(column, None), *pop_answers(row)
 
-ANSWERS = {"chosen", "rejected"}
+PAIR = {"chosen", "rejected"}
 FORMATS = {  # name: (columns that must have a value, function); the first that fits reads the row
     "multiple choice": ({"question", "answer"}, read_choice),
-    "ShareGPT": ({"conversations"} | ANSWERS, read_sharegpt),
-    "Alpaca": ({"instruction"} | ANSWERS, read_alpaca),
-    "hh-rlhf": (ANSWERS, read_dialogue),
-    "RewardBench-2": (ANSWERS, read_several),
-    "conversation": (ANSWERS, read_conversation),
-    "plain": (ANSWERS, read_any),
+    "ShareGPT": ({"conversations"} | PAIR, read_sharegpt),
+    "Alpaca": ({"instruction"} | PAIR, read_alpaca),
+    "hh-rlhf": (PAIR, read_dialogue),
+    "RewardBench-2": (PAIR, read_several),
+    "conversation": (PAIR, read_conversation),
+    "plain": (PAIR, read_any),
 }
 PROMPTS = ("prompt", "messages", "question", "query", "input", "conversations", "instruction")
 PASSAGES = ("context", "passage", "article", "hint")  # before a multiple-choice question
@@ -243,7 +243,7 @@ def read_format(values, row, kit):
         if found:
             return name, found
     null = [side for side in ("chosen", "rejected") if side in row and side not in values]
-    if null and ANSWERS <= row.keys():
+    if null and PAIR <= row.keys():
         drop("malformed", f"{null[0]} is not valid text: None")
     drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
 
@@ -373,30 +373,28 @@ def find_sources(args):
     """What to read -> [(split that its rows go to, or "" if their prompts decide; its own split;
     path or dataset; name; start of its ids; size in bytes, or in rows)]"""
     wanted = [("train" if args.val else "", args.dataset, args.split)]
-    if file_names(args.val) or args.val and Path(args.val).exists():
+    if file_names(args.val) or (args.val and Path(args.val).exists()):
         wanted.append(("val", args.val, args.split))
     elif args.val:
         wanted.append(("val", args.dataset, args.val))
-    files = [path for _, text, _ in wanted for path in file_names(text)]
-    stems = Counter(FILE.fullmatch(path.name)[1] for path in files)
-    sources = []
+    found = []
     for target, text, split in wanted:
+        mark = "" if split == args.split else f"{split}/"
         for path in file_names(text):
-            stem = FILE.fullmatch(path.name)[1]
-            stem = stem if stems[stem] == 1 else str(path)  # ids are unique over all files
-            stem = stem if split == args.split else f"{stem}/{split}"
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                fail(f"cannot read {path}: {error}; check --dataset and --val")
-            if (path, split) in [(each[2], each[1]) for each in sources]:
-                fail(f"--dataset {args.dataset} --val {args.val} names a file twice")
-            sources.append((target, split, path, path.name, stem, size))
+            if not path.exists():
+                fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
+            stem = mark + FILE.fullmatch(path.name)[1]
+            found.append((target, split, path, path.name, stem, path.stat().st_size))
         if not file_names(text):
             rows = load_rows(args, text, split)
-            stem = text if split == args.split else f"{text}/{split}"
-            sources.append((target, split, rows, text, stem, len(rows)))
-    return sources
+            found.append((target, split, rows, text, mark + text, len(rows)))
+    stems = Counter(stem for *_, stem, _ in found)
+    for i, (target, split, path, name, stem, size) in enumerate(found):
+        if stems[stem] > 1:  # ids are unique over all files
+            found[i] = target, split, path, name, str(path), size
+    if len({stem for *_, stem, _ in found}) < len(found):
+        fail(f"--dataset {args.dataset} --val {args.val} names a file twice")
+    return found
 
 def load_rows(args, name, split):
     """A split of a hub dataset, of a folder of files, or of a folder made by save_to_disk."""
@@ -426,28 +424,39 @@ def all_rows(args):
 
 def file_rows(path, split="train"):
     """-> (line or row number, row or a text that says why it is none, share that is read)"""
-    _, kind, zipped = FILE.fullmatch(path.name).groups()
-    number, size = 0, path.stat().st_size
+    kind, number = FILE.fullmatch(path.name)[2], 0
+    read_rows = parquet_rows if kind == "parquet" else text_rows
     try:
         with open(path, "rb") as raw:
-            stream = gzip.open(raw) if zipped == ".gz" else raw
-            if zipped == ".zst":
-                stream = io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
-            if kind == "parquet":  # its index is at the end, to which .gz cannot seek
-                file = pq.ParquetFile(pa.BufferReader(stream.read()) if zipped else path)
-                rows, groups = file.metadata.num_rows, range(file.num_row_groups)
-                memory = sum(file.metadata.row_group(i).total_byte_size for i in groups)
-                yield from arrow_rows(file.iter_batches(batch_size(memory, rows)), rows)
-                return
-            encoding = json.detect_encoding(stream.peek(4)[:4])  # UTF-8, 16 or 32, of .csv too
-            errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
-            text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
-            rows = json_rows(text, path, split) if "json" in kind else csv_rows(text, kind)
-            for number, row in enumerate(rows, 1):
-                if row is not ...:  # a blank line
-                    yield number, row, 1 if raw.closed else raw.tell() / size
+            for number, row, share in read_rows(path, raw, split):
+                yield number, row, share
     except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
         fail(f"cannot read {path} after row {number}: {short(error)}; check --dataset or the file")
+
+def unzip(path, raw):
+    if path.suffix == ".zst":
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+    return gzip.open(raw) if path.suffix == ".gz" else raw
+
+def text_rows(path, raw, split):
+    """Of .jsonl, .json, .csv or .tsv in UTF-8, 16 or 32; bytes that are no text spoil their row."""
+    stream, size = unzip(path, raw), path.stat().st_size
+    encoding = json.detect_encoding(stream.peek(4)[:4])
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
+    text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
+    is_json = FILE.fullmatch(path.name)[2].startswith("json")
+    rows = json_rows(text, path, split) if is_json else csv_rows(text, path)
+    for number, row in enumerate(rows, 1):
+        if row is not ...:  # a blank line
+            yield number, row, 1 if raw.closed else raw.tell() / size
+
+def parquet_rows(path, raw, split):
+    """The index of a parquet file is at its end, to which one cannot seek in .gz."""
+    stream = unzip(path, raw)
+    file = pq.ParquetFile(raw if stream is raw else pa.BufferReader(stream.read()))
+    rows, groups = file.metadata.num_rows, range(file.num_row_groups)
+    memory = sum(file.metadata.row_group(i).total_byte_size for i in groups)
+    return arrow_rows(file.iter_batches(batch_size(memory, rows)), rows)
 
 def batch_size(memory, rows):
     return int(max(1, min(CHUNK_ROWS, CHUNK_BYTES * rows / max(1, memory))))
@@ -464,10 +473,10 @@ def without_nulls(value):
         return {name: without_nulls(each) for name, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
-def csv_rows(text, kind):
+def csv_rows(text, path):
     csv.field_size_limit(2**31 - 1)
     header = text.readline()
-    delimiter = "\t" if kind == "tsv" else max(",;\t", key=header.count)
+    delimiter = "\t" if FILE.fullmatch(path.name)[2] == "tsv" else max(",;\t", key=header.count)
     for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
         whole = None not in row  # where cells go that have no column
         yield {name: cell for name, cell in row.items() if cell} if whole else f"too long: {row}"
@@ -480,7 +489,7 @@ def json_rows(text, path, split):
         if first and line.strip():  # the second line that is not blank
             break
         first = first or line.strip()
-    lines = ".jsonl" in path.name and first not in ("[", "{", "[{")
+    lines = FILE.fullmatch(path.name)[2] == "jsonl" and first not in ("[", "{", "[{")
     if lines or first and len(start) > 1 and isinstance(parse(first), dict):
         for line in itertools.chain(start, text):
             yield parse(line) if line.strip() else ...
@@ -514,7 +523,7 @@ def rows_in(value, path, split):
     if lists and not records and len(columns) > 1 and len(set(map(len, columns))) == 1:
         return [dict(zip(value, cells)) for cells in zip(*columns)]
     keys = [key for key, each in value.items() if isinstance(each, list) and each]
-    keys = [key for key in keys if isinstance(value[key][0], dict) and not ANSWERS <= value.keys()]
+    keys = [key for key in keys if isinstance(value[key][0], dict) and not PAIR <= value.keys()]
     if len(keys) > 1:
         fail(f"{path} has rows under {', '.join(keys)}: choose one with --split")
     return value[keys[0]] if keys else [value]
@@ -606,7 +615,7 @@ def dialogue(text, name, kit):
     all before that answer is one message, as it is."""
     text = text if text.startswith("\n\nHuman:") else "\n\n" + text.lstrip()
     prompt, turn, answer = text_of(text, name).rpartition("\n\nAssistant:")
-    if name not in ANSWERS and (not turn or "\n\nHuman:" in answer):  # a prompt that lacks its end
+    if name not in PAIR and (not turn or "\n\nHuman:" in answer):  # a prompt that lacks its end
         prompt, turn, answer = text, "\n\nAssistant:", ""
     if not turn or "\n\nHuman:" in answer:
         drop("malformed", f"no prompt, and {name} is no Human/Assistant dialogue: {text}")
@@ -863,10 +872,14 @@ def pieces(message):
         found += [("tool calls", w) for w in words if w not in ("true", "false", "null")]
     return [(what, text.strip()) for what, text in found if text.strip()]
 
-def lines_of_tool(tool):
-    """Its name, and the first line of what it does."""
-    function = tool.get("function", tool)
-    return [function["name"], *str(function.get("description") or "").strip().splitlines()[:1]]
+def lines_of_tools(tools):
+    """The name of each tool, and the first line of what it does."""
+    lines = []
+    for tool in tools:
+        function = tool.get("function", tool)
+        about = str(function.get("description") or "").strip()
+        lines += [text_of(function.get("name"), "the name of a tool"), *about.splitlines()[:1]]
+    return lines
 
 # -- tokens
 def canonical(kit, text: str) -> str:
@@ -904,7 +917,7 @@ def encode(kit, args, messages, answers, found):
     question, texts, prompt = render(kit, messages, answers, found)
     if not all(text[max(len(question), len(prompt)):].strip() for text in texts):
         drop("empty", f"rendering leaves nothing of a response: {answers}")
-    tools = [("tools", line) for tool in found.tools for line in lines_of_tool(tool)]
+    tools = [("tools", line) for line in lines_of_tools(found.tools)]
     for own, text in zip(told, texts, strict=True):
         said = [tools, *asked, own]
         if not kit.template:  # contents are written as they are, and nothing else is
@@ -1042,7 +1055,7 @@ def check_pairs(args, out, folder, seen):
 def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
     datasets.disable_progress_bars()
-    splits, subsets, lengths = {}, Counter(), []
+    splits, subsets, lengths, ids = {}, Counter(), [], []
     for split in ("train", "val"):
         rows = datasets.Dataset.from_file(f"{folder}/{split}.arrow")
         if pc.all(pc.equal(rows.data.column("weight"), 1)).as_py():
@@ -1053,9 +1066,12 @@ def save(args, kit, folder, seen):
         subsets += Counter({entry["values"]: entry["counts"] for entry in counted})
         lengths.append([pc.list_value_length(rows.data.column(side)).to_numpy() for side in SIDES])
         splits[split] = rows
+        ids += rows.data.column("id").chunks
     lengths = np.concatenate(lengths, 1)  # (3, pairs)
     lengths = dict(zip(SIDES, lengths), pair=lengths.sum(0))
-    counts = count(seen) | {"subsets": subsets, "longest": longest(splits, lengths["pair"])}
+    longest = np.argsort(-lengths["pair"], kind="stable")[:5]
+    longest = [[pa.chunked_array(ids)[i].as_py(), int(lengths["pair"][i])] for i in longest]
+    counts = count(seen) | {"subsets": subsets, "longest": longest}
     meta = dict(
         arguments=dataclasses.asdict(args), tokenizer=args.model,
         vocab_hash=vocab_hash(kit.tokenizer),
@@ -1083,11 +1099,6 @@ def count(seen):
         distinct_prompts=len(np.unique(both[:, 0])), repeats=len(both) - len(np.unique(both[:, 1])),
         prompts_in_both=len(np.intersect1d(prompts["train"], prompts["val"])),
         scores=kinds["order"], looks_rendered=kinds["rendered"][True], unused=kinds["unused"])
-
-def longest(splits, lengths):
-    """[id, tokens] of the five longest pairs"""
-    ids = [name for rows in splits.values() for name in rows["id"]]
-    return [[ids[i], int(lengths[i])] for i in np.argsort(-lengths, kind="stable")[:5]]
 
 def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
