@@ -364,7 +364,7 @@ CHUNK_BYTES = 2**23
 
 def file_names(text):
     """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
-    parts = [text] if Path(text).is_file() else next(csv.reader([text], skipinitialspace=True), [])
+    parts = [text] if os.path.isfile(text) else next(csv.reader([text], skipinitialspace=True), [])
     paths = [Path(part.strip()) for part in parts]
     return paths if all(FILE.fullmatch(path.name) for path in paths) else []
 
@@ -373,7 +373,7 @@ def find_sources(args):
     """What to read -> [(split that its rows go to, or "" if their prompts decide; its own split;
     path or dataset; name; start of its ids; size in bytes, or in rows)]"""
     wanted = [("train" if args.val else "", args.dataset, args.split)]
-    if file_names(args.val) or (args.val and Path(args.val).exists()):
+    if file_names(args.val) or os.path.exists(args.val):
         wanted.append(("val", args.val, args.split))
     elif args.val:
         wanted.append(("val", args.dataset, args.val))
@@ -381,10 +381,12 @@ def find_sources(args):
     for target, text, split in wanted:
         mark = "" if split == args.split else f"{split}/"
         for path in file_names(text):
+            stem, kind, _ = FILE.fullmatch(path.name).groups()
             if not path.exists():
                 fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
-            stem = mark + FILE.fullmatch(path.name)[1]
-            found.append((target, split, path, path.name, stem, path.stat().st_size))
+            if split != "train" and kind != "json":
+                fail(f"{path} has no split {split}: give --val a file, or leave --split out")
+            found.append((target, split, path, path.name, mark + stem, path.stat().st_size))
         if not file_names(text):
             rows = load_rows(args, text, split)
             found.append((target, split, rows, text, mark + text, len(rows)))
@@ -447,8 +449,9 @@ def text_rows(path, raw, split):
     is_json = FILE.fullmatch(path.name)[2].startswith("json")
     rows = json_rows(text, path, split) if is_json else csv_rows(text, path)
     for number, row in enumerate(rows, 1):
+        share = number / len(rows) if isinstance(rows, list) else raw.closed or raw.tell() / size
         if row is not ...:  # a blank line
-            yield number, row, 1 if raw.closed else raw.tell() / size
+            yield number, row, share
 
 def parquet_rows(path, raw, split):
     """The index of a parquet file is at its end, to which one cannot seek in .gz."""
@@ -490,17 +493,15 @@ def json_rows(text, path, split):
             break
         first = first or line.strip()
     lines = FILE.fullmatch(path.name)[2] == "jsonl" and first not in ("[", "{", "[{")
-    if lines or first and len(start) > 1 and isinstance(parse(first), dict):
-        for line in itertools.chain(start, text):
-            yield parse(line) if line.strip() else ...
-        return
+    if lines or (len(start) > 1 and isinstance(parse(first), dict)):
+        return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
     whole = "".join(start) + text.read()
     value = parse(whole)
     if isinstance(value, str) and first.startswith("{"):  # objects one after another
-        value = [parse(part.rstrip(", \n")) for part in re.split(r"\n(?=\{)", whole)]
+        return [parse(part.rstrip(", \n")) for part in re.split(r"\n(?=\{)", whole)]
     if not isinstance(value, (dict, list)):
         fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
-    yield from rows_in(value, path, split)
+    return rows_in(value, path, split)
 
 def parse(text):
     """JSON -> its value, or a text that says what is wrong, which is no row and dropped as such."""
@@ -511,10 +512,12 @@ def parse(text):
 
 def rows_in(value, path, split):
     """The rows of one JSON value: a list, a list under a key, columns, or a single row."""
+    if isinstance(value, dict) and isinstance(value.get(split), (list, dict)):
+        return rows_in(value[split], path, "train")
+    if split != "train":
+        fail(f"{path} has no split {split}: give --val a file, or choose another --split")
     if isinstance(value, list):
         return value
-    if isinstance(value.get(split), (list, dict)):
-        return rows_in(value[split], path, split)
     columns = list(value.values())
     if all(isinstance(column, dict) and "0" in column for column in columns):  # as pandas writes
         columns = [list(column.values()) for column in columns]

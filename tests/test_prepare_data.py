@@ -1077,6 +1077,16 @@ def test_a_validation_set_that_is_given_is_used_as_it_is(chat, tmp_path, capsys)
     assert "2 prompts are in both" in capsys.readouterr().out
 
 
+def test_a_validation_split_that_a_file_does_not_have_is_a_line(chat, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", TABLE)
+    (tmp_path / "a.json").write_text(json.dumps(TABLE))
+    (tmp_path / "b.json").write_text(json.dumps(dict(train=TABLE, test=TABLE[:7])))
+    for name in (path, tmp_path / "a.json", tmp_path / "b.json"):
+        assert "no split valid" in fails(capsys, name, chat, tmp_path / "out", "--val", "valid")
+    _, splits, _ = run(tmp_path / "b.json", chat, tmp_path / "out", "--val", "test")
+    assert (len(splits["train"]), len(splits["val"])) == (40, 7)
+
+
 def test_few_prompts_are_said_with_what_to_do(chat, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [dict(prompt=f"Why {i % 2}?", chosen=f"good {i}", rejected="bad") for i in range(20)])
     message = fails(capsys, path, chat, tmp_path / "out", "--val_fraction", 0.01)
