@@ -836,27 +836,29 @@ def render_chat(kit, messages, answers, found):
 def check_content(said, text, size):
     """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
     messages say. Templates leave out thoughts, tools, system turns. Only white space may differ."""
-    missing = first_missing(said, text, size)
+    missing = first_missing(said, text, size, str)
     if missing:
-        said = [[(what, squeeze(piece)) for what, piece in own] for own in said]
-        missing = first_missing(said, squeeze(text), len(squeeze(text[:size])))
+        missing = first_missing(said, squeeze(text), len(squeeze(text[:size])), squeeze)
     if missing:
         drop(f"{missing[0]} left out by the template", missing[1])
 
-def first_missing(said, text, size):
-    """The first (what, piece) of the messages that is not in the text, or None. They stand in their
-    order, but tools and a system turn may be anywhere in the prompt. JSON may escape a piece."""
+def first_missing(said, text, size, form):
+    """The first (what, piece) of the messages whose form is not in the text, or None. They stand in
+    their order, but tools and a system turn may be anywhere in the prompt. JSON may escape it."""
     at = 0
     for i, own in enumerate(said):
         begin, end = at, size if i < len(said) - 1 else len(text)
         for what, piece in own:
-            first = 0 if what in ("tools", "text of system turn") else begin
-            place = text.find(piece, first, end)
+            anywhere = what in ("tools", "text of system turn")
+            first = 0 if anywhere else begin
+            place = text.find(form(piece), first, end)
             if place < 0:
-                place = text.find(json.dumps(piece, ensure_ascii=False)[1:-1], first, end)
+                escaped = json.dumps(piece, ensure_ascii=False)[1:-1]
+                place = text.find(form(escaped), first, end)
             if place < 0:
                 return what, piece
-            at = max(at, place + len(piece)) if first == begin else at
+            if not anywhere:
+                at = max(at, place + len(form(piece)))
     return None
 
 def squeeze(text):

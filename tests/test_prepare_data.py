@@ -889,6 +889,12 @@ def test_thoughts_of_an_earlier_turn_that_the_template_cuts_are_a_drop(cuts_thin
     assert not texts and reason == "<think> left out by the template" and "hm" in value
 
 
+def test_a_turn_of_a_tool_that_the_template_skips_is_a_drop_that_shows_it(tmp_path):
+    model = make_tokenizer(tmp_path / "model", CHATML.replace("for m in messages %}", "for m in messages if m.role != 'tool' %}"))
+    row = dict(prompt=[WHY, YES, dict(role="observation", content="14 degrees")], chosen="good", rejected="bad")
+    assert one(row, model, tmp_path) == ([], [("text of tool turn left out by the template", "14 degrees")])
+
+
 def test_a_template_may_change_white_space_and_move_the_system_turn(tmp_path):
     template = ("{% for m in messages %}{% if m.role == 'user' %}[{% if loop.last or loop.revindex == 2 %}{% if messages[0].role == 'system' %}"
                 "{{ messages[0].content }} {% endif %}{% endif %}{{ m.content.split() | join(' ') }}]{% elif m.role == 'assistant' %}"
@@ -896,6 +902,8 @@ def test_a_template_may_change_white_space_and_move_the_system_turn(tmp_path):
     model = make_tokenizer(tmp_path / "model", template)
     row = dict(system="Be kind.", prompt="Why\n\n so?", chosen=" good ", rejected="bad")
     assert one(row, model, tmp_path) == ([("[Be kind. Why so?]", *GOOD_BAD)], [])
+    row = dict(system="Be kind.", prompt=[WHY, YES, WHY], chosen="good", rejected="bad")  # the system text stands last
+    assert one(row, model, tmp_path) == ([("[Why?]good<|im_end|>[Be kind. Why?]", *GOOD_BAD)], [])
 
 
 DROP_KINDS = {  # what is wrong: (row, reason, words of the value)
