@@ -29,7 +29,7 @@ subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs 
 that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 
-Read to line 282: settings, formats, what happens to a row, main. Below the rule stand the helpers:
+Read to line 285: settings, formats, what happens to a row, main. Below the rule stand the helpers:
 files, messages, text and tokens, the folder.
 """
 import bisect, csv, dataclasses, functools, gzip, hashlib, importlib.util, inspect, io, itertools
@@ -211,15 +211,15 @@ def read_row(kit, args, row, key, counts):
         rejected = [random.Random(f"{args.seed} {key}").choice(rejected)]
     beyond = ""
     if len(chosen) * len(rejected) > PAIRS_OF_A_ROW:
-        beyond = f"{len(chosen)} chosen x {len(rejected)} rejected, {PAIRS_OF_A_ROW} pairs are made"
+        beyond = f"{len(chosen)} chosen x {len(rejected)} rejected: {PAIRS_OF_A_ROW} pairs at most"
         chosen = chosen[:PAIRS_OF_A_ROW]
         rejected = rejected[:PAIRS_OF_A_ROW // len(chosen)]
     order = own_order(values)
     if args.drop_ties and order in ("tie", "contradict"):
         drop(f"scores {order}", {name: row[name] for name in row if name not in values})
-    label = text_of(str(values.pop(next((c for c in SUBSETS if values.get(c)), ""), "")), "subset")
-    weight = values.pop("weight", 1.0) if "weight" in values or "weight" not in row else None
-    weight = number(weight)
+    named = [column for column in SUBSETS if values.get(column)]
+    label = text_of(str(values.pop(named[0])), "subset") if named else ""
+    weight = number(values.pop("weight", row.get("weight", 1.0)))
     if weight is None or not 0 <= weight < 1e30:
         drop("malformed", f"weight is {row['weight']!r}, not a number from 0")
     ties = name == "RewardBench-2" and label == "Ties"
@@ -232,8 +232,11 @@ def read_row(kit, args, row, key, counts):
         options=from_json(values.pop("chat_template_kwargs", {}), "chat_template_kwargs") or {})
     counts["format", name] += 1
     counts["order", order] += 1
-    counts["rendered", isinstance(prompt, str) and bool(RENDERED.search(prompt))] += 1
-    counts.update(("unused", name) for name, value in values.items() if not is_blank(value))
+    if kit.template and isinstance(prompt, str) and RENDERED.search(prompt):
+        counts["rendered", True] += 1
+    for name, value in values.items():
+        if not is_blank(value):
+            counts["unused", name] += 1
     return found
 
 def read_format(values, row, kit):
@@ -541,6 +544,8 @@ MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_(path|file|url|id|name|
 RENDERED = re.compile(
     r"<\|(im_start|start|start_header_id|user|assistant|system)\|>|<start_of_turn>|<｜User｜>|"
     r"\[/?INST\]|### ?(Instruction|Human|User|Response)|\nHuman: |USER: ")
+MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:""")  # as text
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SCORES = [(f"{word}_chosen", f"{word}_rejected") for word in ("score", "rating", "reward")]
 SCORES += [(f"chosen{mark}{word}", f"rejected{mark}{word}")
@@ -555,7 +560,7 @@ def is_media(name):
     return bool(MEDIA.fullmatch(str(name)))
 
 def text_of(value, name):
-    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):  # half a surrogate pair
+    if not isinstance(value, str) or HALF.search(value):
         drop("malformed", f"{name} is not valid text: {value!r}")
     return value
 
@@ -580,8 +585,7 @@ def is_message(value):
 
 def as_messages(value):
     """A text that is a message or a list of messages, as JSON or Python writes it -> these."""
-    opens = r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:"""
-    if not isinstance(value, str) or not re.match(opens, value):
+    if not isinstance(value, str) or not MESSAGES.match(value):
         return value
     for read in (json.loads, literal_eval):
         found = attempt(read, value.strip())
@@ -610,7 +614,7 @@ def user_turn(text):
     return {"role": "user", "content": text}
 
 def is_dialogue(text):
-    opens = isinstance(text, str) and text.lstrip().startswith("Human:")
+    opens = isinstance(text, str) and text[:20].lstrip().startswith("Human:")
     return opens and "\n\nAssistant:" in text
 
 def dialogue(text, name, kit):
@@ -730,8 +734,8 @@ def own_order(values):
     for chosen, rejected in SCORES:
         if chosen in values and rejected in values:
             gaps.append((number(values.pop(chosen)) or 0) - (number(values.pop(rejected)) or 0))
-    for name in ("margin", "score_margin", "preference", "label"):
-        value = values.get(name)
+    for name in {"margin", "score_margin", "preference", "label"} & values.keys():
+        value = values[name]
         gap = VERDICTS.get(value.lower()) if isinstance(value, str) else None
         gap = number(value) if gap is None else gap
         if gap is not None:
@@ -867,7 +871,7 @@ def squeeze(text):
 def pieces(message):
     """[(what it is, text)] of all that a message says; of the arguments of a call every word."""
     found = [(f"text of {message['role']} turn", message["content"])]
-    if message["content"].lstrip().startswith("<think>"):
+    if message["content"][:20].lstrip().startswith("<think>"):
         thought, _, rest = message["content"].partition("</think>")
         found = [("<think>", thought), (f"text of {message['role']} turn", rest)]
     found += [("reasoning", text_of(message[key], key)) for key in REASONING if message.get(key)]

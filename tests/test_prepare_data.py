@@ -6,7 +6,11 @@
 - a response ends in exactly one end token; no prompt begins with two BOS;
 - no prompt is in both splits; the result does not depend on the number of processes;
 - what a user gets wrong is answered by one line, and leaves no folder that looks finished;
-- memory does not grow with the number of rows.
+- memory does not grow with the number of rows, and a chunk of rows is bounded in bytes;
+- all that the messages of a pair say stands in its text (tools, calls, thoughts, system), or the pair is dropped;
+- no row ends the run, and what is not used is counted in the summary;
+- each case of ../shared/data/cases, and each kind of row and file like it, gives what it must;
+- every converter of convert_examples.py reads its layout.
 """
 
 import gzip
