@@ -733,7 +733,10 @@ def own_order(values):
     gaps = []
     for chosen, rejected in SCORES:
         if chosen in values and rejected in values:
-            gaps.append((number(values.pop(chosen)) or 0) - (number(values.pop(rejected)) or 0))
+            scores = number(values[chosen]), number(values[rejected])
+            if None not in scores:
+                gaps.append(scores[0] - scores[1])
+                del values[chosen], values[rejected]
     for name in {"margin", "score_margin", "preference", "label"} & values.keys():
         value = values[name]
         gap = VERDICTS.get(value.lower()) if isinstance(value, str) else None

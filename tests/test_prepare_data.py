@@ -969,7 +969,7 @@ def test_a_prompt_that_looks_rendered_and_columns_that_are_not_used_are_said(cha
     (dict(chosen_score=1, rejected_score=2.5), "contradict"), ({"chosen-rating": 1, "rejected-rating": 1}, "tie"),
     (dict(margin=-0.1), "contradict"), (dict(margin=0), "tie"), (dict(label=1), "agree"), (dict(label=0), "contradict"),
     (dict(preference="tie"), "tie"), (dict(preference="chosen"), "agree"), (dict(label="rejected"), "contradict"),
-    (dict(label="math"), "none"), (dict(score_chosen=None, score_rejected=1), "none")])
+    (dict(label="math"), "none"), (dict(score_chosen="n/a", score_rejected="n/a"), "none"), (dict(score_chosen=None, score_rejected=1), "none")])
 def test_the_scores_of_a_row_agree_tie_or_contradict(columns, order):
     values = {name: value for name, value in columns.items() if value is not None}
     assert prepare_data.own_order(values) == order
