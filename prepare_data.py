@@ -4,37 +4,45 @@
     python prepare_data.py --dataset HuggingFaceH4/ultrafeedback_binarized --split train_prefs \\
         --model MODEL --out data/ultrafeedback
 
-Input is .jsonl, .json or .parquet (each also .gz), a hub name, or a folder that load_dataset reads.
-The format of every row is recognised by its columns:
+Input: .jsonl .json .csv .tsv .parquet (also .gz, .zst), a folder, or a hub name. The format of each
+row is recognised by the columns that have a value; --convert reads any other layout.
 
-    plain            prompt, chosen, rejected: text
-    conversation     chosen, rejected: lists of {role, content}, whose common start is the prompt,
-                     unless a column prompt (text or list) has it
+    plain            prompt (or question, query, input), chosen, rejected: text
+    conversation     chosen, rejected: lists of {role, content}, whose common start is the prompt;
+                     a column prompt or messages may hold a part of it
     ShareGPT         conversations: list of {from, value}; chosen, rejected: one message each
-    Alpaca           instruction, input, chosen, rejected: text (output is ignored)
-    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", cut at last Assistant
-    RewardBench-2    prompt: text; chosen, rejected: lists of text; a pair per chosen x rejected
+    Alpaca           instruction, input, history, chosen, rejected: text
+    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", or such a prompt
+    RewardBench-2    prompt; chosen, rejected: lists of answers; a pair per chosen x rejected
     multiple choice  question, options or choices, answer (letter, or index from 0); the prompt is
                      "question\\nA. option\\nB. option\\nAnswer:" and a response is "B. option"
 
-Columns of any format: `system` opens the conversation; `subset`, `category` or `subject` names the
-subset; `weight` is kept. Without a chat template, or with --plain, prompt and response are joined
-as they are; a prompt of several turns becomes "\\n\\nHuman: ...\\n\\nAssistant:". What a template
-writes to open the assistant's turn belongs to the prompt, or with --score_header to the response.
+Columns of any format: `system` or `system_prompt` opens the conversation; `tools` and
+`chat_template_kwargs` go to the template; `initial_reason_steps` ends the prompt; `subset`,
+`category` or `subject` names the subset; `weight` is kept. Without a chat template, or with
+--plain, prompt and response are joined as they are, and a prompt of several turns becomes
+"\\n\\nHuman: ...\\n\\nAssistant:". What a template writes to open the assistant's turn belongs to
+the prompt, or with --score_header to the response.
 
 Output: train/ and val/ (datasets.load_from_disk: token ids prompt, chosen, rejected; source,
 subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs out + dropped; a row
 that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
+
+Read to line 285: settings, formats, what happens to a row, main. Below the rule stand the helpers:
+files, messages, text and tokens, the folder.
 """
-import bisect, dataclasses, functools, gzip, hashlib, inspect, itertools, json, math
-import multiprocessing, os, platform, random, re, shutil, signal, sys, time, types, zlib
+import bisect, csv, dataclasses, functools, gzip, hashlib, importlib.util, inspect, io, itertools
+import json, math, multiprocessing, os, pickle, platform, random, re, shutil, signal, sys, tempfile
+import time, types, zlib
+from ast import literal_eval
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, process
 from pathlib import Path
 from typing import Literal
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -42,39 +50,245 @@ import pyarrow.parquet as pq
 import transformers
 from tqdm import tqdm
 
-
 @dataclasses.dataclass(frozen=True)
 class Args:
     # input and output
-    dataset: str  # files, separated by commas, or a folder, or a hub name
+    dataset: str  # files, separated by commas ("a,b.csv" in quotes is one), a folder, a hub name
     model: str  # folder or hub name of the model whose tokenizer and chat template are used
     out: str  # folder to make, such as data/NAME
+    trust_remote_code: bool = False  # run the Python files that come with some models
     subset: str = ""  # configuration of a hub dataset
-    split: str = "train"  # split of a hub dataset
+    split: str = "train"  # split of a hub dataset, of a folder, or of a .json that holds several
+    val: str = ""  # validation set: files, or a split of --dataset; empty = part of the prompts
+    convert: str = ""  # FILE.py:FUNCTION, from a row to one of a known format, a list, or None
     overwrite: bool = False  # replace an earlier result in --out
     # what a pair is
     plain: bool = False  # no chat template; the text may be rendered already
+    system: Literal["turn", "first_user"] = "turn"  # first_user: its text opens the first question
     score_header: bool = False  # score what opens the assistant's turn too, as SimPO's authors do
     eos_token: str = ""  # ends a response (default: as the template does, else the EOS)
     max_length: int = 2048  # tokens of prompt and response; longer is dropped, never cut
     wrong_options: Literal["all", "one"] = "all"  # of multiple choice, set against the right one
     ties: bool = False  # keep the subset Ties of RewardBench-2, in which several answers are right
+    drop_ties: bool = False  # leave out pairs whose own scores tie or contradict their order
     # split and speed
     val_fraction: float = 0.05  # fraction of the prompts, chosen by hash, that go to val
     seed: int = 0  # of the split and of --wrong_options one
     num_proc: int = 0  # worker processes; 0 = one per core
 
+# ---- formats: to add one, write a function and give it a line in FORMATS ----
+# A function takes the columns that it uses out of the row (pop); the others are reported as not
+# used. It returns None if the row has another format, else the prompt (a text, or the messages
+# before the answer), a list of chosen answers and a list of rejected ones (each a text, a message,
+# or messages that end with the answer), of which the row makes a pair each. Columns that are null
+# are not in the row. drop(reason, value) leaves the row out.
 
-# ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
+def read_choice(row, kit):
+    """A question with options: the right option is preferred to each wrong one."""
+    if "options" not in row and "choices" not in row:
+        return None
+    options = row.pop("options") if "options" in row else row.pop("choices")
+    if not isinstance(options, list) or not 2 <= len(options) <= 26:
+        drop("malformed", f"options are {options}, not a list of 2 to 26 texts")
+    letters = [chr(65 + i) for i in range(len(options))]
+    answer = row.pop("answer")
+    right = letters.index(answer) if answer in letters else answer
+    if type(right) is not int or not 0 <= right < len(options):
+        drop("malformed", f"answer {answer!r} is no letter or index of {len(options)} options")
+    lines = [f"{a}. {text_of(text, 'option')}" for a, text in zip(letters, options, strict=True)]
+    passages = [text_of(row.pop(name), name) + "\n\n" for name in PASSAGES if row.get(name)]
+    question = "".join(passages) + text_of(row.pop("question"), "question")
+    replies = lines if kit.template else [" " + line for line in lines]
+    prompt = "\n".join([question, *lines, "Answer:"])
+    return prompt, [replies[right]], replies[:right] + replies[right + 1:]
 
-def fail(message):
-    """End the program with one line on stderr and exit status 1."""
-    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-    raise SystemExit("error: " + " ".join(message.split()))
+def read_sharegpt(row, kit):
+    return None if is_blank(row["conversations"]) else read_any(row, kit, "conversations")
 
+def read_alpaca(row, kit):
+    """instruction and input are one question, history the turns before it: [[question, answer]]."""
+    if is_blank(row["instruction"]) and prompt_column(row):
+        return None
+    prompt, extra = row.pop("instruction"), text_of(row.pop("input", ""), "input")
+    if extra.strip():
+        prompt = f"{text_of(prompt, 'instruction')}\n\n{extra}"
+    turns = []
+    for question, answer in from_json(row.pop("history", []), "history"):
+        turns += [user_turn(question), {"role": "assistant", "content": answer}]
+    return turns + [user_turn(prompt)] if turns else prompt, *pop_answers(row)
 
+def read_dialogue(row, kit):
+    """Both answers are whole dialogues, or the prompt is one that the answers go on with."""
+    column = prompt_column(row)
+    prompt, sides = row.get(column, ""), [row["chosen"], row["rejected"]]
+    if all(is_dialogue(side) and str(prompt).strip() in side for side in sides):
+        row.pop(column, None)
+        return [], *([dialogue(row.pop(name), name, kit)] for name in ("chosen", "rejected"))
+    if not kit.template or not is_dialogue(prompt) or not all(isinstance(s, str) for s in sides):
+        return None
+    *turns, opened = dialogue(row.pop(column), column, kit)
+    if opened["content"]:
+        drop("malformed", f"{column} does not end where an answer begins: {opened['content']}")
+    return turns, [row.pop("chosen").strip()], [row.pop("rejected").strip()]
+
+def read_several(row, kit):
+    return read_any(row, kit) if is_several(row["chosen"]) or is_several(row["rejected"]) else None
+
+def read_conversation(row, kit):
+    values = [row["chosen"], row["rejected"], row.get(prompt_column(row))]
+    lists = any(isinstance(as_messages(value), (list, dict)) for value in values)
+    return read_any(row, kit) if lists else None
+
+def read_any(row, kit, column=None):
+    column = column or prompt_column(row)
+    return row.pop(column, None), *pop_answers(row)
+
+PAIR = {"chosen", "rejected"}
+FORMATS = {  # name: (columns that must have a value, function); the first that fits reads the row
+    "multiple choice": ({"question", "answer"}, read_choice),
+    "ShareGPT": ({"conversations"} | PAIR, read_sharegpt),
+    "Alpaca": ({"instruction"} | PAIR, read_alpaca),
+    "hh-rlhf": (PAIR, read_dialogue),
+    "RewardBench-2": (PAIR, read_several),
+    "conversation": (PAIR, read_conversation),
+    "plain": (PAIR, read_any),
+}
+PROMPTS = ("prompt", "messages", "question", "query", "input", "conversations", "instruction")
+PASSAGES = ("context", "passage", "article", "hint")  # before a multiple-choice question
+SUBSETS = ("subset", "category", "subject")  # the first that has a value names the subset
+PAIRS_OF_A_ROW = 1000  # at most, of many chosen and many rejected answers
+
+# ---- what happens to a row ----
+
+def prepare_chunk(args, chunk):
+    """Entries of all_rows -> a batch of pairs for each split, the hashes of these, the records of
+    what is dropped, counts for the summary, and the place in the input that is reached."""
+    kit, dropped, counts = load_tokenizer(args), [], Counter()
+    pairs, hashes = {"train": [], "val": []}, {"train": [], "val": []}
+    for split, source, key, number, place, row in chunk:
+        for one, result in prepare_row(kit, args, key, row, counts):
+            if isinstance(result, Exception):
+                reason, value = reason_of(result)
+                dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
+                continue
+            point, columns, both = result
+            part = split or ("val" if point < args.val_fraction else "train")
+            pairs[part].append(columns | {"source": source, "id": one})
+            hashes[part].append(both)
+    batches = {part: pa.RecordBatch.from_pylist(rows, SCHEMA) for part, rows in pairs.items()}
+    hashes = {part: np.array(rows, "u8").reshape(-1, 2) for part, rows in hashes.items()}
+    return len(chunk), batches, hashes, dropped, counts, place
+
+def prepare_row(kit, args, key, row, counts):
+    """A raw row -> [(id, a pair as prepare_pair gives it, or the exception that dropped it)]."""
+    rows, results = attempt(convert_row, args, row), []
+    rows = rows if isinstance(rows, list) else [rows]
+    for i, row in enumerate(rows):
+        name = key if len(rows) == 1 else f"{key}-{i}"
+        found = attempt(read_row, kit, args, row, key, counts)
+        if isinstance(found, Exception):
+            results.append((name, found))
+            continue
+        name += found.suffix
+        pairs = list(itertools.product(found.chosen, found.rejected))
+        for k, pair in enumerate(pairs):
+            one = f"{name}-{k}" if len(pairs) > 1 else name
+            results.append((one, attempt(prepare_pair, kit, args, found, pair)))
+        if found.beyond:
+            results.append((f"{name}-more", ValueError("more pairs of a row", found.beyond)))
+    return results
+
+def read_row(kit, args, row, key, counts):
+    """A row -> its prompt, its chosen and rejected answers, and what its pairs share."""
+    if isinstance(row, Exception):  # of --convert
+        raise row
+    if not isinstance(row, dict):
+        drop("malformed", f"no row: {row}")
+    values = {name: value for name, value in row.items() if value is not None}
+    media = [name for name in values if is_media(name) and not is_blank(values[name])]
+    if media:
+        drop("images", f"column {media[0]}: {values[media[0]]}")
+    name, (prompt, chosen, rejected) = read_format(values, row, kit)
+    if name == "multiple choice" and args.wrong_options == "one":
+        rejected = [random.Random(f"{args.seed} {key}").choice(rejected)]
+    beyond = ""
+    if len(chosen) * len(rejected) > PAIRS_OF_A_ROW:
+        beyond = f"{len(chosen)} chosen x {len(rejected)} rejected: {PAIRS_OF_A_ROW} pairs at most"
+        chosen = chosen[:PAIRS_OF_A_ROW]
+        rejected = rejected[:PAIRS_OF_A_ROW // len(chosen)]
+    order = own_order(values)
+    if args.drop_ties and order in ("tie", "contradict"):
+        drop(f"scores {order}", {name: row[name] for name in row if name not in values})
+    named = [column for column in SUBSETS if values.get(column)]
+    label = text_of(str(values.pop(named[0])), "subset") if named else ""
+    weight = number(values.pop("weight", row.get("weight", 1.0)))
+    if weight is None or not 0 <= weight < 1e30:
+        drop("malformed", f"weight is {row['weight']!r}, not a number from 0")
+    ties = name == "RewardBench-2" and label == "Ties"
+    found = types.SimpleNamespace(
+        format=name, prompt=prompt, chosen=chosen, rejected=rejected, beyond=beyond, label=label,
+        ties=ties, weight=weight, tools=from_json(values.pop("tools", []), "tools") or [],
+        suffix=f":{text_of(str(values.pop('id', None)), 'id')}" if ties else "",  # for evaluate.py
+        system=text_of(values.pop("system", "") or values.pop("system_prompt", ""), "system"),
+        start=text_of(values.pop("initial_reason_steps", ""), "initial_reason_steps"),
+        options=from_json(values.pop("chat_template_kwargs", {}), "chat_template_kwargs") or {})
+    counts["format", name] += 1
+    counts["order", order] += 1
+    if kit.template and isinstance(prompt, str) and RENDERED.search(prompt):
+        counts["rendered", True] += 1
+    for name, value in values.items():
+        if not is_blank(value):
+            counts["unused", name] += 1
+    return found
+
+def read_format(values, row, kit):
+    """-> name of the first format that reads the row, its (prompt, chosen, rejected)"""
+    for name, (columns, function) in FORMATS.items():
+        found = function(values, kit) if columns <= values.keys() else None
+        if found:
+            return name, found
+    null = [side for side in ("chosen", "rejected") if side in row and side not in values]
+    if null and PAIR <= row.keys():
+        drop("malformed", f"{null[0]} is not valid text: None")
+    drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
+
+def prepare_pair(kit, args, found, pair):
+    """-> number from 0 to 1 that decides the split, columns, hashes of the prompt and the pair."""
+    if found.ties and not args.ties:
+        drop("ties", pair[0])
+    messages, answers = read_pair(args, found, pair)
+    prompt, *ids = encode(kit, args, messages, answers, found)
+    # Prompts that differ only in white space or Unicode form may have equal tokens: one split.
+    same = f"{args.seed} {' '.join(canonical(kit, prompt).split())}"
+    same = int.from_bytes(hashlib.sha256(same.encode()).digest()[:8], "big")
+    columns = dict(zip(SIDES, ids), subset=found.label, weight=found.weight)
+    return same / 2**64, columns, (same, hash(tuple(map(tuple, ids))) % 2**64)
+
+def main():
+    args = parse_args(Args)
+    out = Path(args.out)  # without a slash at its end
+    part = Path(f"{out}.partial")
+    if args.val_fraction >= 1:
+        fail(f"--val_fraction {args.val_fraction} must be below 1")
+    check_out(args, out, part)
+    kit = load_tokenizer(args)
+    load_converter(args.convert)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        meta, pair = save(args, kit, part, write_pairs(args, out, part))
+        replace(out, part)
+    except OSError as error:
+        fail(f"cannot write {part}: {error}; make room or choose another --out")
+    except process.BrokenProcessPool:
+        fail("a worker process was killed, probably for memory: lower --num_proc")
+    finally:  # a result that is not whole is none
+        shutil.rmtree(part, ignore_errors=True)
+    report(args, kit, meta, pair)
+
+# ---- helpers, which a new format does not touch ----
+
+# -- command line, errors
 def parse_args(cls):
     """Command line -> dataclass `cls`; --help shows its source, comments and all. A number must be
     above 0; it may be 0 where that is the default, or where its comment says what "0 =" means."""
@@ -95,210 +309,500 @@ def parse_args(cls):
             fail(f"--{name} {value} must be finite and {'not below' if may_be_0 else 'above'} 0")
     return args
 
+def fail(message):
+    """End the program with one line on stderr and exit status 1."""
+    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    raise SystemExit("error: " + " ".join(message.split()))
 
-def vocab_hash(tokenizer) -> str:
-    """16 hex digits that change when any token or its id does."""
-    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
-
-
-def content_hash(dataset) -> str:
-    """16 hex digits over every id and token of a split, whatever its Arrow chunking."""
-    digest = hashlib.sha256()
-    for name in ("id", "prompt", "chosen", "rejected"):
-        part, sizes = hashlib.sha256(), hashlib.sha256()
-        for chunk in dataset.data.column(name).chunks:
-            lengths = pc.binary_length(chunk) if name == "id" else pc.list_value_length(chunk)
-            sizes.update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            part.update("".join(chunk.to_pylist()).encode() if name == "id"
-                        else chunk.flatten().to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-        digest.update(part.digest() + sizes.digest())
-    return digest.hexdigest()[:16]
-
-
-# ---- rows, streamed: (source, id, line or row number from 1, row) ----
-
-FILE = re.compile(r"(.+)\.(jsonl|json|parquet)(\.gz)?")
-
-def short(value) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
-
-def drop(reason: str, value):
-    """Leave this pair out; prepare_chunk records the reason and the offending value."""
+def drop(reason, value):
+    """Leave a row or a pair out; the summary counts `reason`, `value` shows what is wrong."""
     raise ValueError(reason, short(value))
 
-def parse(text: bytes):
+def attempt(step, *inputs):
+    """What a step returns, or the exception that it raised: no row may end the run."""
+    try:
+        return step(*inputs)
+    except Exception as error:
+        return error
+
+def reason_of(error):
+    """Exception of a row -> its (reason, value): those of drop(), or for any other its type."""
+    if type(error) is ValueError and len(error.args) == 2:
+        return error.args
+    return "error", short(f"{type(error).__name__}: {error}")
+
+def visible(text):
+    """Text for a terminal: control characters, which could move its cursor, are escaped."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+def short(value):
+    text = visible(" ".join(str(value).split()))
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+@functools.cache
+def load_converter(spec):
+    """The function that --convert FILE.py:FUNCTION names, once per process; None without it."""
+    if not spec:
+        return None
+    path, _, name = spec.rpartition(":")
+    try:
+        place = importlib.util.spec_from_file_location("convert", path)
+        module = importlib.util.module_from_spec(place)
+        place.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:  # whatever the user's file raises
+        fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
+
+def convert_row(args, row):
+    """A raw row -> the list of rows that --convert makes of it, or the row itself."""
+    convert = load_converter(args.convert)
+    if not convert or not isinstance(row, dict):
+        return [row]
+    made = attempt(convert, row)
+    if isinstance(made, Exception):
+        drop("convert", f"{type(made).__name__}: {made}")
+    if not made:
+        drop("convert", f"--convert returned {made}")
+    return made if isinstance(made, list) else [made]
+
+# -- files and rows
+FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
+CHUNK_ROWS = 200  # rows that a process handles at once, or fewer if they are large:
+CHUNK_BYTES = 2**23
+
+def file_names(text):
+    """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
+    parts = [text] if os.path.isfile(text) else next(csv.reader([text], skipinitialspace=True), [])
+    paths = [Path(part.strip()) for part in parts]
+    return paths if all(FILE.fullmatch(path.name) for path in paths) else []
+
+@functools.cache
+def find_sources(args):
+    """What to read -> [(split that its rows go to, or "" if their prompts decide; its own split;
+    path or dataset; name; start of its ids; size in bytes, or in rows)]"""
+    wanted = [("train" if args.val else "", args.dataset, args.split)]
+    if file_names(args.val) or os.path.exists(args.val):
+        wanted.append(("val", args.val, args.split))
+    elif args.val:
+        wanted.append(("val", args.dataset, args.val))
+    found = []
+    for target, text, split in wanted:
+        mark = "" if split == args.split else f"{split}/"
+        for path in file_names(text):
+            stem, kind, _ = FILE.fullmatch(path.name).groups()
+            if not path.exists():
+                fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
+            if split != "train" and kind != "json":
+                fail(f"{path} has no split {split}: give --val a file, or leave --split out")
+            found.append((target, split, path, path.name, mark + stem, path.stat().st_size))
+        if not file_names(text):
+            rows = load_rows(args, text, split)
+            found.append((target, split, rows, text, mark + text, len(rows)))
+    stems = Counter(stem for *_, stem, _ in found)
+    for i, (target, split, path, name, stem, size) in enumerate(found):
+        if stems[stem] > 1:  # ids are unique over all files
+            found[i] = target, split, path, name, str(path), size
+    if len({stem for *_, stem, _ in found}) < len(found):
+        fail(f"--dataset {args.dataset} --val {args.val} names a file twice")
+    return found
+
+def load_rows(args, name, split):
+    """A split of a hub dataset, of a folder of files, or of a folder made by save_to_disk."""
+    try:
+        if Path(name, "dataset_dict.json").exists() or Path(name, "state.json").exists():
+            rows = datasets.load_from_disk(name)
+            rows = rows[split] if isinstance(rows, dict) else rows
+        else:
+            rows = datasets.load_dataset(name, args.subset or None, split=split)
+        return rows.with_format("arrow")  # so that no image is decoded
+    except Exception as error:  # hub, network, name, split, folder: each raises its own errors
+        fail(f"--dataset {name} --subset '{args.subset}' --split {split}: {type(error).__name__}: "
+             f"{short(error)}; a file ends in .jsonl, .json, .csv, .tsv or .parquet (.gz, .zst); "
+             "quote a name that has a comma; save others as one of these")
+
+def all_rows(args):
+    """(split or "", source, id, line or row number from 1, place in the whole input, row)"""
+    start = 0
+    for target, split, source, name, stem, size in find_sources(args):
+        if isinstance(source, Path):
+            rows = file_rows(source, split)
+        else:
+            rows = arrow_rows(source.iter(batch_size(source.data.nbytes, size)), size)
+        for number, row, share in rows:
+            yield target, name, f"{stem}:{number:06d}", number, start + share * size, row
+        start += size
+
+def file_rows(path, split="train"):
+    """-> (line or row number, row or a text that says why it is none, share that is read)"""
+    kind, number = FILE.fullmatch(path.name)[2], 0
+    read_rows = parquet_rows if kind == "parquet" else text_rows
+    try:
+        with open(path, "rb") as raw:
+            for number, row, share in read_rows(path, raw, split):
+                yield number, row, share
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
+        fail(f"cannot read {path} after row {number}: {short(error)}; check --dataset or the file")
+
+def unzip(path, raw):
+    if path.suffix == ".zst":
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+    return gzip.open(raw) if path.suffix == ".gz" else raw
+
+def text_rows(path, raw, split):
+    """Of .jsonl, .json, .csv or .tsv in UTF-8, 16 or 32; bytes that are no text spoil their row."""
+    stream, size = unzip(path, raw), path.stat().st_size
+    encoding = json.detect_encoding(stream.peek(4)[:4])
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
+    text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
+    is_json = FILE.fullmatch(path.name)[2].startswith("json")
+    rows = json_rows(text, path, split) if is_json else csv_rows(text, path)
+    for number, row in enumerate(rows, 1):
+        share = number / len(rows) if isinstance(rows, list) else raw.closed or raw.tell() / size
+        if row is not ...:  # a blank line
+            yield number, row, share
+
+def parquet_rows(path, raw, split):
+    """The index of a parquet file is at its end, to which one cannot seek in .gz."""
+    stream = unzip(path, raw)
+    file = pq.ParquetFile(raw if stream is raw else pa.BufferReader(stream.read()))
+    rows, groups = file.metadata.num_rows, range(file.num_row_groups)
+    memory = sum(file.metadata.row_group(i).total_byte_size for i in groups)
+    return arrow_rows(file.iter_batches(batch_size(memory, rows)), rows)
+
+def batch_size(memory, rows):
+    return int(max(1, min(CHUNK_ROWS, CHUNK_BYTES * rows / max(1, memory))))
+
+def arrow_rows(batches, rows):
+    numbers = itertools.count(1)
+    for batch in batches:
+        for row, number in zip(without_nulls(batch.to_pylist()), numbers):
+            yield number, row, number / rows
+
+def without_nulls(value):
+    """Arrow gives a dict the keys of all rows, null where a row has none; take them out."""
+    if isinstance(value, dict):
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+def csv_rows(text, path):
+    csv.field_size_limit(2**31 - 1)
+    header = text.readline()
+    delimiter = "\t" if FILE.fullmatch(path.name)[2] == "tsv" else max(",;\t", key=header.count)
+    for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
+        whole = None not in row  # where cells go that have no column
+        yield {name: cell for name, cell in row.items() if cell} if whole else f"too long: {row}"
+
+def json_rows(text, path, split):
+    """A row per line (... for a blank one); if the file has another layout, it is read whole."""
+    start, first = [], ""
+    for line in text:
+        start.append(line)
+        if first and line.strip():  # the second line that is not blank
+            break
+        first = first or line.strip()
+    lines = FILE.fullmatch(path.name)[2] == "jsonl" and first not in ("[", "{", "[{")
+    if lines or (len(start) > 1 and isinstance(parse(first), dict)):
+        return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
+    whole = "".join(start) + text.read()
+    value = parse(whole)
+    if isinstance(value, str) and first.startswith("{"):  # objects one after another
+        return [parse(part.rstrip(", \n")) for part in re.split(r"\n(?=\{)", whole)]
+    if not isinstance(value, (dict, list)):
+        fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
+    return rows_in(value, path, split)
+
+def parse(text):
+    """JSON -> its value, or a text that says what is wrong, which is no row and dropped as such."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}: ...{text[-60:]!r}"  # no row, so it is dropped as malformed
+        return f"not JSON: {error}: ...{text[-60:]!r}"
 
-def file_rows(path: Path):
-    _, kind, zipped = FILE.fullmatch(path.name).groups()
-    number = 0
-    try:
-        with gzip.open(path) if zipped else open(path, "rb") as stream:
-            start = stream.read(4096).lstrip(b"\xef\xbb\xbf \r\n\t")[:1]
-            stream.seek(0)
-            rows = (parse(line) if line.strip() else ... for line in stream)
-            if kind == "parquet":  # its index is at the end, to which gzip cannot seek
-                file = pq.ParquetFile(pa.BufferReader(stream.read()) if zipped else path)
-                rows = (row for b in file.iter_batches(batch_size=200) for row in b.to_pylist())
-            elif kind == "json" and start != b"{":  # an array; else it has a row per line
-                rows = parse(stream.read())
-                if not isinstance(rows, list):
-                    fail(f"{path}: {short(rows)}; give a list of rows, or .jsonl")
-            for number, row in enumerate(rows, 1):
-                if row is not ...:  # a blank line
-                    yield number, row
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        fail(f"cannot read {path} after row {number}: {short(error)}; check --dataset or the file")
+def rows_in(value, path, split):
+    """The rows of one JSON value: a list, a list under a key, columns, or a single row."""
+    if isinstance(value, dict) and isinstance(value.get(split), (list, dict)):
+        return rows_in(value[split], path, "train")
+    if split != "train":
+        fail(f"{path} has no split {split}: give --val a file, or choose another --split")
+    if isinstance(value, list):
+        return value
+    columns = list(value.values())
+    if all(isinstance(column, dict) and "0" in column for column in columns):  # as pandas writes
+        columns = [list(column.values()) for column in columns]
+    lists = all(isinstance(column, list) for column in columns)
+    records = lists and all(column and isinstance(column[0], dict) for column in columns)
+    if lists and not records and len(columns) > 1 and len(set(map(len, columns))) == 1:
+        return [dict(zip(value, cells)) for cells in zip(*columns)]
+    keys = [key for key, each in value.items() if isinstance(each, list) and each]
+    keys = [key for key in keys if isinstance(value[key][0], dict) and not PAIR <= value.keys()]
+    if len(keys) > 1:
+        fail(f"{path} has rows under {', '.join(keys)}: choose one with --split")
+    return value[keys[0]] if keys else [value]
 
-def all_rows(args):
-    paths = [Path(part.strip()) for part in args.dataset.split(",")]
-    names = [FILE.fullmatch(path.name) for path in paths]
-    if not all(names):
-        try:
-            rows = datasets.load_dataset(args.dataset, args.subset or None, split=args.split)
-        except Exception as error:  # hub, network, name, split, folder: each raises its own errors
-            fail(f"--dataset {args.dataset} --subset '{args.subset}' --split {args.split}: "
-                 f"{short(error)}; a file ends in .jsonl, .json or .parquet (.gz)")
-        for number, row in enumerate(rows, 1):
-            yield args.dataset, f"{args.dataset}:{number:06d}", number, row
-        return
-    if len(set(paths)) < len(paths):
-        fail(f"--dataset {args.dataset} names a file twice")
-    stems = [name[1] for name in names]
-    for path, stem in zip(paths, stems, strict=True):
-        stem = stem if stems.count(stem) == 1 else str(path)  # ids are unique over all files
-        for number, row in file_rows(path):
-            yield path.name, f"{stem}:{number:06d}", number, row
+# -- columns and messages
+ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
+             system="system", developer="system", tool="tool", function="tool", observation="tool",
+             function_call="assistant")
+HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
+MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_(path|file|url|id|name|bytes)s?)?", re.I)
+RENDERED = re.compile(
+    r"<\|(im_start|start|start_header_id|user|assistant|system)\|>|<start_of_turn>|<｜User｜>|"
+    r"\[/?INST\]|### ?(Instruction|Human|User|Response)|\nHuman: |USER: ")
+MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:""")  # as text
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+SCORES = [(f"{word}_chosen", f"{word}_rejected") for word in ("score", "rating", "reward")]
+SCORES += [(f"chosen{mark}{word}", f"rejected{mark}{word}")
+           for mark, word in itertools.product("_-", ("score", "rating", "reward"))]
+VERDICTS = dict(chosen=1, tie=0, tied=0, equal=0, same=0, draw=0, both=0, neither=0, rejected=-1)
 
+def is_blank(value):
+    return not value.strip() if isinstance(value, str) else value in ([], {})
 
-# ---- formats: a row -> pairs of (messages, chosen text, rejected text) ----
+@functools.lru_cache(4096)
+def is_media(name):
+    return bool(MEDIA.fullmatch(str(name)))
 
-ROLES = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
-SAME_ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
-
-def text_of(value, name: str) -> str:
-    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):  # half a surrogate pair
+def text_of(value, name):
+    if not isinstance(value, str) or HALF.search(value):
         drop("malformed", f"{name} is not valid text: {value!r}")
     return value
 
-def message(value, name: str) -> dict:
-    value = value if isinstance(value, dict) else {"role": f"none: {value!r}"}
-    role = str(value.get("role") or value.get("from"))
-    if SAME_ROLES.get(role, role) not in ROLES:
-        drop("malformed", f"{name} has a message of role {role}")
-    content = value.get("value") if value.get("content") is None else value["content"]
-    return {"role": SAME_ROLES.get(role, role), "content": text_of(content, f"content in {name}")}
+def number(value):
+    """A number, maybe as text, as a float; None for anything else."""
+    try:
+        return float(value) if math.isfinite(float(value)) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
-def answer_of(value, name: str, hh: bool, plain: bool):
-    """One side of a pair -> (messages before the answer, text of the answer)."""
-    if hh:
-        prompt, turn, answer = text_of(value, name).rpartition("\n\nAssistant:")
-        if not turn or not prompt.startswith("\n\nHuman:") or "\n\nHuman:" in answer:
-            drop("malformed", f"no prompt, and {name} is no Human/Assistant dialogue: {value}")
-        turns = re.split(r"\n\n(Human|Assistant):", prompt)[1:]
-        turns = [("user", prompt + turn)] if plain else zip(turns[::2], turns[1::2], strict=True)
-        return [message({"role": who, "content": said if plain else said.strip()}, name)
-                for who, said in turns], answer if plain else answer.strip()
-    if not isinstance(value, (list, dict)):
-        return [], text_of(value, name)
-    *before, last = [message(m, name) for m in (value if isinstance(value, list) else [value])]
-    if last["role"] != "assistant":
-        drop("malformed", f"{name} does not end with an assistant turn: {value}")
-    return before, last["content"]
+def from_json(value, name):
+    """A list or dict that may be given as JSON text."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        drop("malformed", f"{name} is not JSON: {error}: {value}")
 
-def choice_row(row: dict, args, plain: bool, key: str):
-    """Multiple choice -> (row with a prompt, pairs of the right and a wrong response)."""
-    options, answer = row.get("options", row.get("choices")), row["answer"]
-    if not isinstance(options, list) or not 2 <= len(options) <= 26:
-        drop("malformed", f"options are {options}, not a list of 2 to 26 texts")
-    letters = [chr(65 + i) for i in range(len(options))]
-    right = letters.index(answer) if answer in letters else answer
-    if type(right) is not int or not 0 <= right < len(options):
-        drop("malformed", f"answer {answer!r} is no letter or index of {len(options)} options")
-    lines = [f"{a}. {text_of(text, 'option')}" for a, text in zip(letters, options, strict=True)]
-    prompt = "\n".join([text_of(row["question"], "question"), *lines, "Answer:"])
-    replies = [" " * plain + line for line in lines]
-    chosen = replies.pop(right)
-    if args.wrong_options == "one":
-        replies = [random.Random(f"{args.seed} {key}").choice(replies)]
-    return row | {"prompt": prompt}, [(chosen, wrong) for wrong in replies]
+def is_message(value):
+    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
-def read_row(row, args, plain: bool, key: str):
-    """-> (name of the format, row, list of raw (chosen, rejected), for some formats several)."""
-    if not isinstance(row, dict):
-        drop("malformed", f"no row: {row}")
-    if {"question", "answer"} <= row.keys() and row.keys() & {"options", "choices"}:
-        return "multiple choice", *choice_row(row, args, plain, key)
-    if not {"chosen", "rejected"} <= row.keys():
-        drop("malformed", f"columns of no known format: {', '.join(row)}")
-    sides = [row["chosen"], row["rejected"]]
+def as_messages(value):
+    """A text that is a message or a list of messages, as JSON or Python writes it -> these."""
+    if not isinstance(value, str) or not MESSAGES.match(value):
+        return value
+    for read in (json.loads, literal_eval):
+        found = attempt(read, value.strip())
+        if isinstance(found, (list, dict)):
+            listed = found if isinstance(found, list) else [found]
+            return found if all(is_message(each) for each in listed) else value
+    drop("malformed", f"messages that are not JSON: {value}")
+
+def prompt_column(row):
+    """The column of the prompt, if possible one that is not empty; None if there is none."""
+    there = [name for name in PROMPTS if name in row]
+    filled = [name for name in there if not is_blank(row[name])]
+    return next(iter(filled + there), None)
+
+def is_several(answer):
+    return isinstance(answer, list) and bool(answer) and not isinstance(answer[0], dict)
+
+def pop_answers(row):
+    """-> list of the chosen answers, list of the rejected ones"""
+    sides = [as_messages(row.pop("chosen")), as_messages(row.pop("rejected"))]
     if [] in sides:
         drop("malformed", f"chosen or rejected is an empty list: {sides}")
-    several = [isinstance(side, list) and not isinstance(side[0], dict) for side in sides]
-    messages = any(isinstance(value, (list, dict)) for value in (*sides, row.get("prompt")))
-    name = ("ShareGPT" if "conversations" in row else "Alpaca" if "instruction" in row
-            else "RewardBench-2" if any(several) else "conversation" if messages
-            else "plain" if "prompt" in row else "hh-rlhf")
-    sides = [side if many else [side] for side, many in zip(sides, several, strict=True)]
-    return name, row, list(itertools.product(*sides))
+    return [side if is_several(side) else [side] for side in sides]
 
-def read_pair(row: dict, name: str, pair: tuple, plain: bool):
-    """Raw chosen and rejected of a row -> (messages, chosen text, rejected text)."""
-    (before, chosen), (other, rejected) = (
-        answer_of(side, column, name == "hh-rlhf", plain) for side, column in zip(pair, SIDES[1:]))
+def user_turn(text):
+    return {"role": "user", "content": text}
+
+def is_dialogue(text):
+    opens = isinstance(text, str) and text[:20].lstrip().startswith("Human:")
+    return opens and "\n\nAssistant:" in text
+
+def dialogue(text, name, kit):
+    """Text of Human and Assistant -> messages that end with the last answer. Without a template
+    all before that answer is one message, as it is."""
+    text = text if text.startswith("\n\nHuman:") else "\n\n" + text.lstrip()
+    prompt, turn, answer = text_of(text, name).rpartition("\n\nAssistant:")
+    if name not in PAIR and (not turn or "\n\nHuman:" in answer):  # a prompt that lacks its end
+        prompt, turn, answer = text, "\n\nAssistant:", ""
+    if not turn or "\n\nHuman:" in answer:
+        drop("malformed", f"no prompt, and {name} is no Human/Assistant dialogue: {text}")
+    if not kit.template:
+        return [user_turn(prompt + turn), {"role": "assistant", "content": answer}]
+    parts = re.split(r"\n\n(Human|Assistant):", prompt)[1:] + ["Assistant", answer]
+    return [{"role": ROLES[who.lower()], "content": said.strip()}
+            for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+def read_message(value, name):
+    """A message in the form of OpenAI or ShareGPT -> {role, content, and its other keys}."""
+    value = value if isinstance(value, dict) else {"role": f"none: {value!r}"}
+    role = str(value.get("role") or value.get("from"))
+    if role.lower() not in ROLES:
+        drop("malformed", f"{name} has a message of role {role}")
+    content = value.get("value") if value.get("content") is None else value["content"]
+    known = ("role", "from", "content", "value", "function_call", "tool_calls")
+    more = {key: each for key, each in value.items() if key not in known and each is not None}
+    kinds = [key for key in more if is_media(key) and more[key]]
+    calls = from_json(value.get("tool_calls") or value.get("function_call") or [], "tool_calls")
+    if role == "function_call":
+        calls, content = from_json(content, "function_call"), None
+    if calls:
+        more["tool_calls"] = list(map(read_call, calls if isinstance(calls, list) else [calls]))
+    if content is None and (calls or any(more.get(key) for key in REASONING)):
+        content = ""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        kinds += [part["type"] for part in parts if is_media(part.get("type"))]
+        content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts
+                            if not kinds)
+    if kinds:
+        drop("images", f"{name} has a message with {kinds[0]}")
+    return {"role": ROLES[role.lower()], "content": text_of(content, f"content in {name}")} | more
+
+def read_call(call):
+    """A tool call as templates expect it: {type, function: {name, arguments as a dict}}."""
+    function = call.get("function", call)
+    arguments = from_json(function.get("arguments", {}), "arguments")
+    outer = call if "function" in call else {"type": "function"}
+    return outer | {"function": function | {"arguments": arguments}}
+
+def read_answer(value, name):
+    """One side of a pair -> messages before the answer, the answer as a message."""
+    value = as_messages(value)
+    if not isinstance(value, (list, dict)):
+        return [], {"role": "assistant", "content": text_of(value, name)}
+    listed = value if isinstance(value, list) else [value]
+    messages = [read_message(each, name) for each in listed]
+    if not messages or messages[-1]["role"] != "assistant":
+        drop("malformed", f"{name} does not end with an assistant turn: {value}")
+    return messages[:-1], messages[-1]
+
+def read_pair(args, found, pair):
+    """Raw chosen and rejected answer of a row -> messages before the answer, [the two answers]."""
+    before, chosen = read_answer(pair[0], "chosen")
+    other, rejected = read_answer(pair[1], "rejected")
     if before != other:
-        drop("prompts differ", next((f"{a} / {b}" for a, b in zip(before, other) if a != b), other))
-    prompt = row.get({"ShareGPT": "conversations", "Alpaca": "instruction"}.get(name, "prompt"))
-    if isinstance(prompt, list):
-        turns = [message(m, "prompt") for m in prompt]
-        messages = before if before[:len(turns)] == turns else turns + before
+        unequal = (f"{a} / {b}" for a, b in zip(before, other) if a != b)
+        drop("prompts differ", next(unequal, before or other))
+    prompt = as_messages(found.prompt)
+    if isinstance(prompt, (list, dict)):
+        listed = prompt if isinstance(prompt, list) else [prompt]
+        turns = [read_message(each, "prompt") for each in listed]
+        if turns and turns[-1] in (chosen, rejected):  # the conversation with its answer
+            turns.pop()
+        messages = overlap(turns, before)
     elif before:  # beside a conversation, the text of a prompt only repeats its first question
         messages = before
+    elif prompt is None:
+        drop("malformed", f"prompt is not valid text: None, and chosen is no dialogue: {pair[0]}")
     else:
-        extra = text_of(row.get("input") or "", "input") if name == "Alpaca" else ""
-        prompt = text_of(prompt, "prompt") + f"\n\n{extra}" * bool(extra.strip())
-        messages = [{"role": "user", "content": prompt}]
-    if row.get("system") and not any(m["role"] == "system" for m in messages):
-        messages = [{"role": "system", "content": text_of(row["system"], "system")}, *messages]
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        messages = [user_turn(text_of(prompt, "prompt"))]
+    if found.system and "system" not in [message["role"] for message in messages]:
+        messages = [{"role": "system", "content": found.system}, *messages]
+    check_order(messages, found.format)
+    if args.system == "first_user" and messages[0]["role"] == "system":
+        system, *messages = messages
+        first = [message["role"] for message in messages].index("user")
+        text = f"{system['content']}\n\n{messages[first]['content']}"
+        messages[first] = messages[first] | {"content": text}
+    return messages, [chosen, rejected]
+
+def overlap(turns, before):
+    """Messages of the prompt and those before the answer, which may repeat some -> each once."""
+    bare = [message | {"content": message["content"].strip()} for message in turns + before]
+    left, right = bare[:len(turns)], bare[len(turns):]
+    for start in range(len(before) - len(turns) + 1):
+        if right[start:start + len(turns)] == left:
+            return before
+    for size in range(min(len(turns), len(before)), 0, -1):
+        if left[-size:] == right[:size]:
+            return turns[:-size] + before
+    return turns + before
+
+def check_order(messages, format):
+    """Drop what columns that do not belong together would make."""
+    roles = [message["role"] for message in messages]
+    if not roles or roles[-1] not in ("user", "tool"):
         drop("malformed", f"the prompt does not end with a user turn: {messages}")
-    return messages, chosen, rejected
+    if "system" in roles[1:]:
+        drop("malformed", f"a system turn that is not the first: {messages}")
+    if ("user", "user") in zip(roles, roles[1:]) and format != "hh-rlhf":  # whose people do so
+        drop("malformed", f"two user turns in a row: {messages}")
 
+def own_order(values):
+    """agree, tie or contradict: what a row's own scores say of its chosen and rejected answer."""
+    gaps = []
+    for chosen, rejected in SCORES:
+        if chosen in values and rejected in values:
+            scores = number(values[chosen]), number(values[rejected])
+            if None not in scores:
+                gaps.append(scores[0] - scores[1])
+                del values[chosen], values[rejected]
+    for name in {"margin", "score_margin", "preference", "label"} & values.keys():
+        value = values[name]
+        gap = VERDICTS.get(value.lower()) if isinstance(value, str) else None
+        gap = number(value) if gap is None else gap
+        if gap is not None:
+            values.pop(name)
+            gaps.append(gap - 0.5 if name == "label" and not isinstance(value, str) else gap)
+    if not gaps:
+        return "none"
+    return "contradict" if min(gaps) < 0 else "tie" if min(gaps) == 0 else "agree"
 
-# ---- text and tokens ----
+# -- rendering: messages -> text
+def tokenizer_folder(name):
+    """Where the tokenizer of a model lies. A run's folder means its final/, a LoRA adapter without
+    a tokenizer its base, and what is no folder is downloaded from the hub."""
+    folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
+    if not folder.is_dir():
+        kinds = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+        return huggingface_hub.snapshot_download(name, allow_patterns=kinds, ignore_patterns="*/*")
+    adapter = folder / "adapter_config.json"
+    if (folder / "tokenizer_config.json").exists() or not adapter.exists():
+        return folder
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    return tokenizer_folder(str(folder / base) if (folder / base).is_dir() else base)
 
 @functools.cache
 def load_tokenizer(args):
     """What rendering needs, once per process. `tail` is what the template writes after an answer,
     from its end token on; it is cut off, and the end token comes back as the id `end`."""
+    probe = [user_turn("Q"), {"role": "assistant", "content": "An answer."}]
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        folder, trust = tokenizer_folder(args.model), dict(trust_remote_code=args.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
         has_template = tokenizer.chat_template and not args.plain
         template = tokenizer.get_chat_template() if has_template else ""
-        probe = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "An answer."}]
         text = tokenizer.apply_chat_template(probe, tokenize=False) if template else ""
     except Exception as error:  # a wrong name, no network, a broken file or template: all differ
         fail(f"tokenizer or template of --model {args.model}: {short(error)}; check the name, "
              "or --plain if the template is at fault")
+    if args.score_header and not template:
+        fail(f"--score_header needs a chat template, and --model {args.model} has none"
+             + ", as --plain is set" * args.plain)
     tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
-    added = "|".join(re.escape(t.content) for t in tokens) or "(?!)"  # which matches nothing
-    special = "|".join(re.escape(t.content) for t in tokens if t.special) or "(?!)"
+    special = one_of(t.content for t in tokens if t.special)
     alone = [t.content for t in tokens if not (t.normalized or t.lstrip or t.single_word)]
-    breaks = "|".join(map(re.escape, sorted(alone, key=len)[::-1])) or "(?!)"
     named = re.escape(args.eos_token) if args.eos_token and args.eos_token in tail else special
     found = re.search(named, tail)
     end = args.eos_token or (found[0] if found else tokenizer.eos_token)
     if not tokenizer.is_fast or end not in tokenizer.get_vocab():
         fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
              f"token {end!r} in its vocabulary; set --eos_token")
-    if args.score_header and not template:
-        fail(f"--score_header needs a chat template, and --model {args.model} has none"
-             + ", as --plain is set" * args.plain)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **trust)
+        rows = config.get_text_config().vocab_size
+    except Exception:  # a folder with a tokenizer and no model
+        rows = len(tokenizer)
+    if tokenizer.get_vocab()[end] >= rows:
+        fail(f"--model {args.model}: its embedding has {rows} rows, the end token {end} has the id "
+             f"{tokenizer.get_vocab()[end]}; resize the embedding, or set --eos_token")
     bos = [] if template else tokenizer("a").input_ids[:1]
     backend = tokenizer.backend_tokenizer  # 1.3 x as fast as through the wrapper
     backend.no_truncation()  # --max_length decides
@@ -308,29 +812,46 @@ def load_tokenizer(args):
         end=tokenizer.get_vocab()[end], end_token=end, score_header=args.score_header,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
         bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
-        breaks=re.compile(breaks),
-        seams=re.compile(rf"\s*({added})\s*"), normalizer=backend.normalizer)
+        breaks=re.compile(one_of(sorted(alone, key=len)[::-1])),
+        seams=re.compile(rf"\s*({one_of(t.content for t in tokens)})\s*"),
+        normalizer=backend.normalizer, rows=rows if rows < len(tokenizer) else 0)
 
-def canonical(kit, text: str) -> str:
-    """Text without what tokenizers change on purpose: normal form, spaces around special tokens."""
-    text = kit.normalizer.normalize_str(text) if kit.normalizer else text
-    return kit.seams.sub(r"\1", text.replace("\u2581", " ")).lstrip(" ")  # SentencePiece's space
+def one_of(texts):
+    """A regular expression that matches any of the texts."""
+    return "|".join(map(re.escape, texts)) or "(?!)"  # which matches nothing
 
-def render(kit, messages: list, answers: list):
-    """-> (text of the prompt, [prompt + answer, without end token], the part that is not scored).
-    Templates strip, reorder and leave out, so a response is whatever follows the prompt in the
-    rendered conversation; with --score_header it begins where the question ends."""
-    if not kit.template:
-        prompt, gap = messages[0]["content"], ""
-        if len(messages) > 1:
-            prompt = "".join(f"\n\n{ROLES[m['role']]}: {m['content']}" for m in messages)
-            prompt, gap = prompt + "\n\nAssistant:", " "
-        end = re.escape(kit.end_token) + r"\s*\Z"
-        return prompt, [re.sub(end, "", prompt + gap + answer) for answer in answers], prompt
-    chat = functools.partial(kit.tokenizer.apply_chat_template, tokenize=False)
+def render(kit, messages, answers, found):
+    """-> (text of the prompt, [prompt + answer, without end token], the part that is not scored),
+    which goes on to the end of `start`, the beginning of an answer that a row may have."""
+    start = found.start if kit.template or not found.start else "\n" + found.start
+    if start:
+        answers = [answer | {"content": start + answer["content"]} for answer in answers]
+    render_all = render_chat if kit.template else render_plain
+    prompt, texts, bare = render_all(kit, messages, answers, found)
+    if start:
+        end = texts[0].index(start.strip(), len(prompt)) + len(start.strip())
+        bare = os.path.commonprefix([texts[0][:end], texts[1]])
+    return prompt, texts, bare
+
+def render_plain(kit, messages, answers, found):
+    """Prompt and answer as they are; several turns as Human: and Assistant:."""
+    prompt, gap = messages[0]["content"], ""
+    if len(messages) > 1:
+        prompt = "".join(f"\n\n{HEADINGS[m['role']]}: {m['content']}" for m in messages)
+        prompt, gap = prompt + "\n\nAssistant:", " "
+    end = re.escape(kit.end_token) + r"\s*\Z"
+    texts = [re.sub(end, "", prompt + gap + answer["content"]) for answer in answers]
+    return prompt, texts, prompt
+
+def render_chat(kit, messages, answers, found):
+    """By the chat template. Templates strip, reorder and leave out, so a response is whatever
+    follows the prompt in the rendered conversation; with --score_header it begins where the
+    question ends."""
+    options = found.options | {"tools": found.tools or None, "tokenize": False}
+    chat = functools.partial(kit.tokenizer.apply_chat_template, **options)
     try:
         prompt = chat(messages, add_generation_prompt=True)
-        texts = chat([[*messages, {"role": "assistant", "content": a}] for a in answers])
+        texts = chat([[*messages, answer] for answer in answers])
         whole = all(text.startswith(prompt) for text in texts)
         bare = prompt if whole and not kit.score_header else chat(messages)
     except Exception as error:  # a template raises what it likes
@@ -340,6 +861,65 @@ def render(kit, messages: list, answers: list):
     if not prompt.startswith(bare) or not all(text.endswith(kit.tail) for text in texts):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
     return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.score_header else prompt
+
+def check_content(said, text, size):
+    """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
+    messages say. Templates leave out thoughts, tools, system turns. Only white space may differ."""
+    missing = first_missing(said, text, size, str)
+    if missing:
+        missing = first_missing(said, squeeze(text), len(squeeze(text[:size])), squeeze)
+    if missing:
+        drop(f"{missing[0]} left out by the template", missing[1])
+
+def first_missing(said, text, size, form):
+    """The first (what, piece) of the messages whose form is not in the text, or None. They stand in
+    their order, but tools and a system turn may be anywhere in the prompt. JSON may escape it."""
+    at = 0
+    for i, own in enumerate(said):
+        begin, end = at, size if i < len(said) - 1 else len(text)
+        for what, piece in own:
+            anywhere = what in ("tools", "text of system turn")
+            first = 0 if anywhere else begin
+            place = text.find(form(piece), first, end)
+            if place < 0:
+                escaped = json.dumps(piece, ensure_ascii=False)[1:-1]
+                place = text.find(form(escaped), first, end)
+            if place < 0:
+                return what, piece
+            if not anywhere:
+                at = max(at, place + len(form(piece)))
+    return None
+
+def squeeze(text):
+    return "".join(text.split())
+
+def pieces(message):
+    """[(what it is, text)] of all that a message says; of the arguments of a call every word."""
+    found = [(f"text of {message['role']} turn", message["content"])]
+    if message["content"][:20].lstrip().startswith("<think>"):
+        thought, _, rest = message["content"].partition("</think>")
+        found = [("<think>", thought), (f"text of {message['role']} turn", rest)]
+    found += [("reasoning", text_of(message[key], key)) for key in REASONING if message.get(key)]
+    for call in message.get("tool_calls", []):
+        said = json.dumps(call["function"]["arguments"], ensure_ascii=False).replace("\\n", " ")
+        words = [text_of(call["function"].get("name"), "name of a call"), *re.findall(r"\w+", said)]
+        found += [("tool calls", w) for w in words if w not in ("true", "false", "null")]
+    return [(what, text.strip()) for what, text in found if text.strip()]
+
+def lines_of_tools(tools):
+    """The name of each tool, and the first line of what it does."""
+    lines = []
+    for tool in tools:
+        function = tool.get("function", tool)
+        about = str(function.get("description") or "").strip()
+        lines += [text_of(function.get("name"), "the name of a tool"), *about.splitlines()[:1]]
+    return lines
+
+# -- tokens
+def canonical(kit, text: str) -> str:
+    """Text without what tokenizers change on purpose: normal form, spaces around special tokens."""
+    text = kit.normalizer.normalize_str(text) if kit.normalizer else text
+    return kit.seams.sub(r"\1", text.replace("\u2581", " ")).lstrip(" ")  # SentencePiece's space
 
 def tokenise(kit, prompt: str, texts: list):
     """Two texts that begin with the prompt -> (token ids of the prompt, token ids of the two
@@ -359,20 +939,28 @@ def tokenise(kit, prompt: str, texts: list):
     left = size - (sides[0][1](cut - 1)[1] if cut else 0)
     return shared.ids + sides[0][0][:cut], [ids[cut:] for ids, _ in sides], left
 
-def encode(kit, args, messages: list, answers: list):
+def encode(kit, args, messages, answers, found):
     """-> (text of the prompt, its token ids, token ids of the two responses)."""
-    asked = [m["content"] for m in messages]
-    if not all(answer.strip() for answer in answers) or not "".join(asked).strip():
-        drop("empty", [asked[-1], *answers])
-    for found in map(kit.special.search, [] if args.plain else asked + answers):
-        if found:
-            drop("special token", found.string[max(0, found.start() - 40):found.end() + 40])
-    question, texts, prompt = render(kit, messages, answers)
-    if not all(text[len(question):].strip() for text in texts):  # a header alone is no response
+    asked, told = list(map(pieces, messages)), list(map(pieces, answers))
+    if not all(told) or not any(asked):
+        drop("empty", [messages[-1]["content"], *(answer["content"] for answer in answers)])
+    for _, text in [] if args.plain else sum(asked + told, []):
+        special = kit.special.search(text)
+        if special:
+            drop("special token", text[max(0, special.start() - 40):special.end() + 40])
+    question, texts, prompt = render(kit, messages, answers, found)
+    if not all(text[max(len(question), len(prompt)):].strip() for text in texts):
         drop("empty", f"rendering leaves nothing of a response: {answers}")
+    tools = [("tools", line) for line in lines_of_tools(found.tools)]
+    for own, text in zip(told, texts, strict=True):
+        said = [tools, *asked, own]
+        if not kit.template:  # contents are written as they are, and nothing else is
+            rest = ("tools", "tool calls", "reasoning")
+            said = [[piece for piece in each if piece[0] in rest] for each in said]
+        check_content(said, text, len(question))
     start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
-        drop("identical", answers[0])
+        drop("identical", answers[0]["content"])
     bos = [i for i in kit.bos if (start + sides[0])[0] != i]
     length = len(bos + start) + max(map(len, sides)) + 1
     if length > args.max_length:
@@ -386,112 +974,122 @@ def encode(kit, args, messages: list, answers: list):
             drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
         if kit.end in ids:
             drop("special token", f"{kit.end_token} inside a response: {text[len(prompt):]}")
+    largest = max(start + sides[0] + sides[1]) if kit.rows else -1
+    if kit.rows and largest >= kit.rows:
+        token = kit.tokenizer.convert_ids_to_tokens(largest)
+        drop("beyond the embedding", f"id {largest}, {token!r}; the model has {kit.rows} rows")
     return question, bos + start, *(ids + [kit.end] for ids in sides)
 
-def prepare_pair(kit, args, row: dict, name: str, pair: tuple):
-    """-> (split, columns of the pair)."""
-    label = next((row[c] for c in ("subset", "category", "subject") if row.get(c)), "")
-    if name == "RewardBench-2" and label == "Ties" and not args.ties:
-        drop("ties", pair[0])
-    weight = row.get("weight", 1.0)
-    if type(weight) not in (int, float) or not 0 <= weight < 1e30:
-        drop("malformed", f"weight is {weight!r}, not a number from 0")
-    messages, *answers = read_pair(row, name, pair, not kit.template)
-    prompt, *ids = encode(kit, args, messages, answers)
-    # Prompts that differ only in white space or Unicode form may have equal tokens: one split.
-    same = f"{args.seed} {' '.join(canonical(kit, prompt).split())}"
-    point = int.from_bytes(hashlib.sha256(same.encode()).digest()[:8], "big") / 2**64
-    columns = dict(zip(SIDES, ids), subset=text_of(str(label), "subset"), weight=float(weight))
-    return ("val" if point < args.val_fraction else "train"), columns
-
-def attempt(step, *inputs):
-    try:
-        return step(*inputs)
-    except ValueError as error:  # of drop: reason and value
-        return error
-
-def prepare_chunk(args, chunk: list):
-    """Rows -> (how many, Arrow batch of each split, records of drops, rows of each format)."""
-    kit, pairs, dropped, formats = load_tokenizer(args), {"train": [], "val": []}, [], Counter()
-    for source, key, number, row in chunk:
-        results = [attempt(read_row, row, args, not kit.template, key)]
-        if isinstance(results[0], tuple):
-            name, row, sides = results[0]
-            formats[name] += 1
-            if row.get("subset") == "Ties":  # ref:5 and tied:5 belong together; evaluate.py asks
-                key += f":{row.get('id')}"
-            results = [attempt(prepare_pair, kit, args, row, name, side) for side in sides]
-        for k, result in enumerate(results):
-            one = f"{key}-{k}" if len(results) > 1 else key
-            if isinstance(result, tuple):
-                pairs[result[0]].append(result[1] | {"source": source, "id": one})
-            else:
-                reason, value = result.args
-                dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
-    batches = {split: pa.RecordBatch.from_pylist(rows, SCHEMA) for split, rows in pairs.items()}
-    return len(chunk), batches, dropped, formats
-
-
-# ---- the folder ----
-
+# -- the folder and the summary
 SIDES = ("prompt", "chosen", "rejected")
 SCHEMA = pa.schema({side: pa.list_(pa.int32()) for side in SIDES} | {
     "source": pa.string(), "subset": pa.string(), "id": pa.string(), "weight": pa.float32()})
-HINTS = {"too long": "raise --max_length", "template": "try --plain", "ties": "add --ties",
-         "special token": "add --plain if the text is rendered already"}
+OWN = re.compile(r"(train|val)(\.arrow)?|meta\.json|dropped\.jsonl|ref-.*|clean|noisy")
+FIRST_USER = "if the template takes no system turn: --system first_user"
+HINTS = {  # reason of a drop: what to do
+    "too long": "raise --max_length", "ties": "add --ties", "template": FIRST_USER,
+    "special token": "add --plain if the text is rendered already",
+    "images": "this trains on text only", "malformed": "mend the rows, or use --convert",
+    "text of system turn left out by the template": FIRST_USER,
+    "tools left out by the template": "choose a --model whose template takes tools"}
+
+def hint(reason):
+    return HINTS.get(reason, "mend the rows")
+
+def chunks(rows):
+    """Lists of entries of all_rows, bounded by rows and by bytes."""
+    chunk, size = [], 0
+    for *place, row in rows:
+        try:
+            size += len(pickle.dumps([[[[[row]]]]]))
+        except Exception as error:  # too deep for another process
+            row = f"{type(error).__name__}: {error}"
+        chunk.append((*place, row))
+        if len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 def in_parallel(args):
     """Results of prepare_chunk in the order of the rows, with few chunks in memory at any time."""
-    rows, work = all_rows(args), functools.partial(prepare_chunk, args)
-    chunks = iter(lambda: list(itertools.islice(rows, 200)), [])
+    parts, work = chunks(all_rows(args)), functools.partial(prepare_chunk, args)
     mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # cores, if Linux
     workers = args.num_proc or len(mine)
     if workers == 1:
-        yield from map(work, chunks)
+        yield from map(work, parts)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         waiting = []  # few: map alone would read all rows
-        for chunk in chunks:
+        for chunk in parts:
             waiting.append(pool.submit(work, chunk))
             if len(waiting) > 4 * workers:
                 yield waiting.pop(0).result()
         yield from (each.result() for each in waiting)
 
-def write_pairs(args, folder: Path) -> dict:
+def write_pairs(args, out, folder):
     """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> the counts."""
-    rows, formats, dropped, pairs, examples = 0, Counter(), Counter(), Counter(train=0, val=0), {}
-    with (open(folder / "dropped.jsonl", "w") as log, tqdm(unit=" rows") as bar,
+    sources = find_sources(args)
+    unit = "B" if isinstance(sources[0][2], Path) else " rows"
+    seen = types.SimpleNamespace(rows=0, counts=Counter(), dropped=Counter(), examples={},
+                                 pairs=Counter(train=0, val=0), hashes=dict(train=[], val=[]))
+    with (open(folder / "dropped.jsonl", "w") as log,
+          tqdm(total=sum(source[-1] for source in sources), unit=unit, unit_scale=True) as bar,
           pa.OSFile(f"{folder}/train.arrow", "wb") as train,
           pa.OSFile(f"{folder}/val.arrow", "wb") as val):
         writers = {"train": pa.ipc.new_stream(train, SCHEMA), "val": pa.ipc.new_stream(val, SCHEMA)}
-        for read, batches, records, names in in_parallel(args):
+        for rows, batches, hashes, dropped, counts, place in in_parallel(args):
             for split, batch in batches.items():
                 writers[split].write_batch(batch)
-                pairs[split] += len(batch)
-            for record in records:
-                dropped[record["reason"]] += 1
-                examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
+                seen.pairs[split] += len(batch)
+                seen.hashes[split].append(hashes[split])
+            for record in dropped:
+                seen.dropped[record["reason"]] += 1
+                seen.examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
                 log.write(json.dumps(record) + "\n")
-            rows, formats = rows + read, formats + names
-            bar.update(read)
+            seen.rows += rows
+            seen.counts += counts
+            bar.set_postfix_str(f"{seen.rows:,} rows", refresh=False)
+            bar.update(place - bar.n)
+            if not is_recognised(seen):
+                break
         for writer in writers.values():
             writer.close()
-    if not rows:
-        fail(f"--dataset {args.dataset} has 0 rows: give others")
-    if not all(pairs.values()):
-        shutil.copy(folder / "dropped.jsonl", f"{args.out}.dropped.jsonl")
-        reason = max(dropped, key=dropped.get, default="none")
-        fail(f"no pair for {' and '.join(s for s in pairs if not pairs[s])}: of {rows} rows of "
-             f"{args.dataset} {pairs.total()} pairs are kept and {dropped.total()} dropped, mostly "
-             f"'{reason}' ({examples.get(reason, '')}); {HINTS.get(reason, 'mend the rows')}, give "
-             f"more, or change --val_fraction or --seed; see {args.out}.dropped.jsonl")
-    return dict(rows=rows, formats=formats, pairs_in=pairs.total() + dropped.total(),
-                pairs_out=pairs.total(), **pairs, dropped=dropped)
+    check_pairs(args, out, folder, seen)
+    return seen
 
-def save(args, kit, folder: Path, counts: dict):
+def is_recognised(seen):
+    """Had any row a known format, or pictures?"""
+    return "images" in seen.dropped or any(kind == "format" for kind, _ in seen.counts)
+
+def check_pairs(args, out, folder, seen):
+    """End the program unless both splits have pairs."""
+    if not seen.rows:
+        fail(f"--dataset {args.dataset} has 0 rows: give others")
+    empty = [split for split in ("train", "val") if not seen.pairs[split]]
+    if not empty:
+        return
+    record = f"{out}.dropped.jsonl"
+    shutil.copy(folder / "dropped.jsonl", record)
+    reason = max(seen.dropped, key=seen.dropped.get, default="none")
+    kept, dropped = seen.pairs.total(), seen.dropped.total()
+    mostly = f"{dropped} dropped, mostly '{reason}' ({seen.examples.get(reason, '')})"
+    if not is_recognised(seen):
+        names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
+        fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format: "
+             f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
+             f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
+    prompts = len(np.unique(np.concatenate(sum(seen.hashes.values(), []))[:, 0]))
+    way = hint(reason) if dropped else ""
+    if kept:
+        way = "give more prompts, change --val_fraction or --seed, or give --val"
+    fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} {kept} pairs "
+         f"with {prompts} distinct prompts are kept and {mostly}; {way}; see {record}")
+
+def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
     datasets.disable_progress_bars()
-    splits, subsets, lengths = {}, Counter(), []
+    splits, subsets, lengths, ids = {}, Counter(), [], []
     for split in ("train", "val"):
         rows = datasets.Dataset.from_file(f"{folder}/{split}.arrow")
         if pc.all(pc.equal(rows.data.column("weight"), 1)).as_py():
@@ -502,13 +1100,17 @@ def save(args, kit, folder: Path, counts: dict):
         subsets += Counter({entry["values"]: entry["counts"] for entry in counted})
         lengths.append([pc.list_value_length(rows.data.column(side)).to_numpy() for side in SIDES])
         splits[split] = rows
+        ids += rows.data.column("id").chunks
     lengths = np.concatenate(lengths, 1)  # (3, pairs)
     lengths = dict(zip(SIDES, lengths), pair=lengths.sum(0))
+    longest = np.argsort(-lengths["pair"], kind="stable")[:5]
+    longest = [[pa.chunked_array(ids)[i].as_py(), int(lengths["pair"][i])] for i in longest]
+    counts = count(seen) | {"subsets": subsets, "longest": longest}
     meta = dict(
         arguments=dataclasses.asdict(args), tokenizer=args.model,
         vocab_hash=vocab_hash(kit.tokenizer),
         template_hash=kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16],
-        eos_token=kit.end_token, eos_token_id=kit.end, counts=counts | {"subsets": subsets},
+        eos_token=kit.end_token, eos_token_id=kit.end, counts=counts,
         content_hash={split: content_hash(rows) for split, rows in splits.items()},
         lengths={name: {f"p{p}": int(np.percentile(n, p, method="higher"))
                         for p in (0, 10, 50, 90, 99, 100)} for name, n in lengths.items()},
@@ -517,47 +1119,108 @@ def save(args, kit, folder: Path, counts: dict):
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return meta, splits["train"][0]
 
-def report(args, kit, meta: dict, pair: dict):
-    counts, decode = meta["counts"], kit.tokenizer.decode
-    print("formats   " + ", ".join(f"{name}, {n:,} rows" for name, n in counts["formats"].items()))
-    print(f"rendering {'chat template' if kit.template else 'plain text'}, "
-          f"{'BOS' if kit.bos else 'no BOS'} added; responses end in {kit.end_token} ({kit.end})")
-    print(f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
-          f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped")
-    for reason, n in counts["dropped"].most_common():
-        print(f"  dropped {n:>7,}  {reason}")
-    for name, points in meta["lengths"].items():
-        print(f"{name:10}" + "  ".join(f"{p} {n:>5,}" for p, n in points.items()) + "  tokens")
-    start = decode(pair["prompt"])
-    print(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
-    for side in SIDES[1:]:
-        print(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
-    print(f"wrote     {args.out}")
+def count(seen):
+    """The counts of meta.json and of the summary."""
+    kinds = {kind: Counter() for kind in ("format", "unused", "order", "rendered")}
+    for (kind, name), n in seen.counts.items():
+        kinds[kind][name] += n
+    hashes = {split: np.concatenate(parts) for split, parts in seen.hashes.items()}
+    prompts = {split: np.unique(pairs[:, 0]) for split, pairs in hashes.items()}
+    both = np.concatenate([hashes["train"], hashes["val"]])
+    return dict(
+        rows=seen.rows, formats=kinds["format"], pairs_in=seen.pairs.total() + seen.dropped.total(),
+        pairs_out=seen.pairs.total(), **seen.pairs, dropped=seen.dropped,
+        distinct_prompts=len(np.unique(both[:, 0])), repeats=len(both) - len(np.unique(both[:, 1])),
+        prompts_in_both=len(np.intersect1d(prompts["train"], prompts["val"])),
+        scores=kinds["order"], looks_rendered=kinds["rendered"][True], unused=kinds["unused"])
 
-def main():
-    args = parse_args(Args)
-    out, part = Path(args.out), Path(f"{args.out}.partial")
-    if args.val_fraction >= 1 or args.wrong_options not in ("all", "one"):
-        fail(f"--val_fraction {args.val_fraction} must be below 1, --wrong_options one or all")
-    if out.exists() and not (args.overwrite and (out / "meta.json").is_file()):
-        fail(f"--out {out} exists: choose another; --overwrite replaces a result of this script")
-    kit = load_tokenizer(args)
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        meta, pair = save(args, kit, part, write_pairs(args, part))
-        if out.exists():  # is moved aside first: half deleted it would look finished
-            shutil.rmtree(f"{out}.old", ignore_errors=True)
-            out.rename(f"{out}.old")
+def vocab_hash(tokenizer) -> str:
+    """16 hex digits that change when any token or its id does."""
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
+
+def content_hash(dataset) -> str:
+    """16 hex digits over every id and token of a split, whatever its Arrow chunking."""
+    digest = hashlib.sha256()
+    for name in ("id", "prompt", "chosen", "rejected"):
+        part, sizes = hashlib.sha256(), hashlib.sha256()
+        for chunk in dataset.data.column(name).chunks:
+            lengths = pc.binary_length(chunk) if name == "id" else pc.list_value_length(chunk)
+            sizes.update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            part.update("".join(chunk.to_pylist()).encode() if name == "id"
+                        else chunk.flatten().to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+        digest.update(part.digest() + sizes.digest())
+    return digest.hexdigest()[:16]
+
+def check_out(args, out, part):
+    """Nothing may be in the way of the result but an earlier one, and that only if asked for."""
+    if out.exists():
+        if not (args.overwrite and (out / "meta.json").is_file()):
+            fail(f"--out {out} exists: choose another; --overwrite replaces an earlier result")
+    for folder in (out, part):
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        foreign = [name for name in names if not OWN.fullmatch(name)]
+        if foreign:
+            fail(f"{folder} holds {foreign[0]}, which this script did not make, and would be lost: "
+                 "move it, or choose another --out")
+
+def replace(out, part):
+    """The new folder takes the place of an earlier one, which goes only when the new one stands."""
+    if not out.exists():
         part.rename(out)
-        shutil.rmtree(f"{out}.old", ignore_errors=True)
-    except OSError as error:
-        fail(f"cannot write {part}: {error}; make room or choose another --out")
-    except process.BrokenProcessPool:
-        fail("a worker process was killed, probably for memory: lower --num_proc")
-    finally:  # a result that is not whole is none
-        shutil.rmtree(part, ignore_errors=True)
-    report(args, kit, meta, pair)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent))
+    out.rename(aside / out.name)
+    try:
+        part.rename(out)
+    except OSError:
+        (aside / out.name).rename(out)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+def report(args, kit, meta, pair):
+    """Print what was read, what was not, and a pair."""
+    counts, lines = meta["counts"], []
+    lines.append("formats   " + ", ".join(f"{k}, {n:,} rows" for k, n in counts["formats"].items()))
+    lines.append(
+        f"rendering {'chat template' if kit.template else 'plain text'}, "
+        f"{'BOS' if kit.bos else 'no BOS'} added; responses end in {kit.end_token} ({kit.end})")
+    lines.append(
+        f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
+        f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped")
+    for reason, n in counts["dropped"].most_common():
+        lines.append(f"  dropped {n:>7,}  {reason}: {hint(reason)}")
+    lines += findings(counts)
+    for name, points in meta["lengths"].items():
+        points = "  ".join(f"{p} {n:>5,}" for p, n in points.items())
+        lines.append(f"{name:10}{points}  tokens")
+    decode = kit.tokenizer.decode
+    start = decode(pair["prompt"])
+    lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
+    for side in SIDES[1:]:
+        lines.append(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
+    lines.append(f"wrote     {args.out}")
+    print(visible("\n".join(lines)))
+
+def findings(counts):
+    """Lines of the summary about what a user may not expect."""
+    lines = [f"prompts   {counts['distinct_prompts']:,} distinct; {counts['repeats']:,} pairs are "
+             "exact repeats of others"]
+    if counts["prompts_in_both"]:
+        lines.append(f"  warning {counts['prompts_in_both']:,} prompts are in both train and val")
+    unused = [f"{name} ({n:,} rows)" for name, n in counts["unused"].most_common()]
+    if unused:
+        lines.append(f"columns   not used: {', '.join(unused)}")
+    if counts["looks_rendered"]:
+        lines.append(f"  warning {counts['looks_rendered']:,} prompts look rendered already: take "
+                     "their markers out by --convert, or use --plain")
+    agree, tie, contradict = (counts["scores"][name] for name in ("agree", "tie", "contradict"))
+    if agree or tie or contradict:
+        lines.append(f"scores    {agree:,} rows agree, {tie:,} tie, {contradict:,} contradict the "
+                     "order of their answers; --drop_ties leaves out the latter two")
+    pairs = [f"{name} {n:,}" for name, n in counts["longest"]]
+    return [*lines, f"longest   {', '.join(pairs)} tokens"]
 
 
 if __name__ == "__main__":

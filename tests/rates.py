@@ -44,7 +44,7 @@ def call(script, *flags):
 def some_rows(dataset, folder, count=None, copies=1):
     """A file with the first rows of another, maybe several times."""
     import prepare_data
-    rows = [row for _, row in zip(range(count or 10**9), (row for _, row in prepare_data.file_rows(Path(dataset))))]
+    rows = [row for _, row in zip(range(count or 10**9), (row for _, row, _ in prepare_data.file_rows(Path(dataset))))]
     path = folder / f"rows{len(rows)}x{copies}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for _ in range(copies) for row in rows))
     return path

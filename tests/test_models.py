@@ -32,14 +32,16 @@ def program(process_group, monkeypatch, capfd):
     """program(script, **flags) -> what main() printed, in the process group of the tests; its SystemExit is raised."""
     def run(script, **flags):
         module = importlib.import_module(script)
-        module.find_model.cache_clear()
+        if script != "prepare_data":
+            module.find_model.cache_clear()
         argv = [f"{script}.py"]
         for name, value in flags.items():
             argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", argv)
-            patch.setattr(module, "start_process_group", lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
-            patch.setattr(module.dist, "destroy_process_group", lambda: None)
+            if script != "prepare_data":
+                patch.setattr(module, "start_process_group", lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
+                patch.setattr(module.dist, "destroy_process_group", lambda: None)
             run_as_program(module)
         return capfd.readouterr().out
     return run
@@ -371,6 +373,11 @@ def test_an_adapter_finds_its_base_from_anywhere(adapter, program, tmp_path, mon
         file.write_text(json.dumps(config))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("rows.jsonl").write_text("\n".join(json.dumps(dict(prompt=f"w{i} ", chosen="w4 w5", rejected="w6"))
+                                           for i in range(3, 90)))
+    (run / "final/tokenizer_config.json").unlink()  # as peft alone saves an adapter
+    said = program("prepare_data", dataset="rows.jsonl", model="../lora", out="mine/", num_proc=1)
+    assert "87 in" in said and Path("mine/meta.json").exists()
     assert "is complete" in program("cache_ref", model="../lora", data=data)
 
 

@@ -6,13 +6,18 @@
 - a response ends in exactly one end token; no prompt begins with two BOS;
 - no prompt is in both splits; the result does not depend on the number of processes;
 - what a user gets wrong is answered by one line, and leaves no folder that looks finished;
-- memory does not grow with the number of rows.
+- memory does not grow with the number of rows, and a chunk of rows is bounded in bytes;
+- all that the messages of a pair say stands in its text (tools, calls, thoughts, system), or the pair is dropped;
+- no row ends the run, and what is not used is counted in the summary;
+- each case of ../shared/data/cases, and each kind of row and file like it, gives what it must;
+- every converter of convert_examples.py reads its layout.
 """
 
 import gzip
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -684,3 +689,544 @@ def test_memory_does_not_grow_with_the_rows(chat, tmp_path):
     size = os.path.getsize(tmp_path / "60000.jsonl") / 2**20
     print(f"6,000 rows: {small:.0f} MiB, 60,000 rows ({size:.0f} MiB of text): {large:.0f} MiB")
     assert large < small + 40
+
+
+# ---- what the cases of ../shared/data/cases must give, and their kinds ----
+
+TOOLS = ("{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.reasoning_content %}"
+         "{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+         "{{ '<call>' + (c.function | tojson) + '</call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CUTS_THINK = CHATML.replace("m['content']", "(m['content'].split('</think>') | last)")
+CASES = SHARED / "data/cases"
+CITY = "What should I wear in Lund on day 1?"
+ANSWER, OTHER = "Take a light coat; Lund is mild and often windy.", "Anything. It is Lund."
+
+
+@pytest.fixture(scope="session")
+def with_tools(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tools"), TOOLS)
+
+
+@pytest.fixture(scope="session")
+def cuts_think(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("cuts"), CUTS_THINK)
+
+
+def turns(*texts, last="assistant"):
+    """The prompt of a conversation whose turns are user and assistant in alternation; "system: ..." opens it."""
+    text, roles = "", itertools.cycle(["user", "assistant"])
+    for said in texts:
+        role = "system" if said.startswith("system: ") else next(roles)
+        text += f"<|im_start|>{role}\n{said.removeprefix('system: ')}<|im_end|>\n"
+    return text + f"<|im_start|>{last}\n"
+
+
+def first_pair(splits, model):
+    """The pair of the first row as text: (prompt, chosen, rejected)."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    pair = min((pair for rows in splits.values() for pair in rows), key=lambda pair: pair["id"])
+    start = tokenizer.decode(pair["prompt"])
+    return (start, *(tokenizer.decode(pair["prompt"] + pair[side])[len(start):] for side in ("chosen", "rejected")))
+
+
+CALL = '<call>{"name": "get_weather", "arguments": {"town": "%s"}}</call>'
+MUST = {  # case: (pairs, prompt of the first, its chosen, its rejected)
+    "alpaca_history.jsonl": (24, turns("Are you a tailor?", "I am, and I travel.", CITY), ANSWER, OTHER),
+    "chosen_is_json_text.jsonl": (24, turns(CITY), ANSWER, OTHER),
+    "column_oriented.json": (24, turns(CITY), ANSWER, OTHER),
+    "content_parts.jsonl": (24, turns(CITY), ANSWER, OTHER),
+    "hh_in_prompt.jsonl": (24, turns("Hello", "Hi, how can I help?", CITY), ANSWER, OTHER),
+    "messages_column.jsonl": (24, turns(CITY), ANSWER, OTHER),
+    "mixed_with_nulls.parquet": (24, turns(CITY), ANSWER, OTHER),
+    "one_bad_row.jsonl": (24, turns(CITY), ANSWER, OTHER),
+    "overlap_system_only_in_prompt.jsonl": (24, turns("system: Be brief.", CITY), ANSWER, OTHER),
+    "overlap_trailing_newline.jsonl": (24, turns(CITY), ANSWER, OTHER),
+    "pairs.csv": (24, turns(CITY), ANSWER, OTHER),
+    "passage.jsonl": (96, turns("In Lund the market opens at 6.\n\nWhen does the market in Lund open?\nA. At 6\nB. At 7\nC. At 8\n"
+                                "D. At 9\nE. At 10\nAnswer:"), "A. At 6", "B. At 7"),
+    "question_column.jsonl": (24, turns("system: Be brief.", CITY), ANSWER, OTHER),
+    "repeats.jsonl": (24, turns(CITY), ANSWER, OTHER),
+    "scores.jsonl": (24, turns(CITY), ANSWER, OTHER),
+    "step_dpo.jsonl": (24, turns("A coat costs 30 and a hat 10. What do both cost?") + "The coat costs 30.",
+                       " The hat costs 10, so both cost 40.", " Both cost 30."),
+    "think_in_answer.jsonl": (24, turns(CITY), f"<think>\nWindy towns need a coat.\n</think>\n\n{ANSWER}", f"<think>\nhm\n</think>\n\n{OTHER}"),
+    "under_a_key.json": (24, turns(CITY), ANSWER, OTHER),
+    "reasoning_content.jsonl": (24, turns(CITY), f"<think>Windy towns need a coat.</think>{ANSWER}", f"<think>I do not care.</think>{OTHER}"),
+    "same_text_other_call.jsonl": (24, None, "Let me look." + CALL % "Lund", "Let me look." + CALL % "Bergen"),
+    "tool_call_as_answer.jsonl": (24, None, "Let me look." + CALL % "Lund", OTHER),
+    "tool_call_in_prompt.jsonl": (24, None, ANSWER, OTHER),
+}
+
+
+@pytest.mark.parametrize("case", MUST)
+def test_a_case_gives_what_it_must(case, with_tools, tmp_path):
+    if not CASES.is_dir():
+        pytest.skip(f"no {CASES}")
+    meta, splits, dropped = run(CASES / case, with_tools, tmp_path / "out", "--val_fraction", 0.3)
+    check(meta, splits, dropped, AutoTokenizer.from_pretrained(with_tools))
+    pairs, prompt, chosen, rejected = MUST[case]
+    start, *sides = first_pair(splits, with_tools)
+    assert meta["counts"]["pairs_out"] == pairs and sides == [chosen + "<|im_end|>", rejected + "<|im_end|>"]
+    assert len(dropped) == (case == "one_bad_row.jsonl")
+    if prompt is None:  # the list of tools stands first
+        assert "Weather of a town" in start
+        prompt = start[:start.index("<|im_start|>user")] + turns(CITY)
+        if "in_prompt" in case:
+            prompt += CALL % "Lund" + "<|im_end|>\n<|im_start|>tool\n14 degrees, windy<|im_end|>\n<|im_start|>assistant\n"
+    assert start == prompt
+
+
+LEFT_OUT = {"tool_call_in_prompt.jsonl": "tools", "tool_call_as_answer.jsonl": "tools", "same_text_other_call.jsonl": "tools",
+            "reasoning_content.jsonl": "reasoning", "think_in_answer.jsonl": "<think>", "images.jsonl": "images"}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_case_is_dropped_by_a_template_that_leaves_its_content_out(case, cuts_think, base, tmp_path, capsys):
+    if not CASES.is_dir():
+        pytest.skip(f"no {CASES}")
+    for model in (cuts_think, base):
+        if case == "think_in_answer.jsonl" and model == base:
+            continue  # plain text has it
+        assert f"24 dropped, mostly '{LEFT_OUT[case]}" in fails(capsys, CASES / case, model, tmp_path / "out")
+        records = (tmp_path / "out.dropped.jsonl").read_text().splitlines()
+        assert len(records) == 24 and LEFT_OUT[case] in json.loads(records[0])["reason"]
+
+
+def test_the_case_of_two_labelled_answers_names_the_hook_and_is_read_by_it(chat, tmp_path, capsys):
+    if not CASES.is_dir():
+        pytest.skip(f"no {CASES}")
+    message = fails(capsys, CASES / "labelled_ab.jsonl", chat, tmp_path / "out")
+    assert "--convert" in message and "response_a, response_b, preferred" in message and "ShareGPT" in message
+    meta, splits, _ = run(CASES / "labelled_ab.jsonl", chat, tmp_path / "out", "--val_fraction", 0.3, "--convert", f"{EXAMPLES}:labelled_ab")
+    assert meta["counts"]["pairs_out"] == 24
+    decode = AutoTokenizer.from_pretrained(chat).decode
+    assert all(decode(pair["chosen"]).startswith("Take") for rows in splits.values() for pair in rows)
+
+
+def test_the_summary_counts_scores_repeats_prompts_and_the_longest(chat, tmp_path, capsys):
+    if not CASES.is_dir():
+        pytest.skip(f"no {CASES}")
+    run(CASES / "scores.jsonl", chat, tmp_path / "a", "--val_fraction", 0.3)
+    assert "8 rows agree, 8 tie, 8 contradict" in capsys.readouterr().out
+    meta, _, dropped = run(CASES / "scores.jsonl", chat, tmp_path / "b", "--val_fraction", 0.3, "--drop_ties")
+    assert meta["counts"]["dropped"] == {"scores tie": 8, "scores contradict": 8}
+    run(CASES / "repeats.jsonl", chat, tmp_path / "c", "--val_fraction", 0.3)
+    assert "8 distinct; 16 pairs are exact repeats" in capsys.readouterr().out
+
+
+# ---- kinds of rows ----
+
+EXAMPLES = Path(__file__).parent / "convert_examples.py"
+CALLS = [dict(type="function", function=dict(name="look", arguments=dict(town="Lund")))]
+WHY, YES, NO = dict(role="user", content="Why?"), dict(role="assistant", content="good"), dict(role="assistant", content="bad")
+GOOD_BAD = ("good<|im_end|>", "bad<|im_end|>")
+KINDS = {  # what the row has: (row, prompt)
+    "a prompt under query": (dict(query="Why?", chosen="good", rejected="bad"), turns("Why?")),
+    "a prompt under input": (dict(input="Why?", chosen="good", rejected="bad"), turns("Why?")),
+    "an empty prompt beside a question": (dict(prompt="", question="Why?", chosen="good", rejected="bad"), turns("Why?")),
+    "conversations and texts": (dict(conversations=[dict(role="user", content="Why?")], chosen="good", rejected="bad"), turns("Why?")),
+    "a list under instruction": (dict(instruction=[WHY], chosen="good", rejected="bad"), turns("Why?")),
+    "a system_prompt": (dict(system_prompt="Be kind.", prompt="Why?", chosen="good", rejected="bad"), turns("system: Be kind.", "Why?")),
+    "a null system": (dict(system=None, prompt="Why?", chosen="good", rejected="bad"), turns("Why?")),
+    "the role developer": (dict(prompt=[dict(role="developer", content="Be kind."), WHY], chosen="good", rejected="bad"),
+                           turns("system: Be kind.", "Why?")),
+    "the role model": (dict(prompt=[WHY], chosen=[dict(role="model", content="good")], rejected=[dict(role="model", content="bad")]), turns("Why?")),
+    "messages that hold the answer too": (dict(messages=[WHY, YES], chosen="good", rejected="bad"), turns("Why?")),
+    "messages as JSON text": (dict(messages=json.dumps([WHY]), chosen=json.dumps([YES]), rejected=json.dumps(NO)), turns("Why?")),
+    "messages as Python text": (dict(prompt=str([WHY]), chosen=str([YES]), rejected=str([NO])), turns("Why?")),
+    "a system turn in the answers only": (dict(prompt=[WHY], chosen=[dict(role="system", content="Be kind."), WHY, YES],
+                                               rejected=[dict(role="system", content="Be kind."), WHY, NO]), turns("system: Be kind.", "Why?")),
+    "the last turn of the prompt again": (dict(prompt=[WHY, YES, dict(role="user", content="So?")], chosen=[dict(role="user", content="So?"), YES],
+                                               rejected=[dict(role="user", content="So?"), NO]), turns("Why?", "good", "So?")),
+    "a prompt that opens with Human:": (dict(prompt="Human: Why?\n\nAssistant: Hm?\n\nHuman: So?\n\nAssistant: ", chosen="good", rejected="bad"),
+                                        turns("Why?", "Hm?", "So?")),
+    "dialogues that repeat the prompt": (dict(prompt="\n\nHuman: Why?\n\nAssistant:", chosen="\n\nHuman: Why?\n\nAssistant: good",
+                                              rejected="\n\nHuman: Why?\n\nAssistant: bad"), turns("Why?")),
+    "parts of OpenAI's kind": (dict(prompt=[dict(role="user", content=[dict(type="input_text", text="Why"), dict(type="text", text="so?")])],
+                                    chosen="good", rejected="bad"), turns("Why\nso?")),
+    "a conversation in numbered columns of null": (dict(prompt=[WHY | dict(name=None, tool_calls=None)], chosen=[YES | dict(tool_calls=None)],
+                                                        rejected=[NO]), turns("Why?")),
+    "scores beside the answers": (dict(prompt="Why?", chosen="good", rejected="bad", chosen_rating=5, rejected_rating=1), turns("Why?")),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_of_row_is_read_without_the_hook(name, chat, tmp_path):
+    row, prompt = KINDS[name]
+    assert one(row, chat, tmp_path) == ([(prompt, *GOOD_BAD)], [])
+
+
+def call_answer(call):
+    return dict(prompt=[WHY], chosen=[dict(role="assistant", content=None) | call], rejected=[NO])
+
+
+CALL_KINDS = {
+    "arguments as JSON text": call_answer(dict(tool_calls=[dict(function=dict(name="look", arguments='{"town": "Lund"}'))])),
+    "calls as JSON text": call_answer(dict(tool_calls=json.dumps(CALLS))),
+    "OpenAI's old function_call": call_answer(dict(function_call=dict(name="look", arguments='{"town": "Lund"}'))),
+    "ShareGPT's function_call": dict(conversations=[{"from": "human", "value": "Why?"}], rejected={"from": "gpt", "value": "bad"},
+                                     chosen={"from": "function_call", "value": '{"name": "look", "arguments": {"town": "Lund"}}'}),
+}
+
+
+@pytest.mark.parametrize("name", CALL_KINDS)
+def test_a_call_is_what_is_scored_in_whatever_form_it_stands(name, with_tools, chat, tmp_path):
+    (texts,), dropped = one(CALL_KINDS[name], with_tools, tmp_path)
+    assert texts[1] == '<call>{"name": "look", "arguments": {"town": "Lund"}}</call><|im_end|>' and not dropped
+    texts, ((reason, value),) = one(CALL_KINDS[name], chat, tmp_path)
+    assert not texts and "empty" in reason or "tool calls" in reason
+
+
+def test_tools_as_json_text_and_settings_of_the_template_reach_it(tmp_path):
+    model = make_tokenizer(tmp_path / "model", "{{ mood }}" + TOOLS)
+    row = dict(prompt="Why?", chosen="good", rejected="bad", tools=json.dumps([dict(name="look", description="Looks.")]),
+               chat_template_kwargs=dict(mood="calm"))
+    (texts,), dropped = one(row, model, tmp_path)
+    assert texts[0].startswith('calm<|im_start|>system\n{"name": "look"') and not dropped
+
+
+def test_thoughts_of_an_earlier_turn_that_the_template_cuts_are_a_drop(cuts_think, tmp_path):
+    row = dict(prompt=[WHY, dict(role="assistant", content="<think>hm</think>good"), WHY], chosen="good", rejected="bad")
+    texts, ((reason, value),) = one(row, cuts_think, tmp_path)
+    assert not texts and reason == "<think> left out by the template" and "hm" in value
+
+
+def test_a_turn_of_a_tool_that_the_template_skips_is_a_drop_that_shows_it(tmp_path):
+    model = make_tokenizer(tmp_path / "model", CHATML.replace("for m in messages %}", "for m in messages if m.role != 'tool' %}"))
+    row = dict(prompt=[WHY, YES, dict(role="observation", content="14 degrees")], chosen="good", rejected="bad")
+    assert one(row, model, tmp_path) == ([], [("text of tool turn left out by the template", "14 degrees")])
+
+
+def test_a_template_may_change_white_space_and_move_the_system_turn(tmp_path):
+    template = ("{% for m in messages %}{% if m.role == 'user' %}[{% if loop.last or loop.revindex == 2 %}{% if messages[0].role == 'system' %}"
+                "{{ messages[0].content }} {% endif %}{% endif %}{{ m.content.split() | join(' ') }}]{% elif m.role == 'assistant' %}"
+                "{{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}")
+    model = make_tokenizer(tmp_path / "model", template)
+    row = dict(system="Be kind.", prompt="Why\n\n so?", chosen=" good ", rejected="bad")
+    assert one(row, model, tmp_path) == ([("[Be kind. Why so?]", *GOOD_BAD)], [])
+    row = dict(system="Be kind.", prompt=[WHY, YES, WHY], chosen="good", rejected="bad")  # the system text stands last
+    assert one(row, model, tmp_path) == ([("[Why?]good<|im_end|>[Be kind. Why?]", *GOOD_BAD)], [])
+
+
+DROP_KINDS = {  # what is wrong: (row, reason, words of the value)
+    "two user turns in a row": (dict(prompt=[WHY], chosen=[dict(role="user", content="So?"), YES], rejected=[dict(role="user", content="So?"), NO]),
+                                "malformed", "two user turns"),
+    "a late system turn": (dict(prompt=[WHY], chosen=[dict(role="system", content="x"), dict(role="user", content="So?"), YES],
+                                rejected=[dict(role="system", content="x"), dict(role="user", content="So?"), NO]), "malformed", "system turn"),
+    "an image part": (dict(prompt=[dict(role="user", content=[dict(type="image_url", image_url="x")])], chosen="a", rejected="b"), "images", "image_url"),
+    "a video column": (dict(prompt="Why?", videos=["a.mp4"], chosen="a", rejected="b"), "images", "a.mp4"),
+    "a sound in a message": (dict(prompt=[WHY | dict(audio="a.wav")], chosen="a", rejected="b"), "images", "audio"),
+    "an empty list in a list": (dict(prompt="Why?", chosen=["a"], rejected=[[]]), "malformed", "[]"),
+    "messages cut off": (dict(prompt="Why?", chosen='[{"role": "assistant", "content": "go', rejected="b"), "malformed", "JSON"),
+    "history that is none": (dict(instruction="Why?", history=[["a"]], chosen="a", rejected="b"), "error", "ValueError"),
+    "tools that are no list": (dict(prompt="Why?", chosen="a", rejected="b", tools=7), "template", "TypeError"),
+    "half a surrogate pair in a call": ('{"prompt": "Why?", "chosen": {"role": "assistant", "content": "x", "tool_calls": [{"function": '
+                                        '{"name": "\\ud83d"}}]}, "rejected": "b"}', "malformed", "ud83d"),
+}
+
+
+@pytest.mark.parametrize("name", DROP_KINDS)
+def test_a_kind_of_row_is_dropped_with_its_reason(name, with_tools, tmp_path):
+    row, reason, value = DROP_KINDS[name]
+    texts, ((found, said),) = one(row, with_tools, tmp_path)
+    assert not texts and found == reason and value in said, (found, said)
+
+
+def test_an_id_that_is_an_object_and_odd_columns_do_no_harm(chat, tmp_path):
+    row = dict(id={"a": [1]}, prompt="Why?", chosen=["good"], rejected=["bad"], subset="Ties", extra="\ud83d", images=[], label=["x"])
+    texts, dropped = one(row, chat, tmp_path, "--ties")
+    assert texts == [(ONE_TURN, *GOOD_BAD)] and not dropped
+    assert json.loads((tmp_path / "out/meta.json").read_text())["counts"]["unused"] == {"extra": 1, "label": 1}
+
+
+def test_many_chosen_and_many_rejected_make_1000_pairs_at_most(chat, tmp_path):
+    row = dict(prompt="Why?", chosen=[f"good {i}" for i in range(60)], rejected=[f"bad {i}" for i in range(60)])
+    texts, ((reason, value),) = one(row, chat, tmp_path)
+    assert 900 < len(texts) <= 1000 and len({t[1] for t in texts}) == 60 and "60 chosen x 60 rejected" in value
+
+
+def test_the_system_text_opens_the_first_question_if_the_template_has_no_system_turn(tmp_path):
+    picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    silent = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
+    for i, template in enumerate((picky, silent)):
+        model = make_tokenizer(tmp_path / f"model{i}", template)
+        row = dict(system="Be kind.", prompt="Why?", chosen="good", rejected="bad")
+        texts, ((reason, _),) = one(row, model, tmp_path)
+        assert not texts and "--system first_user" in prepare_data.HINTS[reason]
+        assert one(row, model, tmp_path, "--system", "first_user") == ([(turns("Be kind.\n\nWhy?"), *GOOD_BAD)], [])
+
+
+def test_a_prompt_that_looks_rendered_and_columns_that_are_not_used_are_said(chat, tmp_path, capsys):
+    one(dict(prompt="### Instruction: Why?", chosen="good", rejected="bad", source="x", model="y"), chat, tmp_path)
+    text = capsys.readouterr().out
+    assert "1 prompts look rendered already" in text and "not used: source (1 rows), model (1 rows)" in text
+
+
+@pytest.mark.parametrize("columns, order", [
+    (dict(score_chosen=2, score_rejected=1), "agree"), (dict(rating_chosen="1", rating_rejected="1"), "tie"),
+    (dict(chosen_score=1, rejected_score=2.5), "contradict"), ({"chosen-rating": 1, "rejected-rating": 1}, "tie"),
+    (dict(margin=-0.1), "contradict"), (dict(margin=0), "tie"), (dict(label=1), "agree"), (dict(label=0), "contradict"),
+    (dict(preference="tie"), "tie"), (dict(preference="chosen"), "agree"), (dict(label="rejected"), "contradict"),
+    (dict(label="math"), "none"), (dict(score_chosen="n/a", score_rejected="n/a"), "none"), (dict(score_chosen=None, score_rejected=1), "none")])
+def test_the_scores_of_a_row_agree_tie_or_contradict(columns, order):
+    values = {name: value for name, value in columns.items() if value is not None}
+    assert prepare_data.own_order(values) == order
+
+
+# ---- the hook ----
+
+sys.path.insert(0, str(Path(__file__).parent))
+import convert_examples  # noqa: E402
+
+
+@pytest.mark.parametrize("name", convert_examples.EXAMPLES)
+def test_a_converter_of_the_examples_reads_its_layout(name, chat, tmp_path):
+    row, before, answers = convert_examples.EXAMPLES[name]
+    files = [write(tmp_path / name, [row]) for name in ("a.jsonl", "b.jsonl")]
+    meta, splits, dropped = run(files[0], chat, tmp_path / "out", "--convert", f"{EXAMPLES}:{name}", "--val", files[1])
+    assert not dropped and len(splits["train"]) == len(splits["val"]) == len(answers)
+    assert meta["counts"]["prompts_in_both"] == 1
+    decode = AutoTokenizer.from_pretrained(chat).decode
+    prompt = turns(*(f"system: {text}" if text == "Be kind." else text for text in before))
+    found = [[decode(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in splits["train"]]
+    assert found == [[prompt, f"{good}<|im_end|>", f"{bad}<|im_end|>"] for good, bad in answers]
+
+
+def test_the_hook_may_drop_fail_or_make_several_rows_and_errors_in_its_file_are_one_line(chat, tmp_path, capsys):
+    (tmp_path / "hook.py").write_text(
+        "def f(row):\n    if row['n'] == 0: return None\n    if row['n'] == 1: return row['no']\n"
+        "    return [dict(prompt=f'Why {row[\"n\"]}?', chosen=x, rejected='z') for x in 'ab']\n")
+    path = write(tmp_path / "a.jsonl", [dict(n=i) for i in range(30)])
+    meta, splits, dropped = run(path, chat, tmp_path / "out", "--convert", f"{tmp_path}/hook.py:f", "--val_fraction", 0.3)
+    assert [(d["reason"], d["line"]) for d in dropped] == [("convert", 1), ("convert", 2)] and "KeyError" in dropped[1]["value"]
+    assert meta["counts"]["pairs_out"] == 56
+    for spec, word in ((f"{tmp_path}/hook.py:g", "'g'"), (f"{tmp_path}/no.py:f", "no.py"), ("hook", "FILE.py:FUNCTION")):
+        assert word in fails(capsys, path, chat, tmp_path / "x", "--convert", spec)
+
+
+# ---- kinds of files ----
+
+TABLE = [dict(prompt=f"Why, {i}?", chosen="good\nday", rejected='"bad"') for i in range(40)]
+COLUMNS = {name: [row[name] for row in TABLE] for name in TABLE[0]}
+
+
+def as_csv(delimiter):
+    lines = [delimiter.join(f'"{row[name]}"' if name != "rejected" else '"""bad"""' for name in row) for row in TABLE]
+    return delimiter.join(TABLE[0]) + "\n" + "\n".join(lines) + "\n"
+
+
+LAYOUTS = {  # name of the file: its text
+    "a.csv": as_csv(","), "semicolon.csv": as_csv(";"), "a.tsv": as_csv("\t"), "a.csv.gz": as_csv(","),
+    "data.json": json.dumps({"version": 1, "data": TABLE}), "train.json": json.dumps({"train": TABLE, "test": TABLE[:3]}, indent=1),
+    "columns.json": json.dumps(COLUMNS), "pandas.json": json.dumps({k: dict(zip(map(str, range(40)), v)) for k, v in COLUMNS.items()}),
+    "pretty.json": "\n".join(json.dumps(row, indent=2) for row in TABLE), "pretty.jsonl": "\n".join(json.dumps(row, indent=2) for row in TABLE),
+    "array.jsonl": json.dumps(TABLE, indent=1), "a.jsonl.zst": "\n".join(map(json.dumps, TABLE)), "a.json.zst": json.dumps(TABLE),
+    "utf16.jsonl": "\n".join(map(json.dumps, TABLE)), "utf16.json": json.dumps(TABLE, indent=1), "utf16.csv": as_csv(","),
+    "one,two.jsonl": "\n".join(map(json.dumps, TABLE)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_of_a_file_gives_the_pairs_of_its_rows(name, chat, tmp_path):
+    data = LAYOUTS[name].encode("utf-16" if "utf16" in name else "utf-8")
+    data = gzip.compress(data) if name.endswith(".gz") else pa.compress(data, "zstd", asbytes=True) if name.endswith(".zst") else data
+    (tmp_path / name).write_bytes(data)
+    meta, splits, dropped = run(tmp_path / name, chat, tmp_path / "out", "--val_fraction", 0.3)
+    assert not dropped and meta["counts"]["pairs_out"] == 40
+    start, chosen, rejected = first_pair(splits, chat)
+    assert (start, chosen, rejected) == (turns("Why, 0?"), "good\nday<|im_end|>", '"bad"<|im_end|>')
+
+
+def test_names_with_commas_are_quoted_and_several_files_of_all_kinds_go_together(chat, tmp_path):
+    write(tmp_path / "one,two.jsonl", TABLE)
+    (tmp_path / "a.csv").write_text(as_csv(","))
+    meta, splits, _ = run(f'"{tmp_path}/one,two.jsonl", {tmp_path}/a.csv', chat, tmp_path / "out")
+    assert meta["counts"]["pairs_out"] == 80 and set(splits["train"]["source"]) == {"one,two.jsonl", "a.csv"}
+
+
+def test_a_broken_object_among_pretty_printed_ones_is_one_drop(chat, tmp_path):
+    text = "\n".join(json.dumps(row, indent=2) for row in TABLE[:20]) + '\n{\n "prompt": "Wh\n' + "\n".join(json.dumps(row, indent=2) for row in TABLE[20:])
+    (tmp_path / "a.json").write_text(text)
+    meta, _, dropped = run(tmp_path / "a.json", chat, tmp_path / "out")
+    assert meta["counts"]["pairs_out"] == 40 and [d["reason"] for d in dropped] == ["malformed"]
+
+
+def test_a_folder_of_save_to_disk_and_its_splits(chat, tmp_path, capsys):
+    rows = datasets.Dataset.from_list(TABLE)
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=rows, test=rows.select(range(5))).save_to_disk(str(tmp_path / "two"))
+    assert run(tmp_path / "one", chat, tmp_path / "a")[0]["counts"]["pairs_out"] == 40
+    meta, splits, _ = run(tmp_path / "two", chat, tmp_path / "b", "--val", "test")
+    assert (len(splits["train"]), len(splits["val"]), meta["counts"]["prompts_in_both"]) == (40, 5, 5)
+    assert "'no'" in fails(capsys, tmp_path / "two", chat, tmp_path / "c", "--split", "no")
+
+
+def test_what_is_not_read_is_one_line_with_the_way_out(chat, tmp_path, capsys):
+    (tmp_path / "a.xlsx").write_text("x")
+    (tmp_path / "two.json").write_text(json.dumps({"a": TABLE, "b": TABLE}))
+    assert ".jsonl, .json, .csv" in fails(capsys, tmp_path / "a.xlsx", chat, tmp_path / "out")
+    assert "a, b: choose one with --split" in fails(capsys, tmp_path / "two.json", chat, tmp_path / "out")
+    assert run(tmp_path / "two.json", chat, tmp_path / "out", "--split", "b")[0]["counts"]["pairs_out"] == 40
+
+
+def test_bytes_that_are_no_text_drop_their_row_only(chat, tmp_path):
+    lines = [json.dumps(row).encode() for row in TABLE]
+    lines[3] = lines[3].replace(b"good", b"g\xff")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    meta, _, dropped = run(tmp_path / "a.jsonl", chat, tmp_path / "out")
+    assert meta["counts"]["pairs_out"] == 39 and (dropped[0]["line"], dropped[0]["reason"]) == (4, "malformed")
+
+
+# ---- validation, the folder, the summary ----
+
+
+def test_a_validation_set_that_is_given_is_used_as_it_is(chat, tmp_path, capsys):
+    train, val = write(tmp_path / "a.jsonl", TABLE), write(tmp_path / "b.jsonl", TABLE[:2] + ROWS[:3])
+    meta, splits, _ = run(train, chat, tmp_path / "out", "--val", val)
+    assert (len(splits["train"]), len(splits["val"])) == (40, 5) and meta["counts"]["prompts_in_both"] == 2
+    assert "2 prompts are in both" in capsys.readouterr().out
+
+
+def test_a_validation_split_that_a_file_does_not_have_is_a_line(chat, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", TABLE)
+    (tmp_path / "a.json").write_text(json.dumps(TABLE))
+    (tmp_path / "b.json").write_text(json.dumps(dict(train=TABLE, test=TABLE[:7])))
+    for name in (path, tmp_path / "a.json", tmp_path / "b.json"):
+        assert "no split valid" in fails(capsys, name, chat, tmp_path / "out", "--val", "valid")
+    _, splits, _ = run(tmp_path / "b.json", chat, tmp_path / "out", "--val", "test")
+    assert (len(splits["train"]), len(splits["val"])) == (40, 7)
+
+
+def test_few_prompts_are_said_with_what_to_do(chat, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [dict(prompt=f"Why {i % 2}?", chosen=f"good {i}", rejected="bad") for i in range(20)])
+    message = fails(capsys, path, chat, tmp_path / "out", "--val_fraction", 0.01)
+    assert "2 distinct prompts" in message and "--val_fraction" in message and "--val" in message
+
+
+def test_a_slash_at_the_end_of_out_and_the_drops_of_a_failed_run_are_in_nobodys_way(chat, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", TABLE)
+    with pytest.raises(SystemExit):
+        run(path, chat, f"{tmp_path}/out/", "--max_length", 3)
+    assert (tmp_path / "out.dropped.jsonl").exists() and not (tmp_path / "out").exists()
+    assert run(path, chat, f"{tmp_path}/out/")[0]["counts"]["pairs_out"] == 40
+    assert run(path, chat, f"{tmp_path}/out/", "--overwrite")[0]["counts"]["pairs_out"] == 40
+
+
+def test_overwrite_never_deletes_what_it_cannot_replace(chat, tmp_path, monkeypatch):
+    path, out = write(tmp_path / "a.jsonl", TABLE), tmp_path / "out"
+    run(path, chat, out)
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: rename(self, to) if self.suffix != ".partial" else (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(SystemExit, match="cannot write"):
+        run(path, chat, out, "--overwrite")
+    monkeypatch.undo()
+    assert load(out)[0]["counts"]["pairs_out"] == 40 and sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="notes.txt"):
+        run(path, chat, out, "--overwrite")
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial/thesis.tex").write_text("mine")
+    with pytest.raises(SystemExit, match="thesis.tex"):
+        run(path, chat, tmp_path / "new")
+    assert (out / "notes.txt").exists() and (tmp_path / "new.partial/thesis.tex").exists()
+
+
+def test_ids_that_do_not_fit_the_embedding_are_a_line(tmp_path, capsys):
+    model, path = make_tokenizer(tmp_path / "model", CHATML), write(tmp_path / "a.jsonl", TABLE)
+    size = len(AutoTokenizer.from_pretrained(model))
+    for rows, words in ((2, "the end token"), (size - 1, "")):
+        Path(model, "config.json").write_text(json.dumps(dict(model_type="llama", vocab_size=rows)))
+        if words:
+            assert words in fails(capsys, path, model, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    last = tokenizer.decode([size - 1])
+    texts, ((reason, value),) = one(dict(prompt="Why?", chosen=last, rejected="b"), model, tmp_path)
+    assert not texts and reason == "beyond the embedding" and str(size - 1) in value
+
+
+def test_control_characters_of_the_sample_are_escaped(chat, tmp_path, capsys):
+    run(write(tmp_path / "a.jsonl", [row | dict(chosen="a\x1b[2Jb\u202e") for row in TABLE]), chat, tmp_path / "out")
+    text = capsys.readouterr().out
+    assert "a\\x1b[2Jb\\u202e" in text and "\x1b" not in text
+
+
+def test_a_chunk_ends_at_a_bound_in_bytes(monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK_BYTES", 1000)
+    rows = [("", "a", "a:1", 1, 0, dict(prompt="x" * 400))] * 20
+    assert {len(chunk) for chunk in prepare_data.chunks(rows)} <= {2, 3}
+    assert prepare_data.batch_size(memory=10**9, rows=1000) == 1 and prepare_data.batch_size(memory=10**5, rows=1000) == 10
+
+
+# ---- no row ends the run ----
+
+HOSTILE = ["", " ", None, 0, -1, 1e400, True, [], {}, [[]], [{}], [[[]]], "\ud83d", {"a": {"b": [None]}}, ["x", None], "\n\nHuman: a",
+           "\n\nHuman: a\n\nAssistant: b", '[{"role": "user"', [{"role": "user", "content": "q"}], {"role": "assistant", "content": None},
+           [{"from": "gpt", "value": "v"}], [{"role": [], "content": {}}], [{"role": "tool", "content": ["x"]}], "<|im_end|>", "a" * 5000,
+           [{"role": "assistant", "tool_calls": [7]}], [{"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}],
+           {"type": "function"}, "{", "[]", 10**400, float("nan"), [float("inf")], "\x00", "\u2028"]
+NAMES = ["prompt", "chosen", "rejected", "messages", "question", "query", "input", "instruction", "conversations", "history", "system",
+         "system_prompt", "tools", "chat_template_kwargs", "initial_reason_steps", "options", "choices", "answer", "context", "images",
+         "subset", "category", "weight", "id", "score_chosen", "score_rejected", "margin", "label", "preference", "odd"]
+
+
+def fuzz(seed, count):
+    """Rows of all formats, of which half get one to three hostile values."""
+    rng = random.Random(seed)
+    good = [row for row, _ in [*FORMATS.values(), *KINDS.values()]] + list(CALL_KINDS.values()) + [
+        dict(question="Why?", options=["a", "b"], answer=1, context="x")]
+    for number in range(count):
+        row = dict(rng.choice(good))
+        if isinstance(row.get("prompt"), str) and rng.random() < 0.9:
+            row["prompt"] += f" {number}"
+        for _ in range(rng.choice((0, 0, 1, 2, 3))):
+            row[rng.choice(NAMES)] = rng.choice(HOSTILE)
+        yield row
+
+
+def fuzz_run(count, with_tools, base, tmp_path):
+    """Rows in = rows out + rows reported, whatever stands in them, with and without template."""
+    path = write(tmp_path / "fuzz.jsonl", fuzz(0, count))
+    for model in (with_tools, base):
+        meta, splits, dropped = run(path, model, tmp_path / Path(model).name, "--max_length", 500)
+        check(meta, splits, dropped, AutoTokenizer.from_pretrained(model))
+        kept = {pair["id"].split(":")[1].split("-")[0] for rows in splits.values() for pair in rows}
+        lost = {f"{d['line']:06d}" for d in dropped}
+        assert kept | lost == {f"{number:06d}" for number in range(1, count + 1)}
+        assert len(kept) > count / 4 and len(lost) > count / 4
+
+
+def test_no_row_ends_the_run_and_every_row_is_kept_or_reported(with_tools, base, tmp_path):
+    fuzz_run(1_000, with_tools, base, tmp_path)
+
+
+@pytest.mark.slow
+def test_no_row_of_20000_ends_the_run(with_tools, base, tmp_path):
+    fuzz_run(20_000, with_tools, base, tmp_path)
+
+
+def test_a_row_too_deep_for_another_process_is_a_drop(chat, tmp_path):
+    deep = "[" * 900 + "]" * 900
+    path = write(tmp_path / "a.jsonl", [*TABLE, '{"prompt": %s, "chosen": "a", "rejected": "b"}' % deep])
+    meta, _, dropped = run(path, chat, tmp_path / "out", "--num_proc", 2)
+    assert meta["counts"]["pairs_out"] == 40 and len(dropped) == 1
+
+
+# ---- the style of the script ----
+
+
+def test_the_script_is_written_as_the_others_are():
+    """test_copies.py holds the other scripts to the same."""
+    import test_copies as style
+
+    text = (ROOT / "prepare_data.py").read_text()
+    rule = len(text[:text.index("# ---- helpers")].rstrip().splitlines())
+    assert f"Read to line {rule}:" in prepare_data.__doc__
+    assert [line for line in text.splitlines() if len(line) > 100] == []
+    for name, node in style.functions("prepare_data.py").items():
+        lines = node.end_lineno - node.lineno + 1
+        assert lines <= 45 and style.depth(node) <= 3, name
+        assert lines <= 10 or style.ast.get_docstring(node) or name == "main", name
+    style.test_there_are_no_dense_tricks("prepare_data.py")
+    style.test_there_are_at_most_36_flags("prepare_data.py")

@@ -26,7 +26,7 @@ def flags_of(script):
 
 def commands():
     """[(script, [flags])] of the code blocks, with continued lines joined."""
-    blocks = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", BOTH, re.S)).replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", BOTH, re.S)).replace("\\\n", " ")
     lines = [line.split("#")[0] for line in blocks.splitlines()]
     found = []
     for line in lines:
