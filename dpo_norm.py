@@ -318,8 +318,9 @@ def load_data(args, names=("train", "val")):
     """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
     with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        find_model(args.model)[0], trust_remote_code=args.trust_remote_code)
+    folder, trust = find_model(args.model)[0], dict(trust_remote_code=args.trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(folder, **trust).get_text_config()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
         fail(f"--data {args.data} has other tokens than --model {args.model}: run prepare_data.py")
@@ -333,6 +334,10 @@ def load_data(args, names=("train", "val")):
             pair = pairs[int(tokens.argmax())]["id"]
             fail(f"pair {pair} of {args.data}/{name} has {tokens.max()} tokens, over --max_tokens "
                  f"{args.max_tokens}: raise it, or prepare the data with a smaller --max_length")
+        largest = max(pc.max(pc.list_flatten(side)).as_py() for side in sides)
+        if largest >= config.vocab_size:
+            fail(f"{args.data}/{name} has the token id {largest}, but --model {args.model} has "
+                 f"{config.vocab_size} embeddings: leave out the texts with that token")
         splits[name] = dict(pairs=pairs, lengths=lengths, hash=rows_hash(pairs, lengths))
     return splits
 

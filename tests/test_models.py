@@ -298,6 +298,15 @@ def test_another_config_needs_another_cache(world, program, tmp_path):
     assert "0 caches" in refusal(train, program, "dpo", model, data, tmp_path / "out")
 
 
+@pytest.mark.parametrize("script", ["cache_ref", "simpo", "compo"])
+def test_token_ids_beyond_the_embedding_are_refused(world, program, tmp_path, script):
+    """Even where the pair that has them is neither the longest nor a short one."""
+    pairs = [*PAIRS[:2], PAIRS[2] | dict(rejected=[3, VOCAB, 4, 5]), *PAIRS[3:]]
+    model, data = world(tiny_hf_model("llama"), pairs)
+    line = refusal(program, script, model=model, data=data, **({} if script == "cache_ref" else dict(out=tmp_path / "o")))
+    assert f"token id {VOCAB}" in line and f"{VOCAB} embeddings" in line
+
+
 LONG = random_pairs([(4, 3, 5), (30, 9, 12), (5, 1, 4)])
 
 

@@ -50,13 +50,14 @@ PLANS = [  # script, family, layout, and what else
     ("dpo", "llama", "packed", "zero2"),  # else one rank has 2, several have 3
     ("dpo", "llama-tied", "packed", "zero2"),
     ("dpo", "llama", "packed", "zero3"),
+    ("dpo", "llama", "packed", "zero2 groups full"),
     ("auxdpo", "llama-tied", "packed", "zero2"),
     ("auxdpo", "llama-tied", "packed", "full"),  # the last micro-batches keep their graphs
 ]
 PLANS += [(name, "llama-tied", "packed", "") for name in SCRIPTS if name != "dpo"]
 PLANS += [(name, "llama-tied", "separate", "") for name in SCRIPTS if name != "dpo"]
 if importlib.util.find_spec("peft"):
-    PLANS += [("dpo", "llama", "packed", "lora")]
+    PLANS += [("dpo", "llama", "packed", "lora"), ("dpo", "llama", "packed", "zero2 lora")]
 SIZES = [(1, 1, 4), (7, 9, 1), (23, 5, 17), (2, 30, 2), (12, 3, 11), (3, 3, 3), (5, 8, 6)]
 CASES = {  # pairs, whether max_tokens is as small as can be
     "seven pairs, small": (7, True),
@@ -83,7 +84,7 @@ def arguments(layout, max_tokens, how):
     return types.SimpleNamespace(
         layout=layout,
         max_tokens=max_tokens,
-        activation_checkpointing=how if how in ("full", "selective") else "off",
+        activation_checkpointing=next((kind for kind in ("full", "selective") if kind in how), "off"),
         beta=0.3,
         gamma_beta_ratio=0.5,
         label_smoothing=0.1,
@@ -127,9 +128,9 @@ def all_steps(folders):
     results = {}
     for plan in PLANS:
         name, family, layout, how = plan
-        changes = dict(shard_group=max(1, dist.get_world_size() // 2)) if how == "groups" else {}
-        changes |= dict(lora_rank=2) if how == "lora" else {}
-        changes |= dict(zero=how[-1]) if how.startswith("zero") else {}
+        changes = dict(shard_group=max(1, dist.get_world_size() // 2)) if "groups" in how else {}
+        changes |= dict(lora_rank=2) if "lora" in how else {}
+        changes |= {"zero": kind[-1] for kind in how.split() if "zero" in kind}
         checkpointing = arguments(layout, 0, how).activation_checkpointing
         policy = tiny_policy(SCRIPTS[name], folders[family], layout, checkpointing, **changes)
         for case in CASES:
