@@ -6,7 +6,8 @@ The model is built on the meta device, which has shapes and no numbers, and one 
 keeps for the backward pass. Bytes per rank, c = 2 for bfloat16 and 4 for float32, P parameters, S ranks that share a copy:
 
     states       16 P / S: float32 weights, gradients and both moments of AdamW (LoRA: 4 P / S, its own are small)
-    gathered     c x (embeddings and head + two blocks), and the gradient of one block in c and in float32
+    gathered     c x (embeddings and head + two blocks), with --zero 2 (auto: on one rank) c P; and the gradient of one block
+                 in c and in float32
     activations  what autograd keeps; with --activation_checkpointing full one block of it, and the input of every block;
                  selective: that, and the outputs of matrix products and attention of every block
     head         a chunk of logits, 2^26 numbers: in c, and twice in float32
@@ -72,7 +73,7 @@ def kept_bytes(model, tokens):
     return sum(tensor.numel() * tensor.element_size() for tensor in seen.values()), products.bytes
 
 
-def plan(config, ranks=1, group=0, tokens=8192, dtype=torch.bfloat16, checkpointing="off", lora=False):
+def plan(config, ranks=1, group=0, tokens=8192, dtype=torch.bfloat16, checkpointing="off", lora=False, zero="auto"):
     """{what: bytes of a rank}, {what: numbers}."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="plan")
@@ -87,8 +88,9 @@ def plan(config, ranks=1, group=0, tokens=8192, dtype=torch.bfloat16, checkpoint
     if checkpointing != "off":
         kept = kept / len(blocks) + len(blocks) * tokens * text.hidden_size * width
         kept += products * (checkpointing == "selective")
+    whole = zero == "2" or (zero == "auto" and ranks == 1)
     parts = {"states": (4 if lora else 16) * parameters / (group or ranks),
-             "gathered": width * (root + 2 * block) + (0 if lora else (width + 4) * block),
+             "gathered": width * (parameters if whole else root + 2 * block) + (0 if lora else (width + 4) * block),
              "activations": kept,
              "head": min(tokens * text.vocab_size, 2**26) * (width + 8)}
     return parts, dict(parameters=parameters, blocks=len(blocks), matmul=parameters - (0 if tied else embedding))
@@ -102,6 +104,7 @@ def main():
     parser.add_argument("--max_tokens", type=int, default=8192, help="of one forward pass of one rank")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--activation_checkpointing", default="off", choices=["off", "selective", "full"])
+    parser.add_argument("--zero", default="auto", choices=["auto", "2", "3"])
     parser.add_argument("--lora_rank", type=int, default=0)
     parser.add_argument("--pair_tokens", type=int, default=800, help="prompt once, chosen and rejected")
     parser.add_argument("--batch_size", type=int, default=128, help="pairs of a step, over all ranks")
@@ -110,7 +113,7 @@ def main():
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)
         parts, about = plan(config, args.ranks, args.shard_group, args.max_tokens, getattr(torch, args.dtype),
-                            args.activation_checkpointing, args.lora_rank > 0)
+                            args.activation_checkpointing, args.lora_rank > 0, args.zero)
     except Exception as error:
         raise SystemExit(f"error: {args.model} cannot be planned ({str(error).splitlines()[0][:150]}); give a folder with "
                          "config.json of a causal language model") from None

@@ -235,7 +235,7 @@ def test_a_recipe_prints_commands_that_the_scripts_take_with_the_published_numbe
     assert (data.val_fraction, args.batch_size) == (
         (0.2, 4) if script == "auxdpo" else (0.05, 128) if kind else (0.01, 128))
     assert (args.learning_rate, args.schedule, args.beta) == (rate, schedule, beta)
-    assert (args.epochs, args.warmup, args.label_smoothing) == (1, 0.1, 0)
+    assert (args.epochs, args.warmup, getattr(args, "label_smoothing", 0)) == (1, 0.1, 0)
     assert getattr(args, "gamma_beta_ratio", None) == ratio
     assert args.resume and args.save_every and args.out == f"out/{name}" + "-clean" * bool(kind)
 

@@ -43,6 +43,8 @@ def test_predicted_bytes_are_those_of_a_step(folder, process_group):
     assert parts["activations"] == pytest.approx(measured, rel=0.2)
     assert parts["states"] == 16 * about["parameters"]
     assert plan.plan(config, ranks=8, group=4)[0]["states"] == 4 * about["parameters"]
+    whole, blocks = [plan.plan(config, ranks=8, dtype=torch.float32, zero=zero)[0]["gathered"] for zero in ("2", "3")]
+    assert parts["gathered"] == whole > blocks  # one rank keeps all weights of a step, unless it is told not to
     kept = plan.plan(config, tokens=tokens, checkpointing="full", dtype=torch.float32)[0]["activations"]
     assert kept == pytest.approx(parts["activations"] / 3 + 3 * tokens * 128 * 4)
     some = plan.plan(config, tokens=tokens, checkpointing="selective", dtype=torch.float32)[0]["activations"]
