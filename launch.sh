@@ -185,36 +185,8 @@ END
   esac
 }
 
-demo() {  # [FLAGS of tests/demo_world.py]: each set of flags has folders of its own
-  local name script part flags tag seed world out data base models curves=""
-  tag=$(printf %s "$*" | tr -cs '[:alnum:].' -)
-  seed=$(sed -n 's/.*--seed[ =]\([0-9]*\).*/\1/p' <<<"$*")
-  world=data/demo_world$tag out=out/demo$tag; data=$world/pairs base=$world/base; models=$base
-  environment requirements.txt requirements-dev.txt
-  run rm -rf "$world" "$out"; export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1  # more would only wait
-  step() { say "$*"; run "$python" "$@"; }; step tests/demo_world.py --out "$world" "$@"
-  step prepare_data.py --dataset "$world/pairs.jsonl" --model "$base" --out "$data" --val_fraction 0.2
-  step cache_ref.py --model "$base" --data "$data" --sketch_dim 1024 --noise_margin 0.5
-  for name in dpo dpo_norm simpo wpo auxdpo clean; do
-    flags=(--learning_rate 5e-4 --seed "${seed:-0}" --log_every 5 --eval_every 10)
-    case $name in simpo) flags[1]=3e-4 ;; auxdpo) flags+=(--sketch_dim 1024) ;; esac
-    case $name in dpo|wpo|auxdpo|clean) flags+=(--beta 0.5) ;; esac
-    script=$name part=$data; if [ "$name" = clean ]; then script=dpo part=$data/clean; fi
-    step "$script.py" --model "$base" --data "$part" --out "$out/$name" --save_every 15 --keep 9 "${flags[@]}"
-    models=$models,$out/$name
-  done
-  models=$models/final,$out/compo/final  # not runs: the curves of clean and compo are of other pairs
-  step compo.py --model "$out/clean/final" --data "$data/noisy" --out "$out/compo" --seed "${seed:-0}"
-  for name in "$out"/*/step-*; do [ ! -e "$name" ] || curves+=,$name; done  # of short runs: none
-  flags=(--reference "$base" --data "$data" --samples 400 --reward tests/demo_world.py:true_reward)
-  step evaluate.py --models "$models$curves" --out "$out/curves" "${flags[@]}" \
-    --best_of 16 --plot "$out/plot.png"
-  step evaluate.py --models "$models" --out "$out" --table "$out/table.md" "${flags[@]}"
-  say "done: the table above is $out/table.md, the curves are $out/plot.png"
-}
-
 case ${1:-} in
-  demo) demo "${@:2}" ;;
+  demo) . tests/demo.sh; demo "${@:2}" ;;
   test) environment requirements.txt requirements-dev.txt
     export HF_HUB_OFFLINE=1; run "$python" -m pytest tests "${@:2}" ;;
   recipe) recipe "${@:2}" ;;

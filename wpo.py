@@ -939,17 +939,21 @@ def own_logps(model, pairs):
 
 @torch.no_grad()
 def check_final(policy, split, dtype, args):
-    """Rank 0 reads final/ back: it must give two short pairs the log-probs that the policy does."""
-    final, rows = f"{args.out}/final", split["lengths"].sum(1).argsort()[:2]
+    """Rank 0 reads final/ back: it must give two short pairs the log-probs of the policy, in the
+    precision of final/, which may have lost much of a short training."""
+    stored = safetensors.torch.load_file(min(find_model(args.model)[0].glob("model*.safetensors")))
+    precision = max(stored.values(), key=torch.numel).dtype
+    if not args.lora_rank:
+        for parameter in policy.parameters():
+            parameter.copy_(parameter.to(precision))
+    rows = split["lengths"].sum(1).argsort()[:2]
     pairs = [split["pairs"][int(row)] for row in rows]
     logps = policy(collate(pairs, args.layout))
     if dist.get_rank() == 0:
-        weights = read_model(final, args)[1].eval()
-        config = json.loads(Path(final, "config.json").read_text())
-        if "float32" not in (config.get("dtype"), config.get("torch_dtype")):  # its older name
-            dtype = torch.bfloat16
-        check_same(logps, own_logps(weights, pairs), split["lengths"][rows], dtype,
-                   f"{final} gives other log-probs than the weights that were trained")
+        truth = own_logps(read_model(f"{args.out}/final", args)[1].eval(), pairs)
+        dtype = dtype if precision == torch.float32 else precision
+        check_same(logps, truth, split["lengths"][rows], dtype,
+                   f"{args.out}/final gives other log-probs than the weights that were trained")
         for path in Path(args.out).glob("step-*") if args.save_every == 0 else []:
             shutil.rmtree(path)  # it was made in case that this goes wrong
     dist.barrier()

@@ -29,6 +29,8 @@ def root(tmp_path):
     """A copy of launch.sh and what it reads, without .venv."""
     for path in [ROOT / "launch.sh", *ROOT.glob("requirements*.txt"), *ROOT.glob("*.py")]:
         shutil.copy(path, tmp_path)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests/demo.sh", tmp_path / "tests")
     return tmp_path
 
 
@@ -293,7 +295,7 @@ def test_restarts_are_those_of_torchrun(root):
 def test_flags_make_another_demo_in_folders_of_its_own(root):
     text = "\n".join(launch(root, "demo", "--noise_share", "0.8", "--seed", "2"))
     assert "demo_world.py --out data/demo_world-noise-share-0.8-seed-2 --noise_share 0.8 --seed 2" in text
-    assert text.count("--seed 2 --log_every") == 6 and "out/demo-noise-share-0.8-seed-2/table.md" in text
+    assert text.count("--seed 2 --learning_rate") == 6 and "out/demo-noise-share-0.8-seed-2/table.md" in text
     assert "rm -rf data/demo_world-noise-share-0.8-seed-2 out/demo-noise-share-0.8-seed-2" in text
 
 def test_plan_gives_its_flags_on(root):

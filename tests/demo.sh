@@ -1,0 +1,56 @@
+# ./launch.sh demo: a world is made, every algorithm is trained in it, and what came out is shown. launch.sh
+# reads this file; say, fail, dry, run and environment are its own.
+
+demo() {  # [--only SCRIPT.py] [FLAGS of tests/demo_world.py]: each set of flags has its own folders
+  local only="" name what names="dpo dpo_norm simpo wpo auxdpo clean compo" part flags tag seed
+  local world out data base models curves="" number=0 total=12 log began
+  if [ "${1:-}" = --only ]; then only=${2:-}; shift 2 || fail "--only needs a script"; fi
+  [ -z "$only" ] || [ -f "$only" ] || fail "there is no script $only; there are: $(echo *.py)"
+  tag=$(printf %s "$*" | tr -cs '[:alnum:].' -)
+  seed=$(sed -n 's/.*--seed[ =]\([0-9]*\).*/\1/p' <<<"$*")
+  world=data/demo_world$tag out=out/demo$tag; data=$world/pairs base=$world/base; models=$base
+  log=$out/demo.log
+  environment requirements.txt requirements-dev.txt
+  export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1  # more threads would only wait for each other
+  step() {  # SENTENCE SCRIPT ARGS: what the script says goes to the log
+    number=$((number + 1)) began=$SECONDS
+    echo "$number of $total: $1" >&2
+    if dry; then run "$python" "${@:2}"; return; fi
+    "$python" "${@:2}" >>"$log" 2>&1 || fail "$(tail -n 1 "$log"); all of it is in $log"
+    echo "    $((SECONDS - began)) s" >&2
+  }
+  if [ -z "$only" ] || [ ! -e "$data/meta.json" ]; then
+    run rm -rf "$world" "$out"; run mkdir -p "$out"
+    step "a small world, and a model that knows its language" tests/demo_world.py --out "$world" "$@"
+    step "pairs of its answers become tokens" prepare_data.py \
+      --dataset "$world/pairs.jsonl" --model "$base" --out "$data" --val_fraction 0.2
+    step "log-probs and gradient sketches of the untrained model" cache_ref.py \
+      --model "$base" --data "$data" --sketch_dim 1024 --noise_margin 0.5
+  fi
+  [ -z "$only" ] || names=$(basename "${only%.py}") total=$((number + 3))
+  for name in $names; do
+    flags=(--learning_rate 5e-4 --log_every 5 --eval_every 10 --save_every 15 --keep 9)
+    part=$data script=${only:-$name.py}
+    case $name in clean) script=dpo.py part=$data/clean ;; compo) part=$data/noisy flags=() ;; esac
+    case $name in clean|compo) what=" on the ${part##*/} pairs" ;; *) what="" ;; esac
+    ! grep -q 'gamma_beta_ratio: ' "$script" || flags[1]=3e-4
+    ! grep -q 'sketch_dim: ' "$script" || flags+=(--sketch_dim 1024)
+    ! grep -q ' beta: float = 0.1 ' "$script" || flags+=(--beta 0.5)
+    model=$base; [ "$name" != compo ] || model=$out/clean/final
+    run rm -rf "$out/$name"
+    step "$script trains a model$what" "$script" --model "$model" --data "$part" --out "$out/$name" \
+      --seed "${seed:-0}" ${flags[@]+"${flags[@]}"}
+  done
+  [ -z "$only" ] || names="$(cd "$out" && ls -d */ | tr -d / | grep -v curves)"
+  for name in $names; do  # curves are drawn of those that saw all pairs
+    case $name in clean|compo) models+=,$out/$name/final ;; *) models+=,$out/$name ;; esac
+  done
+  for name in "$out"/*/step-*; do [ ! -e "$name" ] || curves+=,$name; done  # of short runs: none
+  flags=(--reference "$base" --data "$data" --samples 400 --reward tests/demo_world.py:true_reward)
+  step "answers on the way are sampled, and curves drawn" evaluate.py --models "$models$curves" \
+    --out "$out/curves" "${flags[@]}" --best_of 16 --plot "$out/plot.png"
+  step "answers at the end are sampled and judged" evaluate.py --models "$models" --out "$out" \
+    --table "$out/table.md" "${flags[@]}"
+  run "$python" tests/demo_summary.py "$out"
+  echo "The picture is $out/plot.png, all figures are in $out/table.md, what was printed in $log." >&2
+}
