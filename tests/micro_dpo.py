@@ -43,7 +43,6 @@ policy = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=tor
 reference = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 policy, reference = policy.to(device).eval(), reference.to(device).eval()
 
-
 def response_logps(model, pairs, side):
     """log p(y|x) (n,) of the responses y, "chosen" or "rejected", of n pairs: the sum over the
     tokens of y. T is the length of the longest text, V the size of the vocabulary."""
@@ -62,7 +61,6 @@ def response_logps(model, pairs, side):
     logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (n, T - 1)
     return (logps * in_response[:, 1:]).sum(1)
 
-
 def preference_loss(pairs):
     """n pairs -> losses (n,) and margins (n,); a margin above 0 means that the policy has learnt
     to prefer the chosen response."""
@@ -73,7 +71,6 @@ def preference_loss(pairs):
         ref_rejected = response_logps(reference, pairs, "rejected")
     margins = args.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -F.logsigmoid(margins), margins  # eq. 7
-
 
 @torch.no_grad()
 def evaluate(step):
@@ -86,7 +83,6 @@ def evaluate(step):
         margins += batch_margins.tolist()
     accuracy = (np.sign(margins).mean() + 1) / 2  # a margin of 0, as before training, counts half
     print(f"step {step}  eval loss {np.mean(losses):.6f}  eval accuracy {accuracy:.3f}")
-
 
 optimizer = torch.optim.AdamW(policy.parameters(), args.learning_rate, weight_decay=0.0)
 epoch_steps = math.ceil(len(train) / args.batch_size)
@@ -102,7 +98,7 @@ for step in range(steps):
     losses, margins = preference_loss([train[int(row)] for row in rows])
     loss = losses.mean()
     loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # as it was before
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # before clipping
 
     # The learning rate rises in the first tenth of the steps, and then falls towards 0.
     if step < warmup:

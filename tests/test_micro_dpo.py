@@ -9,6 +9,7 @@ model, padded batches and the model's own forward pass, dpo.py has none of them.
 import json
 import re
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -21,7 +22,8 @@ import dpo
 from conftest import ROOT, random_pairs, run_as_program
 
 SIZES = [(3, 4, 2), (1, 9, 7), (12, 1, 5), (6, 6, 1), (2, 3, 8), (5, 2, 2), (4, 7, 3), (9, 5, 6)]
-FLAGS = dict(batch_size=3, max_steps=10, learning_rate=1e-3, beta=0.3, seed=5)  # 4 epochs, 1 step of warm-up
+# Three epochs and a step; the first step is the warm-up.
+FLAGS = dict(batch_size=3, max_steps=10, learning_rate=1e-3, beta=0.3, seed=5)
 
 
 def run_script(module, **flags):
@@ -32,6 +34,7 @@ def run_script(module, **flags):
         alone = (0, 1, torch.device("cpu"), torch.float32)
         patch.setattr(module, "start_process_group", lambda dtype: alone)
         patch.setattr(module.dist, "destroy_process_group", lambda: None)
+        patch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
         run_as_program(module)
 
 
@@ -88,7 +91,7 @@ def test_losses_margins_gradient_norms_and_accuracies_are_equal_in_every_step(mi
 def test_the_run_is_one_in_which_losses_and_gradients_move(micro):
     """Otherwise the test above would compare constants."""
     numbers = micro[0]
-    assert numbers[1, "loss"] == pytest.approx(0.693147, abs=1e-6) and numbers[0, "eval accuracy"] == 0.5
+    assert numbers[1, "loss"] == 0.693147 and numbers[0, "eval accuracy"] == 0.5
     assert abs(numbers[10, "loss"] - 0.693147) > 0.01 and abs(numbers[10, "margin"]) > 0.01
     assert len({numbers[step, "grad_norm"] for step in range(1, 11)}) == 10
 
@@ -104,4 +107,4 @@ def test_the_trained_weights_are_equal(micro, efficient, world):
 
 def test_it_is_short_enough_to_be_read_at_once():
     lines = (ROOT / "tests/micro_dpo.py").read_text().splitlines()
-    assert len(lines) <= 125 and max(map(len, lines)) <= 100
+    assert len(lines) <= 115 and max(map(len, lines)) <= 100
