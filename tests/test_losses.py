@@ -248,7 +248,7 @@ def test_loss_and_gradient_are_those_of_trl_on_the_same_weights_and_tokens(
 
 
 def orpo_and_trl(sizes, fork, policy, trl_trainer):
-    """Our loss and TRL's of random pairs with these lengths; gradients are in policy and trainer."""
+    """Our loss and TRL's of random pairs; policy and trainer hold the gradients."""
     module = pytest.importorskip("trl.experimental.orpo")
     trainer = trl_trainer(module.ORPOTrainer, module.ORPOConfig, beta=0.1)
     pairs = random_pairs(sizes)
@@ -316,9 +316,9 @@ def numbers(lines, *without):
 
 
 def test_sgd_with_momentum_moves_the_weights_along_the_clipped_gradient(edited, train):
-    """Both gradients have norm 1 and nearly the same direction: the rate times 1 + 0.9 + 1 in all."""
+    """Both gradients are clipped to norm 1 and nearly the same: the rate times 1 + (0.9 + 1)."""
     lines, before, after = train(edited("Another optimiser"), schedule="constant")
-    assert all(line["grad_norm"] > 1 for line in lines if "grad_norm" in line)  # so they are clipped
+    assert min(line["grad_norm"] for line in lines if "grad_norm" in line) > 1
     moved = math.sqrt(sum((after[name] - before[name]).square().sum().item() for name in before))
     assert moved == pytest.approx(2.9e-3, rel=0.05)
 

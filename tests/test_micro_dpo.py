@@ -107,4 +107,4 @@ def test_the_trained_weights_are_equal(micro, efficient, world):
 
 def test_it_is_short_enough_to_be_read_at_once():
     lines = (ROOT / "tests/micro_dpo.py").read_text().splitlines()
-    assert len(lines) <= 115 and max(map(len, lines)) <= 100
+    assert len(lines) <= 120 and max(map(len, lines)) <= 100
