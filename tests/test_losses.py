@@ -1,20 +1,19 @@
 """Claim: the losses and edits that tests/losses/README.md shows can be pasted, and do what it says.
 
-The lines are read from that page, so there is no second copy of them. A loss replaces the two lines
-of preference_loss that begin with `losses =`, in simpo.py if the loss has no reference, and in
-dpo.py otherwise. Its value and gradient are those of a loop over the formula in float64, with
-derivatives by central differences, and, where TRL 1.16 has the loss, those of TRL on the same
-weights and tokens. Its value at step 0 is the one in the page's table. Each edit is applied to
-dpo.py, whose main() then takes two steps.
-
-    python tests/test_losses.py ipo > ipo.py        writes a script with another loss
+The lines are read from that page by tests/losses/fork.py, so there is no second copy of them. The
+value and gradient of a loss are those of a loop over the formula in float64, with derivatives by
+central differences, and, where TRL 1.16 has the loss, those of TRL on the same weights and tokens.
+Its value at step 0 is the one in the page's table. Each edit is applied to dpo.py, whose main() then
+takes two steps.
 """
 
+import difflib
 import importlib.util
 import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -27,48 +26,14 @@ from safetensors.torch import load_file
 import cache_ref
 import dpo
 import dpo_norm
-import simpo
 from conftest import ROOT, assert_same_gradients, random_pairs, split_of, tiny_policy, trl_dpo_loss
+from losses.fork import EDITS, LOSSES, NO_REFERENCE, PAGE, with_edit, with_loss
 from test_micro_dpo import run_script
 from test_siblings import trl_cpo_loss
 
-PAGE = (ROOT / "tests/losses/README.md").read_text()
-NO_REFERENCE = {"orpo"}
-
-
-def blocks(language):
-    """{heading: its block of code} of the sections of the page."""
-    found = {}
-    for section in PAGE.split("\n### ")[1:]:
-        code = re.search(rf"^```{language}\n(.*?)^```", section, re.M | re.S)
-        if code:
-            found[section.splitlines()[0]] = code[1]
-    return found
-
-
-LOSSES, EDITS = blocks("python"), blocks("diff")
 ROWS = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| ")]
 TABLE = {name: (float(value), float(beta), tested)
          for name, _, value, beta, _, tested in ROWS if name in LOSSES}
-
-
-def with_loss(name):
-    """The source of dpo.py, or of simpo.py, with the loss `name` of the page."""
-    text = (ROOT / ("simpo.py" if name in NO_REFERENCE else "dpo.py")).read_text()
-    old = re.search(r"(?:^    losses = .*\n){2}", text, re.M)
-    return text[:old.start()] + LOSSES[name] + text[old.end():]
-
-
-def with_edit(name):
-    """The source of dpo.py after the diff `name` of the page."""
-    text = (ROOT / "dpo.py").read_text()
-    for hunk in EDITS[name].split("@@\n"):
-        lines = hunk.splitlines(keepends=True)
-        old = "".join(line[1:] for line in lines if line[0] in " -")
-        new = "".join(line[1:] for line in lines if line[0] in " +")
-        assert text.count(old) == 1, f"dpo.py has changed: it does not have once\n{old}"
-        text = text.replace(old, new)
-    return text
 
 
 def load(source, folder, name):
@@ -104,6 +69,16 @@ def test_the_page_has_eight_losses_of_at_most_four_lines_and_five_edits_of_at_mo
 def test_the_table_says_truly_which_losses_are_compared_with_trl():
     assert {name for name, cells in TABLE.items() if cells[2] == "TRL, loop"} == {*TRL, "orpo"}
     assert {name for name, cells in TABLE.items() if cells[2] == "loop"} == {"dpop", "rdpo"}
+
+
+def test_the_command_of_the_page_prints_a_script_that_differs_from_dpo_in_the_loss_only():
+    command = [sys.executable, str(ROOT / "tests/losses/fork.py"), "dpop"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    old = (ROOT / "dpo.py").read_text().splitlines()
+    changed = [line for line in difflib.ndiff(old, printed.splitlines()) if line[0] in "-+"]
+    assert [line[2:] for line in changed if line[0] == "+"] == LOSSES["dpop"].splitlines()
+    removed = [line[2:] for line in changed if line[0] == "-"]
+    assert len(removed) == 2 and all(line.startswith("    losses = ") for line in removed)
 
 
 # ---- losses: a loop over the formulas
@@ -369,7 +344,3 @@ def test_the_new_schedule_stays_at_the_peak_and_falls_in_the_last_fifth(edited, 
     assert rates == pytest.approx([1 / 2] + [1] * 7 + [1, 5 / 9], rel=0.12)
     lines, _, _ = train(script, schedule="wsd")
     assert [line["lr"] for line in lines if "lr" in line] == [1e-3, 1e-3]
-
-
-if __name__ == "__main__":
-    print(with_loss(sys.argv[1]), end="")
