@@ -30,11 +30,11 @@ BLOCK = (ast.For, ast.While, ast.If, ast.With, ast.Try)
 
 #             lines of the file, above the rule, that dpo.py does not have
 LIMITS = {
-    "dpo.py": (945, 215, 0),
+    "dpo.py": (950, 215, 0),
     "dpo_norm.py": (950, 215, 6),
-    "simpo.py": (940, 215, 30),
-    "wpo.py": (960, 220, 20),
-    "auxdpo.py": (1080, 330, 160),
+    "simpo.py": (945, 215, 30),
+    "wpo.py": (965, 220, 20),
+    "auxdpo.py": (1085, 330, 160),
     "compo.py": (875, 345, 250),
     "cache_ref.py": (900, None, None),
 }
