@@ -35,14 +35,15 @@ demo() {  # [--only SCRIPT.py] [FLAGS of tests/demo_world.py]: each set of flags
     case $name in clean|compo) what=" on the ${part##*/} pairs" ;; *) what="" ;; esac
     ! grep -q 'gamma_beta_ratio: ' "$script" || flags[1]=3e-4
     ! grep -q 'sketch_dim: ' "$script" || flags+=(--sketch_dim 1024)
-    ! grep -q ' beta: float = 0.1 ' "$script" || flags+=(--beta 0.5)
+    ! grep -q ' beta: float = 0\.' "$script" || flags+=(--beta 0.5)
     model=$base; [ "$name" != compo ] || model=$out/clean/final
     run rm -rf "$out/$name"
     step "$script trains a model$what" "$script" --model "$model" --data "$part" --out "$out/$name" \
       --seed "${seed:-0}" ${flags[@]+"${flags[@]}"}
   done
-  [ -z "$only" ] || names="$(cd "$out" && ls -d */ | tr -d / | grep -v curves)"
-  for name in $names; do  # curves are drawn of those that saw all pairs
+  for name in dpo dpo_norm simpo wpo auxdpo clean compo ${only:+$names}; do  # those that are there
+    case ",$models," in *",$out/$name,"*|*",$out/$name/final,"*) continue ;; esac
+    dry || [ -d "$out/$name/final" ] || continue
     case $name in clean|compo) models+=,$out/$name/final ;; *) models+=,$out/$name ;; esac
   done
   for name in "$out"/*/step-*; do [ ! -e "$name" ] || curves+=,$name; done  # of short runs: none

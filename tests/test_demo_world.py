@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo_summary
 import demo_world as world
 import pytest
 
@@ -186,3 +187,28 @@ def test_draws_cover_every_kind_of_near_duplicate():
         equal = world.true_reward(prompt, " ".join(one)) == world.true_reward(prompt, " ".join(two))
         kinds.add((sorted(one) == sorted(two), equal))
     assert {(True, True), (False, True), (False, False)} <= kinds
+
+
+# ---- what the demo says at its end
+
+
+def made_up(**rewards):
+    """Results as demo_summary reads them; a reward is (mean, error)."""
+    others = dict(win=(0.6, 0.02), length=(20.0, 0.5), kl=(0.7, 0.1), accuracy=(0.7, 0.02)) | {"win/length": (0.6, 0.02)}
+    return {name: dict(others, reward=reward) for name, reward in rewards.items()}
+
+
+def test_the_summary_names_the_winner_and_who_cannot_be_told_apart_from_it():
+    results = made_up(base=(0.3, 0.05), dpo=(1.1, 0.05), simpo=(1.0, 0.05), wpo=(0.35, 0.05))
+    text = demo_summary.sentences(results, {2: (0.9, 0.2), 4: (1.6, 0.64)})
+    assert text[0].startswith("DPO has the highest true reward, 1.10") and "0.30" in text[0]
+    assert text[1].startswith("2 of 3 are above") and text[2].endswith("in this one run: SimPO.")
+    assert "best of 4" in text[4] and "sampling more beats training" in text[4]
+    assert "training paid" in demo_summary.sentences(results, {4: (1.0, 0.64)})[4]
+
+
+def test_the_table_has_at_most_eight_columns_whose_heads_are_explained():
+    lines = demo_summary.table(made_up(base=(0.3, 0.05), mine=(1.1, 0.05))).splitlines()
+    assert lines[0].count("|") - 1 <= 8 and lines[-1].startswith("| mine ") and "1.10 ± 0.05" in lines[-1]
+    for head in ("true reward", "win", "equal length", "KL", "right pairs"):
+        assert head in lines[0] and head in demo_summary.LEGEND

@@ -298,6 +298,19 @@ def test_flags_make_another_demo_in_folders_of_its_own(root):
     assert text.count("--seed 2 --learning_rate") == 6 and "out/demo-noise-share-0.8-seed-2/table.md" in text
     assert "rm -rf data/demo_world-noise-share-0.8-seed-2 out/demo-noise-share-0.8-seed-2" in text
 
+def test_a_fork_of_a_script_is_trained_in_the_same_world_and_shown_beside_the_others(root):
+    (root / "mine.py").write_text((ROOT / "simpo.py").read_text())
+    (root / "data/demo_world/pairs").mkdir(parents=True)
+    (root / "data/demo_world/pairs/meta.json").touch()
+    text = launch(root, "demo", "--only", "mine.py")
+    assert [re.search(r"\S+\.py", line)[0] for line in text if ".py" in line and "OMP" in line] == [
+        "mine.py", "evaluate.py", "evaluate.py", "tests/demo_summary.py"]
+    train, = [line for line in text if " mine.py --model" in line]
+    assert "--learning_rate 3e-4" in train and "--out out/demo/mine" in train and "rm -rf data" not in "".join(text)
+    for name in ("dpo", "compo/final", "mine"):
+        assert f"out/demo/{name}" in [line for line in text if "table.md" in line][0]
+    assert "no script yours.py" in " ".join(launch(root, "demo", "--only", "yours.py", rc=1))
+
 def test_plan_gives_its_flags_on(root):
     assert launch(root, "plan", "MODEL", "--ranks", "2")[-1].endswith("tests/plan.py MODEL --ranks 2")
 
