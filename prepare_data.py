@@ -29,7 +29,7 @@ subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs 
 that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 
-Read to line 285: settings, formats, what happens to a row, main. Below the rule stand the helpers:
+Read to line 287: settings, formats, what happens to a row, main. Below the rule stand the helpers:
 files, messages, text and tokens, the folder.
 """
 import bisect, csv, dataclasses, functools, gzip, hashlib, importlib.util, inspect, io, itertools

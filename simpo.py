@@ -889,17 +889,18 @@ def save_final(policy, args):
         with explain(f"{aside} cannot be written ({{}}): make room, and run the same command with "
                      "--resume; the last step is saved"):
             write = write_adapter if args.lora_rank else write_weights
-            write(policy.model, state, find_model(args.model)[0], aside)
+            write(policy.model, state, args.model, aside)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
     dist.barrier()  # a rank that ended now would end rank 0
 
-def write_weights(model, state, source, folder):
-    for tensors, path in in_files(model, state, source):
+def write_weights(model, state, name, folder):
+    for tensors, path in in_files(model, state, find_model(name)[0]):
         safetensors.torch.save_file(tensors, folder / path.name, dict(format="pt"))
 
-def write_adapter(model, state, source, folder):
-    model.peft_config["default"].base_model_name_or_path = str(source.resolve())
+def write_adapter(model, state, name, folder):
+    base = str(find_model(name)[0].resolve()) if Path(name).exists() else name  # of the hub
+    model.peft_config["default"].base_model_name_or_path = base
     model.generation_config = transformers.GenerationConfig()  # that of the base may be refused
     model.save_pretrained(folder, state_dict=state)
     (folder / "generation_config.json").unlink(missing_ok=True)

@@ -31,7 +31,7 @@ BLOCK = (ast.For, ast.While, ast.If, ast.With, ast.Try)
 #             lines of the file, above the rule, that dpo.py does not have
 LIMITS = {
     "dpo.py": (950, 215, 0),
-    "dpo_norm.py": (950, 215, 6),
+    "dpo_norm.py": (955, 215, 6),
     "simpo.py": (945, 215, 30),
     "wpo.py": (965, 220, 20),
     "auxdpo.py": (1085, 330, 160),
