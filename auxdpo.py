@@ -332,7 +332,7 @@ def parse_args(cls):
     source = inspect.getsource(cls)
     parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
     parser.format_help = lambda: source
-    parser.error = fail
+    parser.error = lambda message: fail(f"{message}; see --help")
     values = vars(parser.parse_args())
     for name, value in values.items():
         if type(value) is str:

@@ -29,7 +29,7 @@ bfloat16, which loses most of a step; here it is float32, and never tied to the 
 code's trial step, --accept_step, is off. 7. Ours: span, exact, --pairs_per_step, --baseline.
 Differs from dpo.py: votes, not a loss and AdamW; no cache.
 
-Read to line 341: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 342: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -233,7 +233,8 @@ def main():
             save_checkpoint(head, [], done, args)
         if stopping:
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
-    save_head(head, args)
+    with explain(f"{args.out}/final cannot be written ({{}}): make room, and use --resume"):
+        save_head(head, args)
     for kind in ("float32", "bfloat16"):  # what is left of it if final/ is read in this precision
         head.weight.copy_(head.weight.to(getattr(torch, kind)))
         log({"step": steps} | displacement(head, held_out, first, f"export/{kind}"))
@@ -349,7 +350,7 @@ def parse_args(cls):
     source = inspect.getsource(cls)
     parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
     parser.format_help = lambda: source
-    parser.error = fail
+    parser.error = lambda message: fail(f"{message}; see --help")
     values = vars(parser.parse_args())
     for name, value in values.items():
         if type(value) is str:
