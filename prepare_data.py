@@ -29,12 +29,12 @@ subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs 
 that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 
-Read to line 285: settings, formats, what happens to a row, main. Below the rule stand the helpers:
+Read to line 288: settings, formats, what happens to a row, main. Below the rule stand the helpers:
 files, messages, text and tokens, the folder.
 """
-import bisect, csv, dataclasses, functools, gzip, hashlib, importlib.util, inspect, io, itertools
-import json, math, multiprocessing, os, pickle, platform, random, re, shutil, signal, sys, tempfile
-import time, types, zlib
+import bisect, csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
+import multiprocessing, os, pickle, platform, random, re, runpy, shutil, signal, sys, time, types
+import zlib
 from ast import literal_eval
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, process
@@ -272,7 +272,8 @@ def main():
         fail(f"--val_fraction {args.val_fraction} must be below 1")
     check_out(args, out, part)
     kit = load_tokenizer(args)
-    load_converter(args.convert)
+    if args.convert:
+        load_converter(args.convert)  # an error in its file is found here
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -343,28 +344,20 @@ def short(value):
 
 @functools.cache
 def load_converter(spec):
-    """The function that --convert FILE.py:FUNCTION names, once per process; None without it."""
-    if not spec:
-        return None
+    """The function that --convert FILE.py:FUNCTION names, loaded once per process."""
     path, _, name = spec.rpartition(":")
     try:
-        place = importlib.util.spec_from_file_location("convert", path)
-        module = importlib.util.module_from_spec(place)
-        place.loader.exec_module(module)
-        return getattr(module, name)
+        return runpy.run_path(path)[name]
     except Exception as error:  # whatever the user's file raises
         fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
 
 def convert_row(args, row):
     """A raw row -> the list of rows that --convert makes of it, or the row itself."""
-    convert = load_converter(args.convert)
-    if not convert or not isinstance(row, dict):
+    if not args.convert or not isinstance(row, dict):
         return [row]
-    made = attempt(convert, row)
-    if isinstance(made, Exception):
-        drop("convert", f"{type(made).__name__}: {made}")
-    if not made:
-        drop("convert", f"--convert returned {made}")
+    made = attempt(load_converter(args.convert), row)
+    if isinstance(made, Exception) or not made:
+        drop("convert", f"the function gives {made!r}")
     return made if isinstance(made, list) else [made]
 
 # -- files and rows
@@ -864,31 +857,25 @@ def render_chat(kit, messages, answers, found):
 
 def check_content(said, text, size):
     """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
-    messages say. Templates leave out thoughts, tools, system turns. Only white space may differ."""
-    missing = first_missing(said, text, size, str)
-    if missing:
-        missing = first_missing(said, squeeze(text), len(squeeze(text[:size])), squeeze)
-    if missing:
-        drop(f"{missing[0]} left out by the template", missing[1])
-
-def first_missing(said, text, size, form):
-    """The first (what, piece) of the messages whose form is not in the text, or None. They stand in
-    their order, but tools and a system turn may be anywhere in the prompt. JSON may escape it."""
+    messages say: a list of (what, piece) for each message. Templates leave out thoughts, tools and
+    system turns. The pieces stand in their order, but tools and a system turn may be anywhere in
+    the prompt. White space may differ, and JSON may escape a piece."""
+    squeezed, size = squeeze(text), len(squeeze(text[:size]))
     at = 0
     for i, own in enumerate(said):
-        begin, end = at, size if i < len(said) - 1 else len(text)
+        begin, end = at, size if i < len(said) - 1 else len(squeezed)
         for what, piece in own:
             anywhere = what in ("tools", "text of system turn")
             first = 0 if anywhere else begin
-            place = text.find(form(piece), first, end)
+            form = squeeze(piece)
+            place = squeezed.find(form, first, end)
             if place < 0:
-                escaped = json.dumps(piece, ensure_ascii=False)[1:-1]
-                place = text.find(form(escaped), first, end)
+                form = squeeze(json.dumps(piece, ensure_ascii=False)[1:-1])
+                place = squeezed.find(form, first, end)
             if place < 0:
-                return what, piece
+                drop(f"{what} left out by the template", piece)
             if not anywhere:
-                at = max(at, place + len(form(piece)))
-    return None
+                at = max(at, place + len(form))
 
 def squeeze(text):
     return "".join(text.split())
@@ -1072,19 +1059,18 @@ def check_pairs(args, out, folder, seen):
     record = f"{out}.dropped.jsonl"
     shutil.copy(folder / "dropped.jsonl", record)
     reason = max(seen.dropped, key=seen.dropped.get, default="none")
-    kept, dropped = seen.pairs.total(), seen.dropped.total()
-    mostly = f"{dropped} dropped, mostly '{reason}' ({seen.examples.get(reason, '')})"
+    mostly = f"mostly '{reason}' ({seen.examples.get(reason, '')})"
     if not is_recognised(seen):
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
         fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format: "
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
              f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
-    prompts = len(np.unique(np.concatenate(sum(seen.hashes.values(), []))[:, 0]))
-    way = hint(reason) if dropped else ""
-    if kept:
+    counts, way = count(seen), hint(reason)
+    if counts["pairs_out"]:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
-    fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} {kept} pairs "
-         f"with {prompts} distinct prompts are kept and {mostly}; {way}; see {record}")
+    fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} "
+         f"{counts['pairs_out']} pairs with {counts['distinct_prompts']} distinct prompts are kept "
+         f"and {seen.dropped.total()} dropped, {mostly}; {way}; see {record}")
 
 def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
@@ -1154,54 +1140,47 @@ def content_hash(dataset) -> str:
 
 def check_out(args, out, part):
     """Nothing may be in the way of the result but an earlier one, and that only if asked for."""
-    if out.exists():
-        if not (args.overwrite and (out / "meta.json").is_file()):
-            fail(f"--out {out} exists: choose another; --overwrite replaces an earlier result")
-    for folder in (out, part):
-        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        foreign = [name for name in names if not OWN.fullmatch(name)]
-        if foreign:
-            fail(f"{folder} holds {foreign[0]}, which this script did not make, and would be lost: "
-                 "move it, or choose another --out")
+    if out.exists() and not (args.overwrite and (out / "meta.json").is_file()):
+        fail(f"--out {out} exists: choose another; --overwrite replaces an earlier result")
+    for path in [*out.glob("*"), *part.glob("*")]:
+        if not OWN.fullmatch(path.name):
+            fail(f"{path} was not made by this script and would be lost: move it, or choose "
+                 "another --out")
 
 def replace(out, part):
     """The new folder takes the place of an earlier one, which goes only when the new one stands."""
     if not out.exists():
         part.rename(out)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent))
-    out.rename(aside / out.name)
+    old = Path(f"{out}.old")
+    out.rename(old)
     try:
         part.rename(out)
     except OSError:
-        (aside / out.name).rename(out)
-        aside.rmdir()
+        old.rename(out)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 def report(args, kit, meta, pair):
     """Print what was read, what was not, and a pair."""
-    counts, lines = meta["counts"], []
-    lines.append("formats   " + ", ".join(f"{k}, {n:,} rows" for k, n in counts["formats"].items()))
-    lines.append(
+    counts, decode = meta["counts"], kit.tokenizer.decode
+    lines = [
+        "formats   " + ", ".join(f"{name}, {n:,} rows" for name, n in counts["formats"].items()),
         f"rendering {'chat template' if kit.template else 'plain text'}, "
-        f"{'BOS' if kit.bos else 'no BOS'} added; responses end in {kit.end_token} ({kit.end})")
-    lines.append(
+        f"{'BOS' if kit.bos else 'no BOS'} added; responses end in {kit.end_token} ({kit.end})",
         f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
-        f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped")
+        f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped"]
     for reason, n in counts["dropped"].most_common():
         lines.append(f"  dropped {n:>7,}  {reason}: {hint(reason)}")
     lines += findings(counts)
     for name, points in meta["lengths"].items():
         points = "  ".join(f"{p} {n:>5,}" for p, n in points.items())
         lines.append(f"{name:10}{points}  tokens")
-    decode = kit.tokenizer.decode
     start = decode(pair["prompt"])
     lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
     for side in SIDES[1:]:
         lines.append(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
-    lines.append(f"wrote     {args.out}")
-    print(visible("\n".join(lines)))
+    print(visible("\n".join([*lines, f"wrote     {args.out}"])))
 
 def findings(counts):
     """Lines of the summary about what a user may not expect."""
