@@ -29,7 +29,7 @@ subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs 
 that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
 the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
 
-Read to line 288: settings, formats, what happens to a row, main. Below the rule stand the helpers:
+Read to line 287: settings, formats, what happens to a row, main. Below the rule stand the helpers:
 files, messages, text and tokens, the folder.
 """
 import bisect, csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
@@ -90,8 +90,7 @@ def read_choice(row, kit):
     options = row.pop("options") if "options" in row else row.pop("choices")
     if not isinstance(options, list) or not 2 <= len(options) <= 26:
         drop("malformed", f"options are {options}, not a list of 2 to 26 texts")
-    letters = [chr(65 + i) for i in range(len(options))]
-    answer = row.pop("answer")
+    letters, answer = [chr(65 + i) for i in range(len(options))], row.pop("answer")
     right = letters.index(answer) if answer in letters else answer
     if type(right) is not int or not 0 <= right < len(options):
         drop("malformed", f"answer {answer!r} is no letter or index of {len(options)} options")
@@ -167,26 +166,26 @@ def prepare_chunk(args, chunk):
     pairs, hashes = {"train": [], "val": []}, {"train": [], "val": []}
     for split, source, key, number, place, row in chunk:
         for one, result in prepare_row(kit, args, key, row, counts):
-            if isinstance(result, Exception):
-                reason, value = reason_of(result)
+            if isinstance(result, ValueError):
+                reason, value = result.args
                 dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
                 continue
             point, columns, both = result
             part = split or ("val" if point < args.val_fraction else "train")
             pairs[part].append(columns | {"source": source, "id": one})
             hashes[part].append(both)
+            counts["subset", columns["subset"]] += 1
     batches = {part: pa.RecordBatch.from_pylist(rows, SCHEMA) for part, rows in pairs.items()}
     hashes = {part: np.array(rows, "u8").reshape(-1, 2) for part, rows in hashes.items()}
     return len(chunk), batches, hashes, dropped, counts, place
 
 def prepare_row(kit, args, key, row, counts):
-    """A raw row -> [(id, a pair as prepare_pair gives it, or the exception that dropped it)]."""
-    rows, results = attempt(convert_row, args, row), []
-    rows = rows if isinstance(rows, list) else [rows]
+    """A raw row -> [(id, a pair as prepare_pair gives it, or the ValueError that dropped it)]."""
+    rows, results = as_list(attempt(convert_row, args, row)), []
     for i, row in enumerate(rows):
         name = key if len(rows) == 1 else f"{key}-{i}"
         found = attempt(read_row, kit, args, row, key, counts)
-        if isinstance(found, Exception):
+        if isinstance(found, ValueError):
             results.append((name, found))
             continue
         name += found.suffix
@@ -200,7 +199,7 @@ def prepare_row(kit, args, key, row, counts):
 
 def read_row(kit, args, row, key, counts):
     """A row -> its prompt, its chosen and rejected answers, and what its pairs share."""
-    if isinstance(row, Exception):  # of --convert
+    if isinstance(row, ValueError):  # of --convert
         raise row
     if not isinstance(row, dict):
         drop("malformed", f"no row: {row}")
@@ -322,17 +321,14 @@ def drop(reason, value):
     raise ValueError(reason, short(value))
 
 def attempt(step, *inputs):
-    """What a step returns, or the exception that it raised: no row may end the run."""
+    """What a step returns, or the ValueError(reason, value) that drops a row: that of drop(), or
+    for any other exception its type. No row may end the run."""
     try:
         return step(*inputs)
     except Exception as error:
-        return error
-
-def reason_of(error):
-    """Exception of a row -> its (reason, value): those of drop(), or for any other its type."""
-    if type(error) is ValueError and len(error.args) == 2:
-        return error.args
-    return "error", short(f"{type(error).__name__}: {error}")
+        if type(error) is ValueError and len(error.args) == 2:
+            return error
+        return ValueError("error", short(f"{type(error).__name__}: {error}"))
 
 def visible(text):
     """Text for a terminal: control characters, which could move its cursor, are escaped."""
@@ -352,13 +348,13 @@ def load_converter(spec):
         fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
 
 def convert_row(args, row):
-    """A raw row -> the list of rows that --convert makes of it, or the row itself."""
+    """A raw row -> what --convert makes of it, a row or a list of rows, or the row itself."""
     if not args.convert or not isinstance(row, dict):
-        return [row]
+        return row
     made = attempt(load_converter(args.convert), row)
-    if isinstance(made, Exception) or not made:
-        drop("convert", f"the function gives {made!r}")
-    return made if isinstance(made, list) else [made]
+    if isinstance(made, ValueError) or not made:
+        drop("convert", f"the function gives {made}")
+    return made
 
 # -- files and rows
 FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
@@ -376,20 +372,19 @@ def find_sources(args):
     """What to read -> [(split that its rows go to, or "" if their prompts decide; its own split;
     path or dataset; name; start of its ids; size in bytes, or in rows)]"""
     wanted = [("train" if args.val else "", args.dataset, args.split)]
-    if file_names(args.val) or os.path.exists(args.val):
-        wanted.append(("val", args.val, args.split))
-    elif args.val:
-        wanted.append(("val", args.dataset, args.val))
+    if args.val:
+        given = file_names(args.val) or os.path.exists(args.val)
+        wanted.append(("val", args.val, args.split) if given else ("val", args.dataset, args.val))
     found = []
     for target, text, split in wanted:
         mark = "" if split == args.split else f"{split}/"
         for path in file_names(text):
-            stem, kind, _ = FILE.fullmatch(path.name).groups()
             if not path.exists():
                 fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
-            if split != "train" and kind != "json":
+            if split != "train" and ".json" not in path.suffixes:
                 fail(f"{path} has no split {split}: give --val a file, or leave --split out")
-            found.append((target, split, path, path.name, mark + stem, path.stat().st_size))
+            stem = mark + FILE.fullmatch(path.name)[1]
+            found.append((target, split, path, path.name, stem, path.stat().st_size))
         if not file_names(text):
             rows = load_rows(args, text, split)
             found.append((target, split, rows, text, mark + text, len(rows)))
@@ -412,8 +407,8 @@ def load_rows(args, name, split):
         return rows.with_format("arrow")  # so that no image is decoded
     except Exception as error:  # hub, network, name, split, folder: each raises its own errors
         fail(f"--dataset {name} --subset '{args.subset}' --split {split}: {type(error).__name__}: "
-             f"{short(error)}; a file ends in .jsonl, .json, .csv, .tsv or .parquet (.gz, .zst); "
-             "quote a name that has a comma; save others as one of these")
+             f"{short(error)}; give a hub name, a folder, or .jsonl, .json, .csv, .tsv or .parquet "
+             "files (.gz, .zst); quote a name that has a comma")
 
 def all_rows(args):
     """(split or "", source, id, line or row number from 1, place in the whole input, row)"""
@@ -552,6 +547,9 @@ SCORES += [(f"chosen{mark}{word}", f"rejected{mark}{word}")
            for mark, word in itertools.product("_-", ("score", "rating", "reward"))]
 VERDICTS = dict(chosen=1, tie=0, tied=0, equal=0, same=0, draw=0, both=0, neither=0, rejected=-1)
 
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
 def is_blank(value):
     return not value.strip() if isinstance(value, str) else value in ([], {})
 
@@ -580,19 +578,17 @@ def from_json(value, name):
     except (ValueError, RecursionError) as error:
         drop("malformed", f"{name} is not JSON: {error}: {value}")
 
-def is_message(value):
-    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
-
 def as_messages(value):
     """A text that is a message or a list of messages, as JSON or Python writes it -> these."""
     if not isinstance(value, str) or not MESSAGES.match(value):
         return value
-    for read in (json.loads, literal_eval):
-        found = attempt(read, value.strip())
-        if isinstance(found, (list, dict)):
-            listed = found if isinstance(found, list) else [found]
-            return found if all(is_message(each) for each in listed) else value
-    drop("malformed", f"messages that are not JSON: {value}")
+    found = attempt(json.loads, value)
+    if isinstance(found, ValueError):
+        found = attempt(literal_eval, value.strip())
+    if isinstance(found, ValueError):
+        drop("malformed", f"messages that are not JSON: {value}")
+    roles = [isinstance(each, dict) and {"role", "from"} & each.keys() for each in as_list(found)]
+    return found if all(roles) else value
 
 def prompt_column(row):
     """The column of the prompt, if possible one that is not empty; None if there is none."""
@@ -605,7 +601,7 @@ def is_several(answer):
 
 def pop_answers(row):
     """-> list of the chosen answers, list of the rejected ones"""
-    sides = [as_messages(row.pop("chosen")), as_messages(row.pop("rejected"))]
+    sides = [row.pop("chosen"), row.pop("rejected")]
     if [] in sides:
         drop("malformed", f"chosen or rejected is an empty list: {sides}")
     return [side if is_several(side) else [side] for side in sides]
@@ -646,7 +642,7 @@ def read_message(value, name):
     if role == "function_call":
         calls, content = from_json(content, "function_call"), None
     if calls:
-        more["tool_calls"] = list(map(read_call, calls if isinstance(calls, list) else [calls]))
+        more["tool_calls"] = [read_call(call) for call in as_list(calls)]
     if content is None and (calls or any(more.get(key) for key in REASONING)):
         content = ""
     if isinstance(content, list):
@@ -670,8 +666,7 @@ def read_answer(value, name):
     value = as_messages(value)
     if not isinstance(value, (list, dict)):
         return [], {"role": "assistant", "content": text_of(value, name)}
-    listed = value if isinstance(value, list) else [value]
-    messages = [read_message(each, name) for each in listed]
+    messages = [read_message(each, name) for each in as_list(value)]
     if not messages or messages[-1]["role"] != "assistant":
         drop("malformed", f"{name} does not end with an assistant turn: {value}")
     return messages[:-1], messages[-1]
@@ -685,8 +680,7 @@ def read_pair(args, found, pair):
         drop("prompts differ", next(unequal, before or other))
     prompt = as_messages(found.prompt)
     if isinstance(prompt, (list, dict)):
-        listed = prompt if isinstance(prompt, list) else [prompt]
-        turns = [read_message(each, "prompt") for each in listed]
+        turns = [read_message(each, "prompt") for each in as_list(prompt)]
         if turns and turns[-1] in (chosen, rejected):  # the conversation with its answer
             turns.pop()
         messages = overlap(turns, before)
@@ -893,14 +887,15 @@ def pieces(message):
         found += [("tool calls", w) for w in words if w not in ("true", "false", "null")]
     return [(what, text.strip()) for what, text in found if text.strip()]
 
-def lines_of_tools(tools):
-    """The name of each tool, and the first line of what it does."""
-    lines = []
+def pieces_of_tools(tools):
+    """The name of each tool, and the first line of what it does, as pieces() gives them."""
+    found = []
     for tool in tools:
         function = tool.get("function", tool)
         about = str(function.get("description") or "").strip()
-        lines += [text_of(function.get("name"), "the name of a tool"), *about.splitlines()[:1]]
-    return lines
+        lines = [text_of(function.get("name"), "the name of a tool"), *about.splitlines()[:1]]
+        found += [("tools", line) for line in lines]
+    return found
 
 # -- tokens
 def canonical(kit, text: str) -> str:
@@ -938,13 +933,9 @@ def encode(kit, args, messages, answers, found):
     question, texts, prompt = render(kit, messages, answers, found)
     if not all(text[max(len(question), len(prompt)):].strip() for text in texts):
         drop("empty", f"rendering leaves nothing of a response: {answers}")
-    tools = [("tools", line) for line in lines_of_tools(found.tools)]
-    for own, text in zip(told, texts, strict=True):
-        said = [tools, *asked, own]
-        if not kit.template:  # contents are written as they are, and nothing else is
-            rest = ("tools", "tool calls", "reasoning")
-            said = [[piece for piece in each if piece[0] in rest] for each in said]
-        check_content(said, text, len(question))
+    tools = pieces_of_tools(found.tools)
+    for own, text in zip(told, texts, strict=True):  # of a rendered answer the end token is cut off
+        check_content([tools, *asked, own], text + kit.end_token, len(question))
     start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
         drop("identical", answers[0]["content"])
@@ -1075,15 +1066,13 @@ def check_pairs(args, out, folder, seen):
 def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
     datasets.disable_progress_bars()
-    splits, subsets, lengths, ids = {}, Counter(), [], []
+    splits, lengths, ids = {}, [], []
     for split in ("train", "val"):
         rows = datasets.Dataset.from_file(f"{folder}/{split}.arrow")
         if pc.all(pc.equal(rows.data.column("weight"), 1)).as_py():
             rows = rows.remove_columns("weight")
         rows.save_to_disk(f"{folder}/{split}")
         os.remove(f"{folder}/{split}.arrow")  # stays readable while it is open
-        counted = pc.value_counts(rows.data.column("subset")).to_pylist()
-        subsets += Counter({entry["values"]: entry["counts"] for entry in counted})
         lengths.append([pc.list_value_length(rows.data.column(side)).to_numpy() for side in SIDES])
         splits[split] = rows
         ids += rows.data.column("id").chunks
@@ -1091,12 +1080,11 @@ def save(args, kit, folder, seen):
     lengths = dict(zip(SIDES, lengths), pair=lengths.sum(0))
     longest = np.argsort(-lengths["pair"], kind="stable")[:5]
     longest = [[pa.chunked_array(ids)[i].as_py(), int(lengths["pair"][i])] for i in longest]
-    counts = count(seen) | {"subsets": subsets, "longest": longest}
     meta = dict(
         arguments=dataclasses.asdict(args), tokenizer=args.model,
         vocab_hash=vocab_hash(kit.tokenizer),
         template_hash=kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16],
-        eos_token=kit.end_token, eos_token_id=kit.end, counts=counts,
+        eos_token=kit.end_token, eos_token_id=kit.end, counts=count(seen) | {"longest": longest},
         content_hash={split: content_hash(rows) for split, rows in splits.items()},
         lengths={name: {f"p{p}": int(np.percentile(n, p, method="higher"))
                         for p in (0, 10, 50, 90, 99, 100)} for name, n in lengths.items()},
@@ -1107,15 +1095,15 @@ def save(args, kit, folder, seen):
 
 def count(seen):
     """The counts of meta.json and of the summary."""
-    kinds = {kind: Counter() for kind in ("format", "unused", "order", "rendered")}
+    kinds = {kind: Counter() for kind in ("format", "subset", "unused", "order", "rendered")}
     for (kind, name), n in seen.counts.items():
         kinds[kind][name] += n
     hashes = {split: np.concatenate(parts) for split, parts in seen.hashes.items()}
     prompts = {split: np.unique(pairs[:, 0]) for split, pairs in hashes.items()}
     both = np.concatenate([hashes["train"], hashes["val"]])
     return dict(
-        rows=seen.rows, formats=kinds["format"], pairs_in=seen.pairs.total() + seen.dropped.total(),
-        pairs_out=seen.pairs.total(), **seen.pairs, dropped=seen.dropped,
+        rows=seen.rows, formats=kinds["format"], pairs_in=len(both) + seen.dropped.total(),
+        pairs_out=len(both), **seen.pairs, dropped=seen.dropped, subsets=kinds["subset"],
         distinct_prompts=len(np.unique(both[:, 0])), repeats=len(both) - len(np.unique(both[:, 1])),
         prompts_in_both=len(np.intersect1d(prompts["train"], prompts["val"])),
         scores=kinds["order"], looks_rendered=kinds["rendered"][True], unused=kinds["unused"])
@@ -1162,7 +1150,7 @@ def replace(out, part):
     shutil.rmtree(old, ignore_errors=True)
 
 def report(args, kit, meta, pair):
-    """Print what was read, what was not, and a pair."""
+    """Print what was read, what a user may not expect, and a pair."""
     counts, decode = meta["counts"], kit.tokenizer.decode
     lines = [
         "formats   " + ", ".join(f"{name}, {n:,} rows" for name, n in counts["formats"].items()),
@@ -1172,24 +1160,12 @@ def report(args, kit, meta, pair):
         f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped"]
     for reason, n in counts["dropped"].most_common():
         lines.append(f"  dropped {n:>7,}  {reason}: {hint(reason)}")
-    lines += findings(counts)
-    for name, points in meta["lengths"].items():
-        points = "  ".join(f"{p} {n:>5,}" for p, n in points.items())
-        lines.append(f"{name:10}{points}  tokens")
-    start = decode(pair["prompt"])
-    lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
-    for side in SIDES[1:]:
-        lines.append(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
-    print(visible("\n".join([*lines, f"wrote     {args.out}"])))
-
-def findings(counts):
-    """Lines of the summary about what a user may not expect."""
-    lines = [f"prompts   {counts['distinct_prompts']:,} distinct; {counts['repeats']:,} pairs are "
-             "exact repeats of others"]
+    lines.append(f"prompts   {counts['distinct_prompts']:,} distinct; {counts['repeats']:,} pairs "
+                 "are exact repeats of others")
     if counts["prompts_in_both"]:
         lines.append(f"  warning {counts['prompts_in_both']:,} prompts are in both train and val")
-    unused = [f"{name} ({n:,} rows)" for name, n in counts["unused"].most_common()]
-    if unused:
+    if counts["unused"]:
+        unused = [f"{name} ({n:,} rows)" for name, n in counts["unused"].most_common()]
         lines.append(f"columns   not used: {', '.join(unused)}")
     if counts["looks_rendered"]:
         lines.append(f"  warning {counts['looks_rendered']:,} prompts look rendered already: take "
@@ -1198,9 +1174,16 @@ def findings(counts):
     if agree or tie or contradict:
         lines.append(f"scores    {agree:,} rows agree, {tie:,} tie, {contradict:,} contradict the "
                      "order of their answers; --drop_ties leaves out the latter two")
-    pairs = [f"{name} {n:,}" for name, n in counts["longest"]]
-    return [*lines, f"longest   {', '.join(pairs)} tokens"]
-
+    longest = [f"{name} {n:,}" for name, n in counts["longest"]]
+    lines.append(f"longest   {', '.join(longest)} tokens")
+    for name, points in meta["lengths"].items():
+        points = "  ".join(f"{p} {n:>5,}" for p, n in points.items())
+        lines.append(f"{name:10}{points}  tokens")
+    start = decode(pair["prompt"])
+    lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
+    for side in SIDES[1:]:
+        lines.append(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
+    print(visible("\n".join([*lines, f"wrote     {args.out}"])))
 
 if __name__ == "__main__":
     main()
