@@ -367,6 +367,9 @@ def file_names(text):
     paths = [Path(part.strip()) for part in parts]
     return paths if all(FILE.fullmatch(path.name) for path in paths) else []
 
+def kind_of(path):
+    return FILE.fullmatch(path.name)[2]
+
 @functools.cache
 def find_sources(args):
     """What to read -> [(split that its rows go to, or "" if their prompts decide; its own split;
@@ -381,7 +384,7 @@ def find_sources(args):
         for path in file_names(text):
             if not path.exists():
                 fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
-            if split != "train" and ".json" not in path.suffixes:
+            if split != "train" and kind_of(path) != "json":
                 fail(f"{path} has no split {split}: give --val a file, or leave --split out")
             stem = mark + FILE.fullmatch(path.name)[1]
             found.append((target, split, path, path.name, stem, path.stat().st_size))
@@ -424,8 +427,7 @@ def all_rows(args):
 
 def file_rows(path, split="train"):
     """-> (line or row number, row or a text that says why it is none, share that is read)"""
-    kind, number = FILE.fullmatch(path.name)[2], 0
-    read_rows = parquet_rows if kind == "parquet" else text_rows
+    read_rows, number = parquet_rows if kind_of(path) == "parquet" else text_rows, 0
     try:
         with open(path, "rb") as raw:
             for number, row, share in read_rows(path, raw, split):
@@ -444,7 +446,7 @@ def text_rows(path, raw, split):
     encoding = json.detect_encoding(stream.peek(4)[:4])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
     text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
-    is_json = FILE.fullmatch(path.name)[2].startswith("json")
+    is_json = kind_of(path).startswith("json")
     rows = json_rows(text, path, split) if is_json else csv_rows(text, path)
     for number, row in enumerate(rows, 1):
         share = number / len(rows) if isinstance(rows, list) else raw.closed or raw.tell() / size
@@ -477,7 +479,7 @@ def without_nulls(value):
 def csv_rows(text, path):
     csv.field_size_limit(2**31 - 1)
     header = text.readline()
-    delimiter = "\t" if FILE.fullmatch(path.name)[2] == "tsv" else max(",;\t", key=header.count)
+    delimiter = "\t" if kind_of(path) == "tsv" else max(",;\t", key=header.count)
     for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
         whole = None not in row  # where cells go that have no column
         yield {name: cell for name, cell in row.items() if cell} if whole else f"too long: {row}"
@@ -490,7 +492,7 @@ def json_rows(text, path, split):
         if first and line.strip():  # the second line that is not blank
             break
         first = first or line.strip()
-    lines = FILE.fullmatch(path.name)[2] == "jsonl" and first not in ("[", "{", "[{")
+    lines = kind_of(path) == "jsonl" and first not in ("[", "{", "[{")
     if lines or (len(start) > 1 and isinstance(parse(first), dict)):
         return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
     whole = "".join(start) + text.read()
@@ -630,7 +632,8 @@ def dialogue(text, name, kit):
 
 def read_message(value, name):
     """A message in the form of OpenAI or ShareGPT -> {role, content, and its other keys}."""
-    value = value if isinstance(value, dict) else {"role": f"none: {value!r}"}
+    if not isinstance(value, dict):
+        drop("malformed", f"{name} has a message of role none: {value!r}")
     role = str(value.get("role") or value.get("from"))
     if role.lower() not in ROLES:
         drop("malformed", f"{name} has a message of role {role}")
@@ -645,13 +648,13 @@ def read_message(value, name):
         more["tool_calls"] = [read_call(call) for call in as_list(calls)]
     if content is None and (calls or any(more.get(key) for key in REASONING)):
         content = ""
-    if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
-        kinds += [part["type"] for part in parts if is_media(part.get("type"))]
-        content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts
-                            if not kinds)
+    parts = content if isinstance(content, list) else []
+    parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
+    kinds += [part["type"] for part in parts if is_media(part.get("type"))]
     if kinds:
         drop("images", f"{name} has a message with {kinds[0]}")
+    if isinstance(content, list):
+        content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts)
     return {"role": ROLES[role.lower()], "content": text_of(content, f"content in {name}")} | more
 
 def read_call(call):
@@ -779,24 +782,22 @@ def load_tokenizer(args):
     named = re.escape(args.eos_token) if args.eos_token and args.eos_token in tail else special
     found = re.search(named, tail)
     end = args.eos_token or (found[0] if found else tokenizer.eos_token)
-    if not tokenizer.is_fast or end not in tokenizer.get_vocab():
-        fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
-             f"token {end!r} in its vocabulary; set --eos_token")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **trust)
         rows = config.get_text_config().vocab_size
     except Exception:  # a folder with a tokenizer and no model
         rows = len(tokenizer)
-    if tokenizer.get_vocab()[end] >= rows:
-        fail(f"--model {args.model}: its embedding has {rows} rows, the end token {end} has the id "
-             f"{tokenizer.get_vocab()[end]}; resize the embedding, or set --eos_token")
+    end_id = tokenizer.get_vocab().get(end, rows)
+    if not tokenizer.is_fast or end_id >= rows:
+        fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
+             f"token {end!r} in its vocabulary and its embedding of {rows} rows; set --eos_token")
     bos = [] if template else tokenizer("a").input_ids[:1]
     backend = tokenizer.backend_tokenizer  # 1.3 x as fast as through the wrapper
     backend.no_truncation()  # --max_length decides
     backend.no_padding()
     return types.SimpleNamespace(
         tokenizer=tokenizer, backend=backend, template=template,
-        end=tokenizer.get_vocab()[end], end_token=end, score_header=args.score_header,
+        end=end_id, end_token=end, score_header=args.score_header,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
         bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
         breaks=re.compile(one_of(sorted(alone, key=len)[::-1])),
@@ -970,9 +971,6 @@ HINTS = {  # reason of a drop: what to do
     "text of system turn left out by the template": FIRST_USER,
     "tools left out by the template": "choose a --model whose template takes tools"}
 
-def hint(reason):
-    return HINTS.get(reason, "mend the rows")
-
 def chunks(rows):
     """Lists of entries of all_rows, bounded by rows and by bytes."""
     chunk, size = [], 0
@@ -1055,7 +1053,7 @@ def check_pairs(args, out, folder, seen):
         fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format: "
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
              f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
-    counts, way = count(seen), hint(reason)
+    counts, way = count(seen), HINTS.get(reason, "mend the rows")
     if counts["pairs_out"]:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
     fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} "
@@ -1158,7 +1156,7 @@ def report(args, kit, meta, pair):
         f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
         f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped"]
     for reason, n in counts["dropped"].most_common():
-        lines.append(f"  dropped {n:>7,}  {reason}: {hint(reason)}")
+        lines.append(f"  dropped {n:>7,}  {reason}: {HINTS.get(reason, 'mend the rows')}")
     lines.append(f"prompts   {counts['distinct_prompts']:,} distinct; {counts['repeats']:,} pairs "
                  "are exact repeats of others")
     if counts["prompts_in_both"]:
