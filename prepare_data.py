@@ -1010,9 +1010,9 @@ def write_pairs(args, out, folder):
                                  pairs=Counter(train=0, val=0), hashes=dict(train=[], val=[]))
     with (open(folder / "dropped.jsonl", "w") as log,
           tqdm(total=sum(source[-1] for source in sources), unit=unit, unit_scale=True) as bar,
-          pa.OSFile(f"{folder}/train.arrow", "wb") as train,
-          pa.OSFile(f"{folder}/val.arrow", "wb") as val):
-        writers = {"train": pa.ipc.new_stream(train, SCHEMA), "val": pa.ipc.new_stream(val, SCHEMA)}
+          pa.ipc.new_stream(f"{folder}/train.arrow", SCHEMA) as train,
+          pa.ipc.new_stream(f"{folder}/val.arrow", SCHEMA) as val):
+        writers = {"train": train, "val": val}
         for rows, batches, hashes, dropped, counts, place in in_parallel(args):
             for split, batch in batches.items():
                 writers[split].write_batch(batch)
@@ -1028,8 +1028,6 @@ def write_pairs(args, out, folder):
             bar.update(place - bar.n)
             if not is_recognised(seen):
                 break
-        for writer in writers.values():
-            writer.close()
     check_pairs(args, out, folder, seen)
     return seen
 
