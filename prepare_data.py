@@ -850,24 +850,32 @@ def render_chat(kit, messages, answers, found):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
     return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.score_header else prompt
 
-def check_content(said, text, begin):
-    """Drop a pair unless its text has all that a message says, [(what, piece)], from `begin` on
-    -> where the last piece ends. Templates leave out thoughts, tools and system turns. The text has
-    no white space, which a template may change. JSON may escape a piece. Tools and the system text
-    may be anywhere."""
-    end = begin
-    for what, piece in said:
-        anywhere = what in ("tools", "text of system turn")
-        first, form = 0 if anywhere else begin, squeeze(piece)
-        place = text.find(form, first)
-        if place < 0:
-            form = squeeze(json.dumps(piece, ensure_ascii=False)[1:-1])
-            place = text.find(form, first)
-        if place < 0:
-            drop(f"{what} left out by the template", piece)
-        if not anywhere:
-            end = max(end, place + len(form))
-    return end
+def check_content(said, text, size):
+    """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
+    messages say. Templates leave out thoughts, tools, system turns. Only white space may differ."""
+    if first_missing(said, text, size, str):  # quick; if it fails, the costly search
+        missing = first_missing(said, squeeze(text), len(squeeze(text[:size])), squeeze)
+        if missing:
+            drop(f"{missing[0]} left out by the template", missing[1])
+
+def first_missing(said, text, size, form):
+    """The first (what, piece) of the messages whose form is not in the text, or None. They stand in
+    their order, but tools and a system turn may be anywhere in the prompt. JSON may escape it."""
+    at = 0
+    for i, own in enumerate(said):
+        begin, end = at, size if i < len(said) - 1 else len(text)
+        for what, piece in own:
+            anywhere = what in ("tools", "text of system turn")
+            first, sought = 0 if anywhere else begin, form(piece)
+            place = text.find(sought, first, end)
+            if place < 0:
+                sought = form(json.dumps(piece, ensure_ascii=False)[1:-1])
+                place = text.find(sought, first, end)
+            if place < 0:
+                return what, piece
+            if not anywhere:
+                at = max(at, place + len(sought))
+    return None
 
 def squeeze(text):
     return "".join(text.split())
@@ -931,11 +939,9 @@ def encode(kit, args, messages, answers, found):
     question, texts, prompt = render(kit, messages, answers, found)
     if not all(text[max(len(question), len(prompt)):].strip() for text in texts):
         drop("empty", f"rendering leaves nothing of a response: {answers}")
-    bare, at = squeeze(question), 0
-    for said in [pieces_of_tools(found.tools), *asked]:
-        at = check_content(said, bare, at)
-    for said, text in zip(told, texts, strict=True):  # rendering took an end token off the text
-        check_content(said, bare + squeeze(text[len(question):] + kit.end_token), at)
+    tools = pieces_of_tools(found.tools)
+    for own, text in zip(told, texts, strict=True):  # rendering took an end token off the text
+        check_content([tools, *asked, own], text + kit.end_token, len(question))
     start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
         drop("identical", answers[0]["content"])
