@@ -32,9 +32,9 @@ the special token that the template puts after an answer, else the tokenizer's E
 Read to line 287: settings, formats, what happens to a row, main. Below the rule stand the helpers:
 files, messages, text and tokens, the folder.
 """
-import bisect, csv, dataclasses, functools, gzip, hashlib, importlib.util, inspect, io, itertools
-import json, math, multiprocessing, os, pickle, platform, random, re, shutil, signal, sys, tempfile
-import time, types, zlib
+import bisect, csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
+import multiprocessing, os, pickle, platform, random, re, runpy, shutil, signal, sys, time, types
+import zlib
 from ast import literal_eval
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, process
@@ -90,8 +90,7 @@ def read_choice(row, kit):
     options = row.pop("options") if "options" in row else row.pop("choices")
     if not isinstance(options, list) or not 2 <= len(options) <= 26:
         drop("malformed", f"options are {options}, not a list of 2 to 26 texts")
-    letters = [chr(65 + i) for i in range(len(options))]
-    answer = row.pop("answer")
+    letters, answer = [chr(65 + i) for i in range(len(options))], row.pop("answer")
     right = letters.index(answer) if answer in letters else answer
     if type(right) is not int or not 0 <= right < len(options):
         drop("malformed", f"answer {answer!r} is no letter or index of {len(options)} options")
@@ -167,26 +166,26 @@ def prepare_chunk(args, chunk):
     pairs, hashes = {"train": [], "val": []}, {"train": [], "val": []}
     for split, source, key, number, place, row in chunk:
         for one, result in prepare_row(kit, args, key, row, counts):
-            if isinstance(result, Exception):
-                reason, value = reason_of(result)
+            if isinstance(result, ValueError):
+                reason, value = result.args
                 dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
                 continue
             point, columns, both = result
             part = split or ("val" if point < args.val_fraction else "train")
             pairs[part].append(columns | {"source": source, "id": one})
             hashes[part].append(both)
+            counts["subset", columns["subset"]] += 1
     batches = {part: pa.RecordBatch.from_pylist(rows, SCHEMA) for part, rows in pairs.items()}
     hashes = {part: np.array(rows, "u8").reshape(-1, 2) for part, rows in hashes.items()}
     return len(chunk), batches, hashes, dropped, counts, place
 
 def prepare_row(kit, args, key, row, counts):
-    """A raw row -> [(id, a pair as prepare_pair gives it, or the exception that dropped it)]."""
-    rows, results = attempt(convert_row, args, row), []
-    rows = rows if isinstance(rows, list) else [rows]
+    """A raw row -> [(id, a pair as prepare_pair gives it, or the ValueError that dropped it)]."""
+    rows, results = as_list(attempt(convert_row, args, row)), []
     for i, row in enumerate(rows):
         name = key if len(rows) == 1 else f"{key}-{i}"
         found = attempt(read_row, kit, args, row, key, counts)
-        if isinstance(found, Exception):
+        if isinstance(found, ValueError):
             results.append((name, found))
             continue
         name += found.suffix
@@ -200,7 +199,7 @@ def prepare_row(kit, args, key, row, counts):
 
 def read_row(kit, args, row, key, counts):
     """A row -> its prompt, its chosen and rejected answers, and what its pairs share."""
-    if isinstance(row, Exception):  # of --convert
+    if isinstance(row, ValueError):  # of --convert
         raise row
     if not isinstance(row, dict):
         drop("malformed", f"no row: {row}")
@@ -272,7 +271,8 @@ def main():
         fail(f"--val_fraction {args.val_fraction} must be below 1")
     check_out(args, out, part)
     kit = load_tokenizer(args)
-    load_converter(args.convert)
+    if args.convert:
+        load_converter(args.convert)  # an error in its file is found here
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -321,17 +321,14 @@ def drop(reason, value):
     raise ValueError(reason, short(value))
 
 def attempt(step, *inputs):
-    """What a step returns, or the exception that it raised: no row may end the run."""
+    """What a step returns, or the ValueError(reason, value) that drops a row: that of drop(), or
+    for any other exception its type. No row may end the run."""
     try:
         return step(*inputs)
     except Exception as error:
-        return error
-
-def reason_of(error):
-    """Exception of a row -> its (reason, value): those of drop(), or for any other its type."""
-    if type(error) is ValueError and len(error.args) == 2:
-        return error.args
-    return "error", short(f"{type(error).__name__}: {error}")
+        if type(error) is ValueError and len(error.args) == 2:
+            return error
+        return ValueError("error", short(f"{type(error).__name__}: {error}"))
 
 def visible(text):
     """Text for a terminal: control characters, which could move its cursor, are escaped."""
@@ -343,29 +340,21 @@ def short(value):
 
 @functools.cache
 def load_converter(spec):
-    """The function that --convert FILE.py:FUNCTION names, once per process; None without it."""
-    if not spec:
-        return None
+    """The function that --convert FILE.py:FUNCTION names, loaded once per process."""
     path, _, name = spec.rpartition(":")
     try:
-        place = importlib.util.spec_from_file_location("convert", path)
-        module = importlib.util.module_from_spec(place)
-        place.loader.exec_module(module)
-        return getattr(module, name)
+        return runpy.run_path(path)[name]
     except Exception as error:  # whatever the user's file raises
         fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
 
 def convert_row(args, row):
-    """A raw row -> the list of rows that --convert makes of it, or the row itself."""
-    convert = load_converter(args.convert)
-    if not convert or not isinstance(row, dict):
-        return [row]
-    made = attempt(convert, row)
-    if isinstance(made, Exception):
-        drop("convert", f"{type(made).__name__}: {made}")
-    if not made:
-        drop("convert", f"--convert returned {made}")
-    return made if isinstance(made, list) else [made]
+    """A raw row -> what --convert makes of it, a row or a list of rows, or the row itself."""
+    if not args.convert or not isinstance(row, dict):
+        return row
+    made = attempt(load_converter(args.convert), row)
+    if isinstance(made, ValueError) or not made:
+        drop("convert", f"the function gives {made}")
+    return made
 
 # -- files and rows
 FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
@@ -378,25 +367,27 @@ def file_names(text):
     paths = [Path(part.strip()) for part in parts]
     return paths if all(FILE.fullmatch(path.name) for path in paths) else []
 
+def kind_of(path):
+    return FILE.fullmatch(path.name)[2]
+
 @functools.cache
 def find_sources(args):
     """What to read -> [(split that its rows go to, or "" if their prompts decide; its own split;
     path or dataset; name; start of its ids; size in bytes, or in rows)]"""
     wanted = [("train" if args.val else "", args.dataset, args.split)]
-    if file_names(args.val) or os.path.exists(args.val):
-        wanted.append(("val", args.val, args.split))
-    elif args.val:
-        wanted.append(("val", args.dataset, args.val))
+    if args.val:
+        given = file_names(args.val) or os.path.exists(args.val)
+        wanted.append(("val", args.val, args.split) if given else ("val", args.dataset, args.val))
     found = []
     for target, text, split in wanted:
         mark = "" if split == args.split else f"{split}/"
         for path in file_names(text):
-            stem, kind, _ = FILE.fullmatch(path.name).groups()
             if not path.exists():
                 fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
-            if split != "train" and kind != "json":
+            if split != "train" and kind_of(path) != "json":
                 fail(f"{path} has no split {split}: give --val a file, or leave --split out")
-            found.append((target, split, path, path.name, mark + stem, path.stat().st_size))
+            stem = mark + FILE.fullmatch(path.name)[1]
+            found.append((target, split, path, path.name, stem, path.stat().st_size))
         if not file_names(text):
             rows = load_rows(args, text, split)
             found.append((target, split, rows, text, mark + text, len(rows)))
@@ -419,8 +410,8 @@ def load_rows(args, name, split):
         return rows.with_format("arrow")  # so that no image is decoded
     except Exception as error:  # hub, network, name, split, folder: each raises its own errors
         fail(f"--dataset {name} --subset '{args.subset}' --split {split}: {type(error).__name__}: "
-             f"{short(error)}; a file ends in .jsonl, .json, .csv, .tsv or .parquet (.gz, .zst); "
-             "quote a name that has a comma; save others as one of these")
+             f"{short(error)}; give a hub name, a folder, or .jsonl, .json, .csv, .tsv or .parquet "
+             "files (.gz, .zst); quote a name that has a comma")
 
 def all_rows(args):
     """(split or "", source, id, line or row number from 1, place in the whole input, row)"""
@@ -436,8 +427,7 @@ def all_rows(args):
 
 def file_rows(path, split="train"):
     """-> (line or row number, row or a text that says why it is none, share that is read)"""
-    kind, number = FILE.fullmatch(path.name)[2], 0
-    read_rows = parquet_rows if kind == "parquet" else text_rows
+    read_rows, number = parquet_rows if kind_of(path) == "parquet" else text_rows, 0
     try:
         with open(path, "rb") as raw:
             for number, row, share in read_rows(path, raw, split):
@@ -456,7 +446,7 @@ def text_rows(path, raw, split):
     encoding = json.detect_encoding(stream.peek(4)[:4])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
     text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
-    is_json = FILE.fullmatch(path.name)[2].startswith("json")
+    is_json = kind_of(path).startswith("json")
     rows = json_rows(text, path, split) if is_json else csv_rows(text, path)
     for number, row in enumerate(rows, 1):
         share = number / len(rows) if isinstance(rows, list) else raw.closed or raw.tell() / size
@@ -489,7 +479,7 @@ def without_nulls(value):
 def csv_rows(text, path):
     csv.field_size_limit(2**31 - 1)
     header = text.readline()
-    delimiter = "\t" if FILE.fullmatch(path.name)[2] == "tsv" else max(",;\t", key=header.count)
+    delimiter = "\t" if kind_of(path) == "tsv" else max(",;\t", key=header.count)
     for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
         whole = None not in row  # where cells go that have no column
         yield {name: cell for name, cell in row.items() if cell} if whole else f"too long: {row}"
@@ -502,7 +492,7 @@ def json_rows(text, path, split):
         if first and line.strip():  # the second line that is not blank
             break
         first = first or line.strip()
-    lines = FILE.fullmatch(path.name)[2] == "jsonl" and first not in ("[", "{", "[{")
+    lines = kind_of(path) == "jsonl" and first not in ("[", "{", "[{")
     if lines or (len(start) > 1 and isinstance(parse(first), dict)):
         return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
     whole = "".join(start) + text.read()
@@ -559,6 +549,9 @@ SCORES += [(f"chosen{mark}{word}", f"rejected{mark}{word}")
            for mark, word in itertools.product("_-", ("score", "rating", "reward"))]
 VERDICTS = dict(chosen=1, tie=0, tied=0, equal=0, same=0, draw=0, both=0, neither=0, rejected=-1)
 
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
 def is_blank(value):
     return not value.strip() if isinstance(value, str) else value in ([], {})
 
@@ -587,19 +580,17 @@ def from_json(value, name):
     except (ValueError, RecursionError) as error:
         drop("malformed", f"{name} is not JSON: {error}: {value}")
 
-def is_message(value):
-    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
-
 def as_messages(value):
     """A text that is a message or a list of messages, as JSON or Python writes it -> these."""
     if not isinstance(value, str) or not MESSAGES.match(value):
         return value
-    for read in (json.loads, literal_eval):
-        found = attempt(read, value.strip())
-        if isinstance(found, (list, dict)):
-            listed = found if isinstance(found, list) else [found]
-            return found if all(is_message(each) for each in listed) else value
-    drop("malformed", f"messages that are not JSON: {value}")
+    found = attempt(json.loads, value)
+    if isinstance(found, ValueError):
+        found = attempt(literal_eval, value.strip())
+    if isinstance(found, ValueError):
+        drop("malformed", f"messages that are not JSON: {value}")
+    roles = [isinstance(each, dict) and {"role", "from"} & each.keys() for each in as_list(found)]
+    return found if all(roles) else value
 
 def prompt_column(row):
     """The column of the prompt, if possible one that is not empty; None if there is none."""
@@ -612,7 +603,7 @@ def is_several(answer):
 
 def pop_answers(row):
     """-> list of the chosen answers, list of the rejected ones"""
-    sides = [as_messages(row.pop("chosen")), as_messages(row.pop("rejected"))]
+    sides = [row.pop("chosen"), row.pop("rejected")]
     if [] in sides:
         drop("malformed", f"chosen or rejected is an empty list: {sides}")
     return [side if is_several(side) else [side] for side in sides]
@@ -641,7 +632,8 @@ def dialogue(text, name, kit):
 
 def read_message(value, name):
     """A message in the form of OpenAI or ShareGPT -> {role, content, and its other keys}."""
-    value = value if isinstance(value, dict) else {"role": f"none: {value!r}"}
+    if not isinstance(value, dict):
+        drop("malformed", f"{name} has a message of role none: {value!r}")
     role = str(value.get("role") or value.get("from"))
     if role.lower() not in ROLES:
         drop("malformed", f"{name} has a message of role {role}")
@@ -653,16 +645,16 @@ def read_message(value, name):
     if role == "function_call":
         calls, content = from_json(content, "function_call"), None
     if calls:
-        more["tool_calls"] = list(map(read_call, calls if isinstance(calls, list) else [calls]))
+        more["tool_calls"] = [read_call(call) for call in as_list(calls)]
     if content is None and (calls or any(more.get(key) for key in REASONING)):
         content = ""
-    if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
-        kinds += [part["type"] for part in parts if is_media(part.get("type"))]
-        content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts
-                            if not kinds)
+    parts = content if isinstance(content, list) else []
+    parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
+    kinds += [part["type"] for part in parts if is_media(part.get("type"))]
     if kinds:
         drop("images", f"{name} has a message with {kinds[0]}")
+    if isinstance(content, list):
+        content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts)
     return {"role": ROLES[role.lower()], "content": text_of(content, f"content in {name}")} | more
 
 def read_call(call):
@@ -677,8 +669,7 @@ def read_answer(value, name):
     value = as_messages(value)
     if not isinstance(value, (list, dict)):
         return [], {"role": "assistant", "content": text_of(value, name)}
-    listed = value if isinstance(value, list) else [value]
-    messages = [read_message(each, name) for each in listed]
+    messages = [read_message(each, name) for each in as_list(value)]
     if not messages or messages[-1]["role"] != "assistant":
         drop("malformed", f"{name} does not end with an assistant turn: {value}")
     return messages[:-1], messages[-1]
@@ -692,8 +683,7 @@ def read_pair(args, found, pair):
         drop("prompts differ", next(unequal, before or other))
     prompt = as_messages(found.prompt)
     if isinstance(prompt, (list, dict)):
-        listed = prompt if isinstance(prompt, list) else [prompt]
-        turns = [read_message(each, "prompt") for each in listed]
+        turns = [read_message(each, "prompt") for each in as_list(prompt)]
         if turns and turns[-1] in (chosen, rejected):  # the conversation with its answer
             turns.pop()
         messages = overlap(turns, before)
@@ -792,24 +782,22 @@ def load_tokenizer(args):
     named = re.escape(args.eos_token) if args.eos_token and args.eos_token in tail else special
     found = re.search(named, tail)
     end = args.eos_token or (found[0] if found else tokenizer.eos_token)
-    if not tokenizer.is_fast or end not in tokenizer.get_vocab():
-        fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
-             f"token {end!r} in its vocabulary; set --eos_token")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **trust)
         rows = config.get_text_config().vocab_size
     except Exception:  # a folder with a tokenizer and no model
         rows = len(tokenizer)
-    if tokenizer.get_vocab()[end] >= rows:
-        fail(f"--model {args.model}: its embedding has {rows} rows, the end token {end} has the id "
-             f"{tokenizer.get_vocab()[end]}; resize the embedding, or set --eos_token")
+    end_id = tokenizer.get_vocab().get(end, rows)
+    if not tokenizer.is_fast or end_id >= rows:
+        fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
+             f"token {end!r} in its vocabulary and its embedding of {rows} rows; set --eos_token")
     bos = [] if template else tokenizer("a").input_ids[:1]
     backend = tokenizer.backend_tokenizer  # 1.3 x as fast as through the wrapper
     backend.no_truncation()  # --max_length decides
     backend.no_padding()
     return types.SimpleNamespace(
         tokenizer=tokenizer, backend=backend, template=template,
-        end=tokenizer.get_vocab()[end], end_token=end, score_header=args.score_header,
+        end=end_id, end_token=end, score_header=args.score_header,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
         bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
         breaks=re.compile(one_of(sorted(alone, key=len)[::-1])),
@@ -865,11 +853,10 @@ def render_chat(kit, messages, answers, found):
 def check_content(said, text, size):
     """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
     messages say. Templates leave out thoughts, tools, system turns. Only white space may differ."""
-    missing = first_missing(said, text, size, str)
-    if missing:
+    if first_missing(said, text, size, str):  # quick; if it fails, the costly search
         missing = first_missing(said, squeeze(text), len(squeeze(text[:size])), squeeze)
-    if missing:
-        drop(f"{missing[0]} left out by the template", missing[1])
+        if missing:
+            drop(f"{missing[0]} left out by the template", missing[1])
 
 def first_missing(said, text, size, form):
     """The first (what, piece) of the messages whose form is not in the text, or None. They stand in
@@ -879,15 +866,15 @@ def first_missing(said, text, size, form):
         begin, end = at, size if i < len(said) - 1 else len(text)
         for what, piece in own:
             anywhere = what in ("tools", "text of system turn")
-            first = 0 if anywhere else begin
-            place = text.find(form(piece), first, end)
+            first, sought = 0 if anywhere else begin, form(piece)
+            place = text.find(sought, first, end)
             if place < 0:
-                escaped = json.dumps(piece, ensure_ascii=False)[1:-1]
-                place = text.find(form(escaped), first, end)
+                sought = form(json.dumps(piece, ensure_ascii=False)[1:-1])
+                place = text.find(sought, first, end)
             if place < 0:
                 return what, piece
             if not anywhere:
-                at = max(at, place + len(form(piece)))
+                at = max(at, place + len(sought))
     return None
 
 def squeeze(text):
@@ -906,14 +893,15 @@ def pieces(message):
         found += [("tool calls", w) for w in words if w not in ("true", "false", "null")]
     return [(what, text.strip()) for what, text in found if text.strip()]
 
-def lines_of_tools(tools):
-    """The name of each tool, and the first line of what it does."""
-    lines = []
+def pieces_of_tools(tools):
+    """The name of each tool, and the first line of what it does, as pieces() gives them."""
+    found = []
     for tool in tools:
         function = tool.get("function", tool)
         about = str(function.get("description") or "").strip()
-        lines += [text_of(function.get("name"), "the name of a tool"), *about.splitlines()[:1]]
-    return lines
+        lines = [text_of(function.get("name"), "the name of a tool"), *about.splitlines()[:1]]
+        found += [("tools", line) for line in lines]
+    return found
 
 # -- tokens
 def canonical(kit, text: str) -> str:
@@ -951,13 +939,9 @@ def encode(kit, args, messages, answers, found):
     question, texts, prompt = render(kit, messages, answers, found)
     if not all(text[max(len(question), len(prompt)):].strip() for text in texts):
         drop("empty", f"rendering leaves nothing of a response: {answers}")
-    tools = [("tools", line) for line in lines_of_tools(found.tools)]
-    for own, text in zip(told, texts, strict=True):
-        said = [tools, *asked, own]
-        if not kit.template:  # contents are written as they are, and nothing else is
-            rest = ("tools", "tool calls", "reasoning")
-            said = [[piece for piece in each if piece[0] in rest] for each in said]
-        check_content(said, text, len(question))
+    tools = pieces_of_tools(found.tools)
+    for own, text in zip(told, texts, strict=True):  # rendering took an end token off the text
+        check_content([tools, *asked, own], text + kit.end_token, len(question))
     start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
         drop("identical", answers[0]["content"])
@@ -992,9 +976,6 @@ HINTS = {  # reason of a drop: what to do
     "images": "this trains on text only", "malformed": "mend the rows, or use --convert",
     "text of system turn left out by the template": FIRST_USER,
     "tools left out by the template": "choose a --model whose template takes tools"}
-
-def hint(reason):
-    return HINTS.get(reason, "mend the rows")
 
 def chunks(rows):
     """Lists of entries of all_rows, bounded by rows and by bytes."""
@@ -1035,9 +1016,9 @@ def write_pairs(args, out, folder):
                                  pairs=Counter(train=0, val=0), hashes=dict(train=[], val=[]))
     with (open(folder / "dropped.jsonl", "w") as log,
           tqdm(total=sum(source[-1] for source in sources), unit=unit, unit_scale=True) as bar,
-          pa.OSFile(f"{folder}/train.arrow", "wb") as train,
-          pa.OSFile(f"{folder}/val.arrow", "wb") as val):
-        writers = {"train": pa.ipc.new_stream(train, SCHEMA), "val": pa.ipc.new_stream(val, SCHEMA)}
+          pa.ipc.new_stream(f"{folder}/train.arrow", SCHEMA) as train,
+          pa.ipc.new_stream(f"{folder}/val.arrow", SCHEMA) as val):
+        writers = {"train": train, "val": val}
         for rows, batches, hashes, dropped, counts, place in in_parallel(args):
             for split, batch in batches.items():
                 writers[split].write_batch(batch)
@@ -1053,8 +1034,6 @@ def write_pairs(args, out, folder):
             bar.update(place - bar.n)
             if not is_recognised(seen):
                 break
-        for writer in writers.values():
-            writer.close()
     check_pairs(args, out, folder, seen)
     return seen
 
@@ -1072,32 +1051,29 @@ def check_pairs(args, out, folder, seen):
     record = f"{out}.dropped.jsonl"
     shutil.copy(folder / "dropped.jsonl", record)
     reason = max(seen.dropped, key=seen.dropped.get, default="none")
-    kept, dropped = seen.pairs.total(), seen.dropped.total()
-    mostly = f"{dropped} dropped, mostly '{reason}' ({seen.examples.get(reason, '')})"
+    mostly = f"mostly '{reason}' ({seen.examples.get(reason, '')})"
     if not is_recognised(seen):
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
         fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format: "
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
              f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
-    prompts = len(np.unique(np.concatenate(sum(seen.hashes.values(), []))[:, 0]))
-    way = hint(reason) if dropped else ""
-    if kept:
+    counts, way = count(seen), HINTS.get(reason, "mend the rows")
+    if counts["pairs_out"]:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
-    fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} {kept} pairs "
-         f"with {prompts} distinct prompts are kept and {mostly}; {way}; see {record}")
+    fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} "
+         f"{counts['pairs_out']} pairs with {counts['distinct_prompts']} distinct prompts are kept "
+         f"and {seen.dropped.total()} dropped, {mostly}; {way}; see {record}")
 
 def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
     datasets.disable_progress_bars()
-    splits, subsets, lengths, ids = {}, Counter(), [], []
+    splits, lengths, ids = {}, [], []
     for split in ("train", "val"):
         rows = datasets.Dataset.from_file(f"{folder}/{split}.arrow")
         if pc.all(pc.equal(rows.data.column("weight"), 1)).as_py():
             rows = rows.remove_columns("weight")
         rows.save_to_disk(f"{folder}/{split}")
         os.remove(f"{folder}/{split}.arrow")  # stays readable while it is open
-        counted = pc.value_counts(rows.data.column("subset")).to_pylist()
-        subsets += Counter({entry["values"]: entry["counts"] for entry in counted})
         lengths.append([pc.list_value_length(rows.data.column(side)).to_numpy() for side in SIDES])
         splits[split] = rows
         ids += rows.data.column("id").chunks
@@ -1105,12 +1081,11 @@ def save(args, kit, folder, seen):
     lengths = dict(zip(SIDES, lengths), pair=lengths.sum(0))
     longest = np.argsort(-lengths["pair"], kind="stable")[:5]
     longest = [[pa.chunked_array(ids)[i].as_py(), int(lengths["pair"][i])] for i in longest]
-    counts = count(seen) | {"subsets": subsets, "longest": longest}
     meta = dict(
         arguments=dataclasses.asdict(args), tokenizer=args.model,
         vocab_hash=vocab_hash(kit.tokenizer),
         template_hash=kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16],
-        eos_token=kit.end_token, eos_token_id=kit.end, counts=counts,
+        eos_token=kit.end_token, eos_token_id=kit.end, counts=count(seen) | {"longest": longest},
         content_hash={split: content_hash(rows) for split, rows in splits.items()},
         lengths={name: {f"p{p}": int(np.percentile(n, p, method="higher"))
                         for p in (0, 10, 50, 90, 99, 100)} for name, n in lengths.items()},
@@ -1121,15 +1096,15 @@ def save(args, kit, folder, seen):
 
 def count(seen):
     """The counts of meta.json and of the summary."""
-    kinds = {kind: Counter() for kind in ("format", "unused", "order", "rendered")}
+    kinds = {kind: Counter() for kind in ("format", "subset", "unused", "order", "rendered")}
     for (kind, name), n in seen.counts.items():
         kinds[kind][name] += n
     hashes = {split: np.concatenate(parts) for split, parts in seen.hashes.items()}
     prompts = {split: np.unique(pairs[:, 0]) for split, pairs in hashes.items()}
     both = np.concatenate([hashes["train"], hashes["val"]])
     return dict(
-        rows=seen.rows, formats=kinds["format"], pairs_in=seen.pairs.total() + seen.dropped.total(),
-        pairs_out=seen.pairs.total(), **seen.pairs, dropped=seen.dropped,
+        rows=seen.rows, formats=kinds["format"], pairs_in=len(both) + seen.dropped.total(),
+        pairs_out=len(both), **seen.pairs, dropped=seen.dropped, subsets=kinds["subset"],
         distinct_prompts=len(np.unique(both[:, 0])), repeats=len(both) - len(np.unique(both[:, 1])),
         prompts_in_both=len(np.intersect1d(prompts["train"], prompts["val"])),
         scores=kinds["order"], looks_rendered=kinds["rendered"][True], unused=kinds["unused"])
@@ -1154,63 +1129,44 @@ def content_hash(dataset) -> str:
 
 def check_out(args, out, part):
     """Nothing may be in the way of the result but an earlier one, and that only if asked for."""
-    if out.exists():
-        if not (args.overwrite and (out / "meta.json").is_file()):
-            fail(f"--out {out} exists: choose another; --overwrite replaces an earlier result")
-    for folder in (out, part):
-        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        foreign = [name for name in names if not OWN.fullmatch(name)]
-        if foreign:
-            fail(f"{folder} holds {foreign[0]}, which this script did not make, and would be lost: "
-                 "move it, or choose another --out")
+    if out.exists() and not (args.overwrite and (out / "meta.json").is_file()):
+        fail(f"--out {out} exists: choose another; --overwrite replaces an earlier result")
+    for path in [*out.glob("*"), *part.glob("*")]:
+        if not OWN.fullmatch(path.name):
+            fail(f"{path} was not made by this script and would be lost: move it, or choose "
+                 "another --out")
 
 def replace(out, part):
     """The new folder takes the place of an earlier one, which goes only when the new one stands."""
     if not out.exists():
         part.rename(out)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent))
-    out.rename(aside / out.name)
+    old = Path(f"{out}.old")
+    out.rename(old)
     try:
         part.rename(out)
     except OSError:
-        (aside / out.name).rename(out)
-        aside.rmdir()
+        old.rename(out)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 def report(args, kit, meta, pair):
-    """Print what was read, what was not, and a pair."""
-    counts, lines = meta["counts"], []
-    lines.append("formats   " + ", ".join(f"{k}, {n:,} rows" for k, n in counts["formats"].items()))
-    lines.append(
+    """Print what was read, what a user may not expect, and a pair."""
+    counts, decode = meta["counts"], kit.tokenizer.decode
+    lines = [
+        "formats   " + ", ".join(f"{name}, {n:,} rows" for name, n in counts["formats"].items()),
         f"rendering {'chat template' if kit.template else 'plain text'}, "
-        f"{'BOS' if kit.bos else 'no BOS'} added; responses end in {kit.end_token} ({kit.end})")
-    lines.append(
+        f"{'BOS' if kit.bos else 'no BOS'} added; responses end in {kit.end_token} ({kit.end})",
         f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
-        f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped")
+        f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped"]
     for reason, n in counts["dropped"].most_common():
-        lines.append(f"  dropped {n:>7,}  {reason}: {hint(reason)}")
-    lines += findings(counts)
-    for name, points in meta["lengths"].items():
-        points = "  ".join(f"{p} {n:>5,}" for p, n in points.items())
-        lines.append(f"{name:10}{points}  tokens")
-    decode = kit.tokenizer.decode
-    start = decode(pair["prompt"])
-    lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
-    for side in SIDES[1:]:
-        lines.append(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
-    lines.append(f"wrote     {args.out}")
-    print(visible("\n".join(lines)))
-
-def findings(counts):
-    """Lines of the summary about what a user may not expect."""
-    lines = [f"prompts   {counts['distinct_prompts']:,} distinct; {counts['repeats']:,} pairs are "
-             "exact repeats of others"]
+        lines.append(f"  dropped {n:>7,}  {reason}: {HINTS.get(reason, 'mend the rows')}")
+    lines.append(f"prompts   {counts['distinct_prompts']:,} distinct; {counts['repeats']:,} pairs "
+                 "are exact repeats of others")
     if counts["prompts_in_both"]:
         lines.append(f"  warning {counts['prompts_in_both']:,} prompts are in both train and val")
-    unused = [f"{name} ({n:,} rows)" for name, n in counts["unused"].most_common()]
-    if unused:
+    if counts["unused"]:
+        unused = [f"{name} ({n:,} rows)" for name, n in counts["unused"].most_common()]
         lines.append(f"columns   not used: {', '.join(unused)}")
     if counts["looks_rendered"]:
         lines.append(f"  warning {counts['looks_rendered']:,} prompts look rendered already: take "
@@ -1219,9 +1175,16 @@ def findings(counts):
     if agree or tie or contradict:
         lines.append(f"scores    {agree:,} rows agree, {tie:,} tie, {contradict:,} contradict the "
                      "order of their answers; --drop_ties leaves out the latter two")
-    pairs = [f"{name} {n:,}" for name, n in counts["longest"]]
-    return [*lines, f"longest   {', '.join(pairs)} tokens"]
-
+    longest = [f"{name} {n:,}" for name, n in counts["longest"]]
+    lines.append(f"longest   {', '.join(longest)} tokens")
+    for name, points in meta["lengths"].items():
+        points = "  ".join(f"{p} {n:>5,}" for p, n in points.items())
+        lines.append(f"{name:10}{points}  tokens")
+    start = decode(pair["prompt"])
+    lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
+    for side in SIDES[1:]:
+        lines.append(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
+    print(visible("\n".join([*lines, f"wrote     {args.out}"])))
 
 if __name__ == "__main__":
     main()
