@@ -455,7 +455,7 @@ def test_two_processes_really_run(root):
 @pytest.mark.slow
 def test_fast_tests_come_first_and_the_exit_status_is_pytests(root):
     (root / "requirements-dev.txt").write_text("pytest")
-    (root / "tests").mkdir()
+    (root / "tests").mkdir(exist_ok=True)
     shutil.copy(ROOT / "tests/conftest.py", root / "tests")
     (root / "tests/test_it.py").write_text(
         "import pytest\n@pytest.mark.slow\ndef test_one(): pass\ndef test_two(): pass\ndef test_bad(): assert 0\n")
