@@ -149,7 +149,8 @@ def test_a_checkpoint_of_one_rank_continues_on_two_to_rounding(script, world, un
     process.communicate()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / script), *map(str, flags)]
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
     for key, tensor in weights(uninterrupted).items():
         torch.testing.assert_close(weights(tmp_path)[key], tensor, rtol=1e-3, atol=1e-3)
 
