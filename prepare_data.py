@@ -348,13 +348,13 @@ def load_converter(spec):
         fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
 
 def convert_row(args, row):
-    """A raw row -> what --convert makes of it, a row or a list of rows, or the row itself."""
+    """A raw row -> the list of rows that --convert makes of it, or of the row itself."""
     if not args.convert or not isinstance(row, dict):
-        return row
+        return [row]
     made = attempt(load_converter(args.convert), row)
     if isinstance(made, ValueError) or not made:
         drop("convert", f"the function gives {made}")
-    return made
+    return as_list(made)
 
 # -- files and rows
 FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
