@@ -356,7 +356,7 @@ def load_data(args, names=("train", "val")):
     return splits
 
 def rows_hash(pairs, lengths):
-    """Of all that log-probs and losses take from the pairs."""
+    """-> 16 hex digits that change with anything that log-probs and losses take from the pairs."""
     digest = hashlib.sha256(lengths.tobytes())
     for side in ("prompt", "chosen", "rejected"):
         digest.update(pc.list_flatten(pairs.data[side]).to_numpy())
@@ -619,8 +619,9 @@ def find_model(name):
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
-                                                        ignore_patterns="*/*"))
+        with explain(f"--model {name} is no folder here, and the hub has none ({{}})"):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
+                                                            ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
         return folder, None

@@ -33,10 +33,10 @@ LIMITS = {
     "dpo.py": (950, 215, 0),
     "dpo_norm.py": (955, 215, 6),
     "simpo.py": (945, 215, 30),
-    "wpo.py": (965, 220, 20),
+    "wpo.py": (970, 220, 20),
     "auxdpo.py": (1085, 330, 160),
     "compo.py": (875, 345, 250),
-    "cache_ref.py": (900, None, None),
+    "cache_ref.py": (905, None, None),
 }
 ALGORITHMS = [name for name in LIMITS if name not in ("dpo.py", "cache_ref.py")]
 TRAINING = ["dpo.py", *ALGORITHMS]
