@@ -1,35 +1,44 @@
 """AuxDPO, Gopalan, Ray Chowdhury and Banerjee 2025, https://arxiv.org/abs/2510.20413
 
-    L(theta, delta) = -1/N sum_i log sigmoid(m_i + delta_w,i - delta_l,i) + lambda |c / 2N|^2   4.2
-    m_i = beta [log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)]      margin of pair i of N
-    c = sum_i delta_w,i g_w,i + delta_l,i g_l,i,    g = gradient of log pi(y|x), at pi = ref
+    L(theta, delta) = -1/N sum_i log sigmoid(m_i + delta_w(i) - delta_l(i)) + lambda |c / U|^2  4.2
+    m_i = beta [log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)]    margin of pair i of N
+    c = sum_u delta_u (g_u - mean of g over u's prompt)    of U responses to S prompts
+    g = gradient of log pi(y|x), at pi = ref
 
 A policy can express only some reward functions. DPO fits the one nearest to the true reward, where
 frequent pairs count most, and may so make the policy worse. But rewards that differ by a delta with
 c = 0 have the same best policy. So AuxDPO adds to the reward of each response a delta, which takes
 up what the policy cannot express. The penalty holds c near 0. delta is no part of the policy.
 
+All pairs with a response share its delta. (The paper writes two for each pair and takes off no
+mean: --delta per_pair.) In c each response counts once, however often it is compared, as it is the
+weight of frequent pairs that AuxDPO is to avoid. The mean is taken off because a constant added to
+all delta of a prompt changes no margin, and would let c be anything. If the pairs of a prompt
+neither repeat nor close a cycle, every margin has a delta to itself, and this is DPO with a ridge
+on the margins. So delta can act only on N - (U - S) of them; the number is printed at the start.
+
     python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --sketch_dim 4096
     torchrun --nproc_per_node=8 auxdpo.py --model MODEL --data data/NAME
 
 Departures from the paper and from its authors' notebook:
-1. delta is not learned, but solved for before each step of theta: once the margins m of a batch are
-   known, L is convex in its delta. The notebook's first epoch has seen only the initial delta.
+1. delta is not learned, but solved for before each step of theta: once the margins m are known, L
+   is convex in delta. It is renewed for all responses to the prompts of a batch.
 2. c is a running sum over all pairs, as in the paper. cache_ref.py has stored a sketch of each g, K
    numbers that keep inner products approximately. The notebook has c of a batch only, exactly.
 3. The notebook has delta inside beta, bounds it and rewards its size. The paper and we do not.
-4. For comparison, --null exact keeps c at 0, and --geometry random treats all g as orthogonal.
+4. For comparison, --null exact keeps c at 0, and --geometry ridge puts orthogonal unit vectors in
+   place of g. That needs no sketches, and did as well with its lambda tuned (results/README.md).
 
 Differs from dpo.py: delta, its solver, a first pass for the margins, the sketches, delta's files.
-Read to line 324: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 383: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
 pairs. A batch is the pairs of an optimiser step, a micro-batch those that a rank computes at once.
-Shapes: N pairs of the data, K numbers of a sketch; n pairs of a batch or micro-batch, L its tokens,
-M those in responses, T tokens of the longest text, V vocabulary, h hidden size, H heads, d head
-size. A leading dimension of 2 means chosen, rejected.
+Shapes: N pairs of the data, U distinct responses, K numbers of a sketch; n pairs of a batch or
+micro-batch, L its tokens, M those in responses, T tokens of the longest text, V vocabulary, h
+hidden size, H heads, d head size. A leading dimension of 2 means chosen, rejected.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, resource, shutil
 import signal, subprocess, sys, threading, time, types
@@ -91,10 +100,11 @@ class Args:
     wandb: str = ""  # Weights & Biases project that gets the log too
     # algorithm
     beta: float = 0.1  # strength of the pull to the reference
-    penalty_weight: float = 1.0  # lambda, weight of |c / 2N|^2
+    delta: Literal["shared", "per_pair"] = "shared"  # one for each response, or two for each pair
+    penalty_weight: float = 1.0  # lambda, weight of |c / U|^2
     delta_steps: int = 10  # steps of the solver for the delta of a batch
     null: Literal["soft", "exact"] = "soft"  # hold c near 0, by the penalty, or at 0 exactly
-    geometry: Literal["scores", "random"] = "scores"  # random: treat all g as orthogonal
+    geometry: Literal["scores", "ridge"] = "scores"  # ridge: orthogonal unit vectors in place of g
     sketch_dim: int = 4096  # K, as given to cache_ref.py
     sketch_modules: str = ""  # as given to cache_ref.py; empty = all that is trained
 
@@ -126,37 +136,65 @@ def minimise(z, margins, weights, signs, gram, pull, args):
         z = z - torch.linalg.solve(curvature, gradient)
     return z
 
-def update_delta(rows, margins, split, args):
-    """Given margins (N,), renew the delta of the pairs `rows` to lower N L of 4.2. All other delta
-    stay, and so does their share `rest` of c. But with --null exact all are renewed, by the margins
-    that their pairs had last. In float64 on the CPU, so that all ranks come to the same."""
-    split["margins"][rows] = margins[rows]
-    if args.null == "exact":
-        rows = np.arange(len(margins))  # only together can they keep c at 0
-    weights = torch.tensor([split["pairs"][int(row)].get("weight", 1.0) for row in rows]).double()
-    scores = torch.from_numpy(split["sketch"][rows].astype(float)).flatten(0, 1)  # (2n, K)
-    delta = split["delta"][rows].flatten()  # (2n,) chosen, rejected of the first pair, and so on
-    rest = split["c"] - scores.T @ delta  # (K,)
-    signs = torch.eye(len(rows)).kron(torch.tensor([1.0, -1.0])).double()  # (n, 2n)
-    scale = args.penalty_weight / (2 * len(margins))  # N lambda |c / 2N|^2 is scale / 2 |c|^2
-    gram, pull = scale * scores @ scores.T, scale * scores @ rest  # (2n, 2n), (2n,)
-    if args.geometry == "random":  # treat all g as orthogonal
-        gram, pull = gram.diag().diag(), 0 * pull
+def update_delta(batch, margins, split, args):
+    """Given margins (N,) of the rows `batch`, renew the delta of all responses to their prompts to
+    lower N L of 4.2. All other delta stay, and so does their share `rest` of c. Margins of pairs
+    outside the batch are those last seen. float64 on the CPU, so that all ranks get the same."""
+    split["margins"][batch] = margins[batch]
+    rows = rows_of_prompts(batch, split, args)
+    index, places = np.unique(split["index"][rows], return_inverse=True)  # (q,) of these pairs
+    chosen, rejected = places.reshape(-1, 2).T  # (n,) places in index
+    one_hot, delta = torch.eye(len(index)).double(), split["delta"][index]
+    signs = one_hot[chosen] - one_hot[rejected]  # (n, q)
+    scores, columns = centred_scores(index, split, args)  # (q, K)
+    rest = split["c"][columns] - scores.T @ delta  # (K,)
+    scale = 2 * args.penalty_weight * len(margins) / len(split["delta"])**2
+    # N lambda |c / U|^2 is 1/2 scale |c|^2, and c is rest + scores^T delta.
+    gram, pull = scale * scores @ scores.T, scale * scores @ rest  # (q, q), (q,)
     if args.null == "exact":  # there is no penalty in the null space
         signs, gram, pull = signs @ split["projection"], 0 * gram, 0 * pull
-    delta = minimise(delta, split["margins"][rows], weights, signs, gram, pull, args)
-    split["delta"][rows] = delta.view(-1, 2)
-    split["c"] = rest + scores.T @ delta
+    delta = minimise(delta, split["margins"][rows], split["weights"][rows], signs, gram, pull, args)
+    split["delta"][index] = delta
+    split["c"][columns] = rest + scores.T @ delta
 
-def null_projection(sketch):
-    """sketch (N, 2, K) -> (2N, 2N), the projection on all delta with c = 0."""
-    if len(sketch) > 4096:
-        fail(f"--null exact is for small data, not for {len(sketch)} pairs; use --null soft")
-    scores = torch.from_numpy(sketch.astype(float)).flatten(0, 1)  # (2N, K)
+def rows_of_prompts(batch, split, args):
+    """The rows of all pairs of the prompts in `batch`, or 2048 of them, itself first. With --null
+    exact all rows, as only together can their delta keep c at 0."""
+    if args.null == "exact":
+        return np.arange(len(split["index"]))
+    same = np.isin(split["prompts"], split["prompts"][batch])
+    same[batch] = False
+    others = np.random.default_rng(batch).permutation(np.flatnonzero(same))
+    return np.concatenate([batch, others[:max(0, 2048 - len(batch))]])
+
+def centred_scores(index, split, args):
+    """What each delta of `index` (q,) adds to c: (q, K), and the places in c of these K numbers."""
+    prompts, columns = split["delta_prompts"], slice(None)
+    whole = np.flatnonzero(np.isin(prompts, prompts[index]))  # (w,) all delta of these prompts
+    if args.geometry == "scores":
+        scores = torch.from_numpy(split["sketch"][split["source"][whole]].astype(float))  # (w, K)
+    else:
+        scores, columns = torch.eye(len(whole)).double(), whole
+    if args.delta == "shared":
+        _, group = np.unique(prompts[whole], return_inverse=True)
+        group = torch.from_numpy(group)
+        means = torch.zeros(group.max() + 1, scores.shape[1]).double()
+        means = means.index_add(0, group, scores) / group.bincount()[:, None]
+        scores = scores - means[group]  # g - mean of g
+    return scores[np.searchsorted(whole, index)], columns
+
+def null_projection(split, args):
+    """(U, U), the projection on all delta with c = 0."""
+    count = len(split["delta"])
+    if count > 4096 or args.geometry == "ridge":
+        fail(f"--null exact is for small data with --geometry scores, not for {count} responses; "
+             "use --null soft")
+    scores, _ = centred_scores(np.arange(count), split, args)  # (U, K)
     values, vectors = torch.linalg.eigh(scores @ scores.T)  # ascending
-    null = vectors[:, values < 1e-5 * values[-1]]  # (2N, q) 0 but for rounding to float16
-    if len(scores) - null.shape[1] >= min(scores.shape):
-        fail(f"--null exact: the scores of {len(scores)} responses, as {scores.shape[1]} numbers, "
+    null = vectors[:, values < 1e-5 * values[-1]]  # (U, q) 0 but for rounding to float16
+    constants = len(np.unique(split["prompts"])) if args.delta == "shared" else 0  # no pair sees
+    if count - null.shape[1] >= min(count - constants, scores.shape[1]):
+        fail(f"--null exact: the scores of {count} responses, as {scores.shape[1]} numbers, "
              "are independent; train less (--train_modules), raise --sketch_dim, or --null soft")
     return null @ null.T
 
@@ -179,31 +217,52 @@ def first_pass(policy, parts, split, args):
     return margins, computed[::-1]
 
 def prepare_delta(splits, step, args):
-    """Give train its sketches (N, 2, K), those of the reference with the same log-probs, and delta
-    (N, 2), the margins (N,) last seen and c (K,), as they are at this step. delta of val is 0."""
-    train = splits["train"]
-    for path in Path(args.data).glob("ref-*/sketch-*/meta.json"):
-        same = np.array_equal(np.load(path.parents[1] / "train-logps.npy"), train["ref_logps"])
-        if same and json.loads(path.read_text())["key"] == sketch_key(args):
-            with explain(f"{path.parent} is damaged ({{}}): delete it, and run cache_ref.py again"):
-                train["sketch"] = np.load(path.parent / "train-sketch.npy", mmap_mode="r")
-    if "sketch" not in train:
-        flags = dict(model=args.reference or args.model, data=args.data, dtype=args.dtype)
-        flags = [f"--{name} {value}" for name, value in (flags | sketch_key(args)).items() if value]
-        fail(f"{args.data} has no sketches with these settings: run cache_ref.py {' '.join(flags)}")
+    """Give train the `index` (N, 2) of the delta of its pairs, and delta (U,), the margins (N,)
+    last seen and c (K,) as they are at this step. The only delta of val is 0."""
+    train, val = splits["train"], splits["val"]
+    pairs, responses = train["pairs"], train["responses"]
+    index, prompts = responses, np.array(pairs["prompt_id"])
+    if args.delta == "per_pair":
+        index, prompts = np.arange(index.size).reshape(-1, 2), np.arange(len(index))
+    count = index.max() + 1  # U
+    source, delta_prompts = np.zeros((2, count), int)
+    source[index], delta_prompts[index] = responses, prompts[:, None]
+    weights = np.ones(len(pairs))
+    if "weight" in pairs.column_names:
+        weights = np.array(pairs["weight"])
+    train |= dict(index=index, prompts=prompts, source=source, delta_prompts=delta_prompts,
+                  weights=torch.from_numpy(weights).double())
+    size = count
+    if args.geometry == "scores":
+        train["sketch"], size = find_sketch(train, args), args.sketch_dim
+    for name, length in dict(delta=count, margins=len(pairs), c=size).items():
+        train[name] = torch.zeros(length, dtype=torch.float64)
+    val |= dict(index=np.zeros((len(val["pairs"]), 2), int), delta=torch.zeros(1).double())
     if args.null == "exact":
-        train["projection"] = null_projection(train["sketch"])
-    for split in splits.values():
-        split["delta"] = torch.zeros(len(split["pairs"]), 2, dtype=torch.float64)
-    train["margins"] = torch.zeros(len(train["pairs"]), dtype=torch.float64)
-    train["c"] = torch.zeros(args.sketch_dim, dtype=torch.float64)
+        train["projection"] = null_projection(train, args)
+    cycles = np.bincount(prompts) - np.bincount(delta_prompts) + 1  # of each prompt
+    if dist.get_rank() == 0:
+        print(f"N = {len(pairs)} pairs, U = {count} responses, S = {len(cycles)} prompts: delta "
+              f"can act on {cycles.clip(0).sum()} of N margins")
     if step > 0:
         path = Path(args.out, f"delta-{step:06d}.npz")
         with explain(f"{path} is damaged ({{}}): delete it and step-{step:06d}, and try again"):
             train |= {name: torch.from_numpy(array) for name, array in np.load(path).items()}
 
+def find_sketch(train, args):
+    """The file (U, K) of sketches of the reference that has the same log-probs."""
+    for path in Path(args.data).glob("ref-*/sketch-*/meta.json"):
+        logps = np.load(path.parents[1] / "train-logps.npy")[train["responses"]]
+        same = np.array_equal(logps, train["ref_logps"])
+        if same and json.loads(path.read_text())["key"] == sketch_key(args):
+            with explain(f"{path.parent} is damaged ({{}}): delete it, and run cache_ref.py again"):
+                return np.load(path.parent / "train-sketch.npy", mmap_mode="r")
+    flags = dict(model=args.reference or args.model, data=args.data, dtype=args.dtype)
+    flags = [f"--{name} {value}" for name, value in (flags | sketch_key(args)).items() if value]
+    fail(f"{args.data} has no sketches with these settings: run cache_ref.py {' '.join(flags)}")
+
 def delta_metrics(split, args):
-    penalty = args.penalty_weight * (split["c"] / (2 * len(split["pairs"]))).square().sum()  # 4.2
+    penalty = args.penalty_weight * (split["c"] / len(split["delta"])).square().sum()  # 4.2
     return {"delta/norm": split["delta"].norm().item(), "penalty": penalty.item()}
 
 def save_delta(split, step, args):
@@ -313,7 +372,7 @@ def pair_losses(policy, rows, split, args, logps=None):
     pairs = [split["pairs"][int(row)] for row in rows]
     lengths = to_device(split["lengths"][rows].T)  # (3, n) prompt, chosen, rejected
     ref_logps = to_device(split["ref_logps"][rows].T)  # (2, n)
-    delta = to_device(split["delta"][rows].T.float())  # (2, n)
+    delta = to_device(split["delta"][split["index"][rows]].T.float())  # (2, n)
     if logps is None:  # first_pass has not kept them
         logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
     losses, metrics = preference_loss(logps, ref_logps, delta, lengths[1:], args)
@@ -442,7 +501,8 @@ def learning_rate(step, steps, args):
 
 # -- data, stored log-probs, micro-batches
 def load_data(args, names=("train", "val")):
-    """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
+    """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected,
+    responses=(rows, 2) numbers of the chosen and the rejected one, hash=of all this)}"""
     with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
     folder, trust = find_model(args.model)[0], dict(trust_remote_code=args.trust_remote_code)
@@ -465,7 +525,11 @@ def load_data(args, names=("train", "val")):
         if largest >= config.vocab_size:
             fail(f"{args.data}/{name} has the token id {largest}, but --model {args.model} has "
                  f"{config.vocab_size} embeddings: leave out the texts with that token")
-        splits[name] = dict(pairs=pairs, lengths=lengths, hash=rows_hash(pairs, lengths))
+        if "chosen_id" not in pairs.column_names:
+            fail(f"--data {args.data} is of an older version: run prepare_data.py again")
+        responses = [pairs.data[side].to_numpy() for side in ("chosen_id", "rejected_id")]
+        splits[name] = dict(pairs=pairs, lengths=lengths, responses=np.stack(responses, 1),
+                            hash=rows_hash(pairs, lengths))
     return splits
 
 def rows_hash(pairs, lengths):
@@ -473,8 +537,9 @@ def rows_hash(pairs, lengths):
     digest = hashlib.sha256(lengths.tobytes())
     for side in ("prompt", "chosen", "rejected"):
         digest.update(pc.list_flatten(pairs.data[side]).to_numpy())
-    if "weight" in pairs.column_names:
-        digest.update(pairs.data["weight"].to_numpy())
+    for name in ("chosen_id", "rejected_id", "weight"):
+        if name in pairs.column_names:  # weight may be missing
+            digest.update(pairs.data[name].to_numpy())
     return digest.hexdigest()[:16]
 
 def content_hashes(weights, splits, dtype, args):
@@ -492,8 +557,8 @@ def content_hashes(weights, splits, dtype, args):
                 train=splits["train"]["hash"], val=splits["val"]["hash"])
 
 def load_reference(content, splits, args):
-    """Add ref_logps, float32 (rows, 2), to each split, from the cache made by cache_ref.py -> its
-    name."""
+    """Add ref_logps, float32 (rows, 2), to each split, from the cache made by cache_ref.py, which
+    has each distinct response once -> its name."""
     remake = f"run cache_ref.py --model {args.reference or args.model} --data {args.data}"
     found = []
     for path in Path(args.data).glob("ref-*/meta.json"):
@@ -511,7 +576,7 @@ def load_reference(content, splits, args):
         path = folder / f"{name}-logps.npy"
         if hashlib.sha256(path.read_bytes()).hexdigest() != hashes[name]:
             fail(f"{path} is damaged: delete {folder}, and {remake}")
-        split["ref_logps"] = np.load(path)
+        split["ref_logps"] = np.load(path)[split["responses"]]
     return folder.name
 
 def sketch_key(args):

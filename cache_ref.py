@@ -1,25 +1,26 @@
-"""One pass of the reference model: log ref(y|x) of every chosen and rejected response, on disk.
+"""One pass of the reference model: log ref(y|x) of every distinct response, on disk.
 
 It is the term log ref of DPO's eq. 7 (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), a
 constant that the training scripts read, so that the reference is never in memory beside the policy.
 
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME    (or python)
 
-Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (rows, 2) in nats; the hash is of
-weights, tokens and precision. What is not known yet is NaN, so a killed run continues there, with
-any number of processes. meta.json appears when no NaN is left.
+Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (U,) in nats, for the U distinct
+responses that prepare_data.py has numbered (chosen_id, rejected_id); the hash is of weights, tokens
+and precision. A response of several pairs is computed once. What is not known yet is NaN, so a
+killed run continues there, with any number of processes. meta.json appears when no NaN is left.
 
 --noise_margin 3 (nats), as in ComPO (Chen et al. 2025, https://arxiv.org/abs/2505.05465): the pairs
 that the reference can hardly tell apart, |log ref(y_w|x) - log ref(y_l|x)| <= 3, go to
 data/NAME/noisy, the others to data/NAME/clean: data folders for every script, with their log-probs.
 
---sketch_dim K, for auxdpo.py: adds ref-<hash>/sketch-<hash>/train-sketch.npy (rows, 2, K), of every
+--sketch_dim K, for auxdpo.py: adds ref-<hash>/sketch-<hash>/train-sketch.npy (U, K), of every
 response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x): <sketch(g), sketch(g')>
 estimates <g, g'> without bias. Of a linear layer with input x, and d the gradient of its output, g
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line 387: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 428: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal
@@ -84,17 +85,17 @@ def main():
         with torch.no_grad():
             return policy(collate(pairs, args.layout)).T  # (n, 2)
     folder = Path(args.data, f"ref-{name_of(content)}")
-    fill_folder(folder, splits, "logps", (2,), "float32", logps, content, args)
+    fill_folder(folder, splits, "logps", (), "float32", logps, content, args)
     if args.sketch_dim:
         gradients = functools.partial(sketches, policy, watch(model, args))
-        train, shape, key = dict(train=splits["train"]), (2, args.sketch_dim), sketch_key(args)
-        fill_folder(folder / f"sketch-{name_of(key)}", train, "sketch", shape, args.sketch_dtype,
-                    gradients, key, args)
+        train, key = dict(train=splits["train"]), sketch_key(args)
+        fill_folder(folder / f"sketch-{name_of(key)}", train, "sketch", (args.sketch_dim,),
+                    args.sketch_dtype, gradients, key, args)
     if args.noise_margin:
         split_by_margin(folder, splits, content, args)
     dist.destroy_process_group()
 
-# -- files that are filled row by row
+# -- files that are filled row by row, with a row for each distinct response
 def name_of(key):
     """12 hex digits for a dict of hashes or settings."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -104,18 +105,42 @@ def is_writer():
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 def fill_folder(folder, splits, kind, shape, dtype, compute, key, args):
-    """Fill folder/{split}-{kind}.npy (rows, *shape), where compute(pairs) gives the (n, *shape) of
+    """Fill folder/{split}-{kind}.npy (U, *shape), where compute(pairs) gives the (n, 2, *shape) of
     n pairs, and say in meta.json that they are complete."""
     folder.mkdir(exist_ok=True)
     for name, split in splits.items():
-        path, complete = folder / f"{name}-{kind}.npy", False
+        path, complete, texts = folder / f"{name}-{kind}.npy", False, distinct_texts(split)
         while not complete:  # twice, unless another job makes the file at the same moment
-            complete = fill_file(path, shape, dtype, split, compute, args)
+            complete = fill_file(path, shape, dtype, texts, compute, args)
     if is_writer() and not (folder / "meta.json").exists():
         write_meta(folder, key, args)
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{folder} is complete")
+
+def distinct_texts(split):
+    """The U distinct responses as pairs of one prompt, (k, 2) their numbers, so that each is
+    computed once -> these, their lengths (k, 3), and where the text of each response stands."""
+    _, first = np.unique(split["responses"], return_index=True)  # (U,) in (rows, 2), flattened
+    rows, sides = first // 2, first % 2  # (U,) sides: 0 is chosen, 1 rejected
+    waiting, twos = {}, []
+    for response, prompt in enumerate(np.array(split["pairs"]["prompt_id"])[rows]):
+        if prompt in waiting:
+            twos.append((waiting.pop(prompt), response))
+        else:
+            waiting[prompt] = response
+    twos += [(response, response) for response in waiting.values()]  # the last of an odd number
+    twos = np.array(twos)
+    lengths = [split["lengths"][rows[twos[:, 0]], 0]]
+    lengths += [split["lengths"][rows[two], 1 + sides[two]] for two in twos.T]
+    return types.SimpleNamespace(twos=twos, lengths=np.stack(lengths, 1), rows=rows, sides=sides,
+                                 pairs=split["pairs"])
+
+def text_pair(texts, two):
+    """The pair of two responses, by their numbers, of one prompt."""
+    first, second = (texts.pairs[int(texts.rows[response])] for response in two)
+    sides = [("chosen", "rejected")[texts.sides[response]] for response in two]
+    return first | dict(chosen=first[sides[0]], rejected=second[sides[1]])
 
 def write_meta(folder, key, args):
     """meta.json, which makes a folder complete: its key, and the hashes of the log-probs in it."""
@@ -164,38 +189,42 @@ def is_whole(path, shape, dtype):
     path.unlink(missing_ok=True)
     return False
 
-def fill_file(path, shape, dtype, split, compute, args):
+def fill_file(path, shape, dtype, texts, compute, args):
     """Compute with all ranks what is missing, for the file of every node -> was nothing missing?"""
-    rank, world, total = dist.get_rank(), dist.get_world_size(), len(split["pairs"])
+    rank, world, total = dist.get_rank(), dist.get_world_size(), len(texts.rows)
     missing = missing_rows(path, (total, *shape), dtype)
     if len(missing) == 0:
         return True
     if rank == 0:
-        print(f"{path}: {total - len(missing)} of {total} pairs are done")
-    plan = []  # which pairs share a forward pass is a function of the data alone
-    for first in range(0, total, 1024):
-        window = np.arange(first, min(first + 1024, total))
-        for rows in micro_batches(window, split["lengths"], args, 1):
-            if np.isin(rows, missing).any():
-                plan.append(rows)
+        print(f"{path}: {total - len(missing)} of {total} distinct responses are done; the "
+              f"{len(texts.pairs)} pairs have {2 * len(texts.pairs)}")
+    plan = []  # which responses share a forward pass is a function of the data alone
+    for first in range(0, len(texts.twos), 1024):
+        window = np.arange(first, min(first + 1024, len(texts.twos)))
+        for part in micro_batches(window, texts.lengths, args, 1):
+            if np.isin(texts.twos[part], missing).any():
+                plan.append(texts.twos[part])
     bar = tqdm(total=sum(map(len, plan)), desc=path.name, unit=" pairs", disable=rank > 0)
     for i in range(0, len(plan), world):  # FSDP: equally many forward passes per rank
-        rows = plan[min(i + rank, len(plan) - 1)]
-        pairs = [split["pairs"][int(row)] for row in rows]
-        values = compute(pairs).float().cpu().numpy().astype(dtype)
+        twos = plan[min(i + rank, len(plan) - 1)]
+        values = compute([text_pair(texts, two) for two in twos]).flatten(0, 1)  # (2 n, *shape)
         gathered = [None] * world
-        dist.all_gather_object(gathered, (rows, values))
-        for rows, values in gathered[:len(plan) - i]:
-            finite = np.isfinite(values).reshape(len(rows), -1).all(1)  # (n,)
-            if not finite.all():
-                pair = split["pairs"][int(rows[~finite][0])]["id"]
-                fail(f"{path}: the values of pair {pair} are not finite in {dtype}; take it out of "
-                     "the data, or try float32 (--dtype, --sketch_dtype)")
-            if is_writer():
-                write_rows(path, rows, values, total)
-            bar.update(len(rows))
+        dist.all_gather_object(gathered, (twos, values.float().cpu().numpy().astype(dtype)))
+        for twos, values in gathered[:len(plan) - i]:
+            write_values(path, twos.flatten(), values, texts)
+            bar.update(len(twos))
     bar.close()
     return False
+
+def write_values(path, responses, values, texts):
+    """Write the values of these responses into the file, or stop if one is not finite."""
+    finite = np.isfinite(values).reshape(len(responses), -1).all(1)
+    if not finite.all():
+        pair = texts.pairs[int(texts.rows[responses[~finite][0]])]["id"]
+        fail(f"{path}: the values of pair {pair} are not finite in {values.dtype}; take it out of "
+             "the data, or try float32 (--dtype, --sketch_dtype)")
+    if is_writer():
+        write_rows(path, responses, values, len(texts.rows))
 
 def write_rows(path, rows, values, total):
     """Write some of `total` rows where they belong in an .npy file, counted from its end, unless
@@ -349,7 +378,7 @@ def split_by_margin(folder, splits, content, args):
     for kind in ("noisy", "clean"):
         rows = {}
         for name in splits:
-            logps = np.load(folder / f"{name}-logps.npy")
+            logps = np.load(folder / f"{name}-logps.npy")[splits[name]["responses"]]  # (rows, 2)
             noisy = np.abs(logps[:, 0] - logps[:, 1]) <= args.noise_margin
             rows[name] = np.flatnonzero(noisy if kind == "noisy" else ~noisy)
             if len(rows[name]) == 0:
@@ -371,20 +400,32 @@ def write_part(kind, rows, folder, splits, content, args):
             fail(f"{data} is the split {made}, not {origin}; delete it")
         return
     shutil.rmtree(aside, ignore_errors=True)
-    key = dict(content)
+    key, kept = dict(content), {}
     for name, split in splits.items():
-        split["pairs"].select(rows[name]).save_to_disk(str(aside / name))
+        part, kept[name] = select_pairs(split, rows[name])
+        part.save_to_disk(str(aside / name))
         part = datasets.load_from_disk(str(aside / name))
         key[name] = rows_hash(part, split["lengths"][rows[name]])
     own = aside / f"ref-{name_of(key)}"
     own.mkdir()
     for name in splits:
-        np.save(own / f"{name}-logps.npy", np.load(folder / f"{name}-logps.npy")[rows[name]])
+        np.save(own / f"{name}-logps.npy", np.load(folder / f"{name}-logps.npy")[kept[name]])
     write_meta(own, key, args)
     meta["counts"] = {name: len(rows[name]) for name in splits}
     (aside / "meta.json").write_text(json.dumps(meta, indent=1))
     aside.rename(data)
     print(f"{data}: {meta['counts']} pairs")
+
+def select_pairs(split, rows):
+    """The pairs in these rows, whose prompts and responses are numbered from 0 again, and the old
+    numbers of the responses (U,)."""
+    kept, responses = np.unique(split["responses"][rows], return_inverse=True)
+    part = split["pairs"].select(rows)
+    _, prompts = np.unique(part["prompt_id"], return_inverse=True)
+    numbers = np.column_stack([prompts, responses.reshape(-1, 2)])
+    for name, column in zip(("prompt_id", "chosen_id", "rejected_id"), numbers.T):
+        part = part.remove_columns(name).add_column(name, column)
+    return part, kept
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
@@ -460,7 +501,8 @@ def to_device(array):
 
 # -- data, stored log-probs, micro-batches
 def load_data(args, names=("train", "val")):
-    """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
+    """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected,
+    responses=(rows, 2) numbers of the chosen and the rejected one, hash=of all this)}"""
     with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
     folder, trust = find_model(args.model)[0], dict(trust_remote_code=args.trust_remote_code)
@@ -483,7 +525,11 @@ def load_data(args, names=("train", "val")):
         if largest >= config.vocab_size:
             fail(f"{args.data}/{name} has the token id {largest}, but --model {args.model} has "
                  f"{config.vocab_size} embeddings: leave out the texts with that token")
-        splits[name] = dict(pairs=pairs, lengths=lengths, hash=rows_hash(pairs, lengths))
+        if "chosen_id" not in pairs.column_names:
+            fail(f"--data {args.data} is of an older version: run prepare_data.py again")
+        responses = [pairs.data[side].to_numpy() for side in ("chosen_id", "rejected_id")]
+        splits[name] = dict(pairs=pairs, lengths=lengths, responses=np.stack(responses, 1),
+                            hash=rows_hash(pairs, lengths))
     return splits
 
 def rows_hash(pairs, lengths):
@@ -491,8 +537,9 @@ def rows_hash(pairs, lengths):
     digest = hashlib.sha256(lengths.tobytes())
     for side in ("prompt", "chosen", "rejected"):
         digest.update(pc.list_flatten(pairs.data[side]).to_numpy())
-    if "weight" in pairs.column_names:
-        digest.update(pairs.data["weight"].to_numpy())
+    for name in ("chosen_id", "rejected_id", "weight"):
+        if name in pairs.column_names:  # weight may be missing
+            digest.update(pairs.data[name].to_numpy())
     return digest.hexdigest()[:16]
 
 def content_hashes(weights, splits, dtype, args):

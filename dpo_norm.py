@@ -315,7 +315,8 @@ def learning_rate(step, steps, args):
 
 # -- data, stored log-probs, micro-batches
 def load_data(args, names=("train", "val")):
-    """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected, hash=)}"""
+    """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected,
+    responses=(rows, 2) numbers of the chosen and the rejected one, hash=of all this)}"""
     with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
     folder, trust = find_model(args.model)[0], dict(trust_remote_code=args.trust_remote_code)
@@ -338,7 +339,11 @@ def load_data(args, names=("train", "val")):
         if largest >= config.vocab_size:
             fail(f"{args.data}/{name} has the token id {largest}, but --model {args.model} has "
                  f"{config.vocab_size} embeddings: leave out the texts with that token")
-        splits[name] = dict(pairs=pairs, lengths=lengths, hash=rows_hash(pairs, lengths))
+        if "chosen_id" not in pairs.column_names:
+            fail(f"--data {args.data} is of an older version: run prepare_data.py again")
+        responses = [pairs.data[side].to_numpy() for side in ("chosen_id", "rejected_id")]
+        splits[name] = dict(pairs=pairs, lengths=lengths, responses=np.stack(responses, 1),
+                            hash=rows_hash(pairs, lengths))
     return splits
 
 def rows_hash(pairs, lengths):
@@ -346,8 +351,9 @@ def rows_hash(pairs, lengths):
     digest = hashlib.sha256(lengths.tobytes())
     for side in ("prompt", "chosen", "rejected"):
         digest.update(pc.list_flatten(pairs.data[side]).to_numpy())
-    if "weight" in pairs.column_names:
-        digest.update(pairs.data["weight"].to_numpy())
+    for name in ("chosen_id", "rejected_id", "weight"):
+        if name in pairs.column_names:  # weight may be missing
+            digest.update(pairs.data[name].to_numpy())
     return digest.hexdigest()[:16]
 
 def content_hashes(weights, splits, dtype, args):
@@ -365,8 +371,8 @@ def content_hashes(weights, splits, dtype, args):
                 train=splits["train"]["hash"], val=splits["val"]["hash"])
 
 def load_reference(content, splits, args):
-    """Add ref_logps, float32 (rows, 2), to each split, from the cache made by cache_ref.py -> its
-    name."""
+    """Add ref_logps, float32 (rows, 2), to each split, from the cache made by cache_ref.py, which
+    has each distinct response once -> its name."""
     remake = f"run cache_ref.py --model {args.reference or args.model} --data {args.data}"
     found = []
     for path in Path(args.data).glob("ref-*/meta.json"):
@@ -384,7 +390,7 @@ def load_reference(content, splits, args):
         path = folder / f"{name}-logps.npy"
         if hashlib.sha256(path.read_bytes()).hexdigest() != hashes[name]:
             fail(f"{path} is damaged: delete {folder}, and {remake}")
-        split["ref_logps"] = np.load(path)
+        split["ref_logps"] = np.load(path)[split["responses"]]
     return folder.name
 
 def pair_tokens(lengths, layout):

@@ -25,11 +25,13 @@ Columns of any format: `system` or `system_prompt` opens the conversation; `tool
 the prompt, or with --score_header to the response.
 
 Output: train/ and val/ (datasets.load_from_disk: token ids prompt, chosen, rejected; source,
-subset, id, weight if any is not 1), meta.json, dropped.jsonl. Pairs in = pairs out + dropped; a row
-that cannot be read counts as one pair. A response ends in exactly one end token, which is scored:
-the special token that the template puts after an answer, else the tokenizer's EOS, or --eos_token.
+subset, id, weight if any is not 1; prompt_id, chosen_id, rejected_id, which number the distinct
+prompts and the distinct responses to them), meta.json, dropped.jsonl. Pairs in = pairs out +
+dropped; a row that cannot be read counts as one pair. A response ends in exactly one end token,
+which is scored: the special token that the template puts after an answer, else the tokenizer's EOS,
+or --eos_token.
 
-Read to line 287: settings, formats, what happens to a row, main. Below the rule stand the helpers:
+Read to line 292: settings, formats, what happens to a row, main. Below the rule stand the helpers:
 files, messages, text and tokens, the folder.
 """
 import bisect, csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
@@ -176,7 +178,7 @@ def prepare_chunk(args, chunk):
             hashes[part].append(both)
             counts["subset", columns["subset"]] += 1
     batches = {part: pa.RecordBatch.from_pylist(rows, SCHEMA) for part, rows in pairs.items()}
-    hashes = {part: np.array(rows, "u8").reshape(-1, 2) for part, rows in hashes.items()}
+    hashes = {part: np.array(rows, "u8").reshape(-1, 4) for part, rows in hashes.items()}
     return len(chunk), batches, hashes, dropped, counts, place
 
 def prepare_row(kit, args, key, row, counts):
@@ -252,7 +254,8 @@ def read_format(values, row, kit):
     drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
 
 def prepare_pair(kit, args, found, pair):
-    """-> number from 0 to 1 that decides the split, columns, hashes of the prompt and the pair."""
+    """-> number from 0 to 1 that decides the split, columns, hashes: of the prompt's text, of its
+    tokens, and of these with the tokens of each response."""
     if found.ties and not args.ties:
         drop("ties", pair[0])
     messages, answers = read_pair(args, found, pair)
@@ -261,7 +264,9 @@ def prepare_pair(kit, args, found, pair):
     same = f"{args.seed} {' '.join(canonical(kit, prompt).split())}"
     same = int.from_bytes(hashlib.sha256(same.encode()).digest()[:8], "big")
     columns = dict(zip(SIDES, ids), subset=found.label, weight=found.weight)
-    return same / 2**64, columns, (same, hash(tuple(map(tuple, ids))) % 2**64)
+    start, *responses = map(tuple, ids)
+    hashes = [hash(start), *(hash((start, response)) for response in responses)]  # of numbers only
+    return same / 2**64, columns, (same, *(each % 2**64 for each in hashes))
 
 def main():
     args = parse_args(Args)
@@ -1067,15 +1072,15 @@ def check_pairs(args, out, folder, seen):
 def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
     datasets.disable_progress_bars()
-    splits, lengths, ids = {}, [], []
+    distinct, lengths, ids = {}, [], []
     for split in ("train", "val"):
         rows = datasets.Dataset.from_file(f"{folder}/{split}.arrow")
         if pc.all(pc.equal(rows.data.column("weight"), 1)).as_py():
             rows = rows.remove_columns("weight")
+        rows, distinct[split] = number_texts(rows, np.concatenate(seen.hashes[split]))
         rows.save_to_disk(f"{folder}/{split}")
         os.remove(f"{folder}/{split}.arrow")  # stays readable while it is open
         lengths.append([pc.list_value_length(rows.data.column(side)).to_numpy() for side in SIDES])
-        splits[split] = rows
         ids += rows.data.column("id").chunks
     lengths = np.concatenate(lengths, 1)  # (3, pairs)
     lengths = dict(zip(SIDES, lengths), pair=lengths.sum(0))
@@ -1085,14 +1090,30 @@ def save(args, kit, folder, seen):
         arguments=dataclasses.asdict(args), tokenizer=args.model,
         vocab_hash=vocab_hash(kit.tokenizer),
         template_hash=kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16],
-        eos_token=kit.end_token, eos_token_id=kit.end, counts=count(seen) | {"longest": longest},
-        content_hash={split: content_hash(rows) for split, rows in splits.items()},
+        eos_token=kit.end_token, eos_token_id=kit.end,
+        distinct=distinct, counts=count(seen) | {"longest": longest},
         lengths={name: {f"p{p}": int(np.percentile(n, p, method="higher"))
                         for p in (0, 10, 50, 90, 99, 100)} for name, n in lengths.items()},
         versions={m.__name__: m.__version__ for m in (datasets, transformers, pa, np)}
         | {"python": platform.python_version()})
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    return meta, splits["train"][0]
+    return meta, datasets.load_from_disk(f"{folder}/train")[0]
+
+def number_texts(rows, hashes):
+    """Number the distinct prompts and the distinct responses to them, by the hashes (pairs, 4) of
+    prepare_pair -> rows with these columns, and how many are distinct."""
+    prompts, responses = first_occurrences(hashes[:, 1]), first_occurrences(hashes[:, 2:])
+    rows = rows.add_column("prompt_id", prompts)
+    rows = rows.add_column("chosen_id", responses[:, 0])
+    rows = rows.add_column("rejected_id", responses[:, 1])
+    return rows, dict(prompts=int(prompts.max()) + 1, responses=int(responses.max()) + 1)
+
+def first_occurrences(hashes):
+    """The number of each hash, in the order in which the distinct ones first occur."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    numbers = np.empty(len(first), int)
+    numbers[np.argsort(first)] = np.arange(len(first))
+    return numbers[inverse].reshape(hashes.shape)
 
 def count(seen):
     """The counts of meta.json and of the summary."""
@@ -1105,7 +1126,8 @@ def count(seen):
     return dict(
         rows=seen.rows, formats=kinds["format"], pairs_in=len(both) + seen.dropped.total(),
         pairs_out=len(both), **seen.pairs, dropped=seen.dropped, subsets=kinds["subset"],
-        distinct_prompts=len(np.unique(both[:, 0])), repeats=len(both) - len(np.unique(both[:, 1])),
+        distinct_prompts=len(np.unique(both[:, 0])),
+        repeats=len(both) - len(np.unique(both[:, 2:], axis=0)),
         prompts_in_both=len(np.intersect1d(prompts["train"], prompts["val"])),
         scores=kinds["order"], looks_rendered=kinds["rendered"][True], unused=kinds["unused"])
 
@@ -1113,19 +1135,6 @@ def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
     tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(tokens.encode()).hexdigest()[:16]
-
-def content_hash(dataset) -> str:
-    """16 hex digits over every id and token of a split, whatever its Arrow chunking."""
-    digest = hashlib.sha256()
-    for name in ("id", "prompt", "chosen", "rejected"):
-        part, sizes = hashlib.sha256(), hashlib.sha256()
-        for chunk in dataset.data.column(name).chunks:
-            lengths = pc.binary_length(chunk) if name == "id" else pc.list_value_length(chunk)
-            sizes.update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            part.update("".join(chunk.to_pylist()).encode() if name == "id"
-                        else chunk.flatten().to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-        digest.update(part.digest() + sizes.digest())
-    return digest.hexdigest()[:16]
 
 def check_out(args, out, part):
     """Nothing may be in the way of the result but an earlier one, and that only if asked for."""

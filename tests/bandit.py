@@ -60,6 +60,22 @@ def soft(counts, penalty, beta=1.0, ridge=False, steps=3000):
     return minimise(counts, beta, torch.eye(3, dtype=torch.float64), gram, steps)
 
 
+def shared(counts, penalty=1.0, beta=1.0, often=False):
+    """One delta per response, which has its part in c as centred_scores of auxdpo.py gives it, each once. With `often`
+    each counts as often as it is compared, in c and in the mean."""
+    pairs = [each for i, j in PAIRS for each in ((i, j), (j, i))]
+    split = dict(index=np.array(pairs), delta_prompts=np.zeros(3, int), source=np.arange(3), sketch=FEATURES[:, None].numpy())
+    args = types.SimpleNamespace(geometry="scores", delta="shared")
+    scores, _ = auxdpo.centred_scores(np.arange(3), split, args)  # (3, 1)
+    if often:
+        a, b, c = counts
+        times = torch.tensor([a + c, a + b, b + c])
+        scores = (times * (FEATURES - (times * FEATURES).sum() / times.sum()))[:, None]
+    gram = torch.zeros(4, 4, dtype=torch.float64)
+    gram[1:, 1:] = penalty * scores @ scores.T
+    return minimise(counts, beta, torch.eye(3, dtype=torch.float64), gram)[0]
+
+
 def ipo(counts, tau=1.0):
     """Least squares to the margin 1 / 2 tau, in closed form."""
     signs, weights = comparisons(counts)
@@ -79,9 +95,9 @@ def main():
     for name, theta in found.items():
         table += f"| {name} | {theta:.5f} | {expected_reward(theta):.5f} | {published[name]} |\n"
     print(table)
-    print("\n| n12 : n23 : n31 | DPO | IPO | AuxDPO |\n|---|---|---|---|")
+    print("\n| n12 : n23 : n31 | DPO | IPO | AuxDPO, each response once | as often as it is compared |\n|---|---|---|---|---|")
     for other in [(1, 1, 10), (1, 1, 1), (10, 1, 1), (1, 10, 1), (1, 10, 10)]:
-        values = (dpo(other), ipo(other), exact(other)[0])
+        values = (dpo(other), ipo(other), shared(other), shared(other, often=True))
         print(f"| {other[0]} : {other[1]} : {other[2]} | " + " | ".join(f"{t:.4f} ({expected_reward(t):.4f})" for t in values) + " |")
     grid = [0.0, *np.logspace(-3, 5, 17)]
     curves = {name: [soft(counts, value, ridge=name == "ridge", steps=1500)[0] for value in grid] for name in ("scores", "ridge")}

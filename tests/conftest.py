@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -191,6 +192,19 @@ def run_as_program(module):
     exec(compile(ast.Module(block.body, []), module.__file__, "exec"), module.__dict__)
 
 
+def run_main(script, *words):
+    """main() of a script in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+        patch.setattr(script, "start_process_group", lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
+        patch.setattr(script.dist, "destroy_process_group", lambda: None)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            run_as_program(script)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+
 def random_pairs(sizes, seed=0):
     """Pairs with the given (prompt, chosen, rejected) lengths; every id occurs, the padding's too."""
     rng = np.random.default_rng(seed)
@@ -204,22 +218,42 @@ def random_pairs(sizes, seed=0):
     ]
 
 
-def write_tiny_data(folder, model, train, val, **columns):
+def with_numbers(pairs):
+    """The pairs with prompt_id, chosen_id and rejected_id, as prepare_data.py numbers them."""
+    prompts, responses, numbered = {}, {}, []
+    for pair in pairs:
+        prompt = tuple(pair["prompt"])
+        ids = dict(prompt_id=prompts.setdefault(prompt, len(prompts)))
+        for side in ("chosen", "rejected"):
+            ids[f"{side}_id"] = responses.setdefault((prompt, tuple(pair[side])), len(responses))
+        numbered.append(pair | ids)
+    return numbered
+
+
+def own_numbers(pairs):
+    """The pairs as if no two had a prompt or a response in common."""
+    return [pair | dict(prompt_id=i, chosen_id=2 * i, rejected_id=2 * i + 1) for i, pair in enumerate(pairs)]
+
+
+def write_tiny_data(folder, model, train, val, numbers=None, **columns):
     """The data folder that prepare_data.py would make of these pairs, for the tokenizer of `model`."""
     import prepare_data
+
+    numbers = numbers or with_numbers
 
     feature = datasets.List(datasets.Value("int32"))
     names = dict.fromkeys(("prompt", "chosen", "rejected"), feature)
     names |= dict.fromkeys(("id", "source", "subset"), datasets.Value("string"))
+    names |= dict.fromkeys(("prompt_id", "chosen_id", "rejected_id"), datasets.Value("int64"))
     names |= {name: datasets.Value(kind) for name, kind in columns.items()}
     for name, pairs in dict(train=train, val=val).items():
-        rows = datasets.Dataset.from_list(pairs, features=datasets.Features(names))
+        rows = datasets.Dataset.from_list(numbers(pairs), features=datasets.Features(names))
         rows.save_to_disk(str(Path(folder, name)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     meta = dict(
         arguments=dict(model=model),
         vocab_hash=prepare_data.vocab_hash(tokenizer),
-        content_hash=dict(train="0" * 16, val="1" * 16),
+        distinct=dict.fromkeys(("train", "val")),
     )
     Path(folder, "meta.json").write_text(json.dumps(meta))
     return str(folder)

@@ -109,7 +109,7 @@ def kills_in_cache(folder, cache, kills):
     def known():
         """Rows that are in the file already."""
         path = truth / "train-logps.npy"
-        return int((~np.isnan(np.load(path)[:, 1])).sum()) if path.exists() else 0
+        return int((~np.isnan(np.load(path))).sum()) if path.exists() else 0
 
     while done < kills or not (truth / "meta.json").exists():
         before = known()

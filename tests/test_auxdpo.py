@@ -1,9 +1,11 @@
 """Claim: auxdpo.py minimises the loss of the AuxDPO paper, section 4.2, in theta and in delta, at the price of DPO.
 
-- The bandit of Proposition 3: the published numbers, and what has to hold for any pair counts.
+- The bandit of Proposition 3: the published numbers; with one delta per response, each once, theta does not depend on
+  pair counts, through the script's own functions; if each response counts as often as it is compared, it does.
 - delta = 0 is DPO to the bit; the larger lambda is, the nearer it stays to that; one epoch moves delta far.
 - The solver's parabola lies above the loss. No step goes up, and the steps end where the derivatives of the written-out
-  objective (finite differences) vanish.
+  objective (a float64 loop; finite differences) vanish: with one delta per response, and with two per pair as in the paper.
+- A constant on the delta of a prompt changes neither c nor a margin. Ten copies of a pair are one of weight ten.
 - The public notebook's own formula, with a backward pass per response, has the same penalty and the same gradient in delta.
 - The penalty sees the whole dataset, whatever the batch; ranks and micro-batches do not matter.
 - The first pass, which gives the margins, keeps the graph of the micro-batch that comes first in the backward pass.
@@ -16,6 +18,7 @@ import shutil
 import types
 
 import bandit
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -57,6 +60,21 @@ def test_theta_does_not_depend_on_pair_counts_and_reward_plus_delta_is_the_true_
     torch.testing.assert_close(total - total[2], bandit.REWARD, rtol=0, atol=2e-3)
 
 
+# METHODS 5.3: pair counts, theta of DPO, of a delta per response that counts as often as it is compared, and once
+SHARED = [((1, 1, 10), 0.401, 0.143, -0.5), ((1, 1, 1), -0.426, -0.5, -0.5), ((10, 1, 1), -0.489, -0.5, -0.5),
+          ((1, 10, 1), -1.316, -1.143, -0.5)]
+
+
+@pytest.mark.parametrize("counts, of_dpo, often, once", SHARED)
+def test_with_each_response_once_theta_is_minus_a_half_for_all_counts(counts, of_dpo, often, once):
+    assert bandit.dpo(counts) == pytest.approx(of_dpo, abs=1e-3)
+    assert bandit.shared(counts, often=True) == pytest.approx(often, abs=1e-3)
+    for penalty in (0.1, 10.0):
+        theta = bandit.shared(counts, penalty)
+        assert theta == pytest.approx(once, abs=1e-3)
+        assert bandit.expected_reward(theta) == pytest.approx(1.199, abs=1e-3)
+
+
 def test_dpo_changes_its_sign_with_the_counts():
     assert bandit.dpo((1, 1, 10)) > 0.3 and bandit.dpo((1, 1, 1)) < -0.3
 
@@ -87,10 +105,25 @@ def test_the_loss_is_a_loop_over_pairs():
         assert (metrics["delta/chosen"][i], metrics["delta/rejected"][i]) == (delta[0, i], delta[1, i])
 
 
+def state_of(responses, prompts, sketch, weights=None, **changes):
+    """What prepare_delta makes for the first step of pairs with these responses (N, 2) and prompts (N,); sketch (U, K)."""
+    columns = dict(prompt_id=prompts) | ({} if weights is None else dict(weight=weights))
+    train = dict(pairs=datasets.Dataset.from_dict(columns), responses=np.array(responses))
+    auxdpo.prepare_delta(dict(train=train, val=dict(train)), 0, arguments(**changes | dict(geometry="ridge")))
+    if changes.get("geometry") != "ridge":
+        train |= dict(sketch=sketch, c=torch.zeros(sketch.shape[1]).double())
+    return train
+
+
+def per_pair(count):
+    """Responses and prompts of pairs that have nothing in common."""
+    return np.arange(2 * count).reshape(-1, 2), np.arange(count)
+
+
 def with_delta(split, **changes):
-    """What prepare_delta adds for the first step: no delta has moved."""
+    """A split whose delta are all 0, two per pair."""
     count = len(split["pairs"])
-    state = dict(delta=torch.zeros(count, 2).double(), margins=torch.zeros(count).double(), c=torch.zeros(40).double())
+    state = dict(delta=torch.zeros(2 * count).double(), margins=torch.zeros(count).double(), index=per_pair(count)[0])
     return split | state | changes
 
 
@@ -112,16 +145,24 @@ def test_delta_zero_gives_the_gradients_of_dpo_to_the_bit(tiny_model, layout):
 # ---- the delta-subproblem
 
 
-def make_split(count=12, dim=40, seed=0, weight=False, room=0, start=0.0):
-    """Random pairs; delta start at N(0, start^2); the last `room` numbers of a sketch are empty."""
+# Two prompts with three and four responses, compared in cycles and some of them often; a third one with a single pair.
+RESPONSES = [(0, 1), (1, 2), (2, 0), (2, 0), (2, 0), (3, 4), (4, 5), (5, 6), (6, 3), (4, 6), (1, 0), (7, 8)]
+PROMPTS = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 2]
+
+
+def make_split(count=12, dim=40, seed=0, weight=False, room=0, start=0.0, delta="per_pair", geometry="scores"):
+    """A state with random scores (U, dim + room), the last `room` numbers empty, and delta from N(0, start^2), and margins
+    (N,). RESPONSES if delta are shared, else `count` pairs with delta of their own."""
     rng = np.random.default_rng(seed)
-    pairs = [dict(id=str(i)) | (dict(weight=rng.uniform(0.5, 2)) if weight else {}) for i in range(count)]
-    sketch = rng.normal(size=(count, 2, dim)) * rng.uniform(1, 4, (count, 2, 1)) + rng.normal(size=dim)
-    sketch = np.pad(sketch, ((0, 0), (0, 0), (0, room)))
-    delta = torch.from_numpy(rng.normal(0, 1, (count, 2)) * start)
-    split = with_delta(dict(pairs=pairs, sketch=sketch), delta=delta)
-    split["c"] = torch.from_numpy(true_c(split))
-    return split, torch.from_numpy(rng.normal(0, 2, count))
+    responses, prompts = (RESPONSES, PROMPTS) if delta == "shared" else per_pair(count)
+    size = np.max(responses) + 1
+    sketch = rng.normal(size=(size, dim)) * rng.uniform(1, 4, (size, 1)) + rng.normal(size=dim)
+    sketch = np.pad(sketch, ((0, 0), (0, room)))
+    weights = rng.uniform(0.5, 2, len(prompts)) if weight else None
+    split = state_of(responses, prompts, sketch, weights, delta=delta, geometry=geometry)
+    split["delta"] = torch.from_numpy(rng.normal(0, 1, size) * start)
+    split["c"] = torch.from_numpy(true_c(split["delta"].numpy(), split, delta, geometry))
+    return split, torch.from_numpy(rng.normal(0, 2, len(prompts)))
 
 
 def copy_of(split):
@@ -129,19 +170,29 @@ def copy_of(split):
     return split | {name: split[name].clone() for name in ("delta", "margins", "c")}
 
 
-def true_c(split):
-    return np.einsum("ns,nsk->k", split["delta"].numpy(), split["sketch"])
+def true_c(values, split, delta="shared", geometry="scores"):
+    """c for delta `values` (U,), a loop: sum_u delta_u (g_u - mean of its prompt). In the paper, with two delta per
+    pair, sum_u delta_u g_u."""
+    size, rows = len(values), split["index"]
+    scores = np.eye(size) if geometry == "ridge" else np.array(split["sketch"], float)
+    if delta == "per_pair":
+        return sum(values[u] * scores[u] for u in range(size))
+    prompt = {u: split["prompts"][i] for i in range(len(rows)) for u in rows[i]}
+    total = np.zeros(scores.shape[1])
+    for u in range(size):
+        siblings = [scores[other] for other in range(size) if prompt[other] == prompt[u]]
+        total += values[u] * (scores[u] - np.mean(siblings, 0))
+    return total
 
 
 def objective(delta, rows, margins, split, args):
-    """The paper's loss, written out, times N, as far as it depends on the delta (n, 2) of a batch."""
-    total, loss = len(split["pairs"]), 0.0
-    for i, row in enumerate(rows):
-        m = margins[row].item() + delta[i, 0] - delta[i, 1]
-        loss += split["pairs"][row].get("weight", 1.0) * np.logaddexp(0, -m)
-    everything = split["delta"].numpy().copy()
-    everything[rows] = delta
-    c = sum(everything[i, s] * split["sketch"][i, s] for i in range(total) for s in range(2))
+    """The loss of METHODS 5.3, written out, times N, of these rows and the penalty lambda |v c / 2N|^2, v = 2N / U."""
+    total, loss = len(split["index"]), 0.0
+    for row in rows:
+        chosen, rejected = split["index"][row]
+        m = margins[row].item() + delta[chosen] - delta[rejected]
+        loss += split["weights"][row].item() * np.logaddexp(0, -m)
+    c = 2 * total / len(delta) * true_c(delta, split, args.delta, args.geometry)
     return loss + total * args.penalty_weight * np.sum((c / (2 * total)) ** 2)
 
 
@@ -165,30 +216,86 @@ CASES = {
     "the paper": {},
     "a weak penalty": dict(penalty_weight=0.05),
     "weights": {},
+    "shared": dict(delta="shared"),
+    "shared, a weak penalty": dict(delta="shared", penalty_weight=0.05),
+    "shared, weights": dict(delta="shared"),
+    "shared, a ridge": dict(delta="shared", geometry="ridge", penalty_weight=20.0),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_solver_never_goes_up_and_ends_where_every_derivative_vanishes(name):
-    split, margins = make_split(weight="weights" in name, start=0.5)
-    rows, args = np.array([7, 2, 11, 5]), arguments(**dict(delta_steps=1) | CASES[name])
-    others = np.delete(split["delta"].numpy(), rows, 0)
-    values = []
+    args = arguments(**dict(delta_steps=1, delta="per_pair") | CASES[name])
+    split, margins = make_split(weight="weights" in name, start=0.5, delta=args.delta, geometry=args.geometry)
+    batch, rows = np.array([7, 2, 11, 5]), np.array([7, 2, 11, 5])
+    if args.delta == "shared":  # all pairs of the prompts 0 and 1, with margins as they were last seen
+        batch, rows = np.array([7, 2]), np.arange(11)
+        split["margins"] += torch.from_numpy(np.random.default_rng(1).normal(0, 2, 12))
+        margins[[row for row in range(12) if row not in batch]] = math.nan  # these are not known
+    used = np.unique(split["index"][rows])
+    others = np.delete(split["delta"].numpy(), used)
+    assert len(others) > 0
+    split["margins"][batch] = margins[batch]
+    values = [objective(split["delta"].numpy(), rows, split["margins"], split, args)]
     for _ in range(300):
-        values.append(objective(split["delta"][rows].numpy(), rows, margins, split, args))
-        auxdpo.update_delta(rows, margins, split, args)
-    delta = split["delta"][rows].numpy()
-    values.append(objective(delta, rows, margins, split, args))
+        auxdpo.update_delta(batch, margins, split, args)
+        values.append(objective(split["delta"].numpy(), rows, split["margins"], split, args))
+    delta = split["delta"].numpy().copy()
+    assert torch.equal(split["margins"][batch], margins[batch])
     assert (np.diff(values) < 1e-9).all()
     assert values[-1] < values[0] - 0.01
-    assert np.array_equal(np.delete(split["delta"].numpy(), rows, 0), others)  # nothing else has moved
-    for i in range(len(rows)):
-        for side in (0, 1):
-            step = np.zeros_like(delta)
-            step[i, side] = 1e-4
-            up, down = (objective(delta + sign * step, rows, margins, split, args) for sign in (1, -1))
-            assert abs(up - down) / 2e-4 < 1e-3, (i, side)
-    np.testing.assert_allclose(split["c"], true_c(split), atol=1e-9)  # the running sum
+    assert np.array_equal(np.delete(delta, used), others)  # nothing else has moved
+    for u in used:
+        step = np.zeros_like(delta)
+        step[u] = 1e-4
+        up, down = (objective(delta + sign * step, rows, split["margins"], split, args) for sign in (1, -1))
+        assert abs(up - down) / 2e-4 < 1e-3, u
+    np.testing.assert_allclose(split["c"], true_c(delta, split, args.delta, args.geometry), atol=1e-9)
+
+
+@pytest.mark.parametrize("geometry", ["scores", "ridge"])
+def test_a_constant_on_the_delta_of_a_prompt_changes_neither_c_nor_a_margin(geometry):
+    split, margins = make_split(delta="shared", geometry=geometry)
+    scores, columns = auxdpo.centred_scores(np.arange(9), split, arguments(geometry=geometry))
+    for prompt in range(3):
+        constant = torch.from_numpy(np.where(split["delta_prompts"] == prompt, 3.0, 0.0))
+        assert (scores.T @ constant).abs().max() < 1e-12 and scores.abs().max() > 0.5
+        assert (constant[split["index"][:, 0]] == constant[split["index"][:, 1]]).all()
+
+
+def test_ten_copies_of_a_pair_are_one_pair_of_weight_ten():
+    found, rng = [], np.random.default_rng(0)
+    sketch = rng.normal(size=(3, 5))
+    margins = rng.normal(0, 2, 3)
+    for copies, weights in [(1, (1.0, 1.0, 10.0)), (10, None)]:
+        responses = [(0, 1), (1, 2)] + [(2, 0)] * copies
+        split = state_of(responses, [0] * len(responses), sketch, weights)
+        # N lambda |c / U|^2 is proportional to N: let both have the same penalty
+        args = arguments(delta_steps=200, penalty_weight=12.0 / len(responses))
+        auxdpo.update_delta(np.arange(len(responses)), torch.from_numpy(margins[[0, 1] + [2] * copies]), split, args)
+        found.append(split["delta"].numpy() - split["delta"].mean().item())  # a constant is free
+    np.testing.assert_allclose(found[0], found[1], atol=1e-9)
+    assert np.abs(found[0]).max() > 0.1
+
+
+def test_a_batch_of_prompts_with_very_many_pairs_takes_2048_of_them_and_its_own_first():
+    count, rng = 3000, np.random.default_rng(0)
+    responses = np.column_stack([rng.integers(0, 50, count), rng.integers(50, 100, count)])
+    split = state_of(responses, [0] * count, rng.normal(size=(100, 4)))
+    batch = np.array([2999, 5, 17])
+    rows = auxdpo.rows_of_prompts(batch, split, arguments())
+    assert rows[:3].tolist() == batch.tolist() and len(set(rows)) == len(rows) == 2048
+    assert np.array_equal(rows, auxdpo.rows_of_prompts(batch, split, arguments()))  # on any rank
+    auxdpo.update_delta(batch, torch.zeros(count).double(), split, arguments())
+    np.testing.assert_allclose(split["c"], true_c(split["delta"].numpy(), split, delta="shared"), atol=1e-9)
+    assert len(auxdpo.rows_of_prompts(np.arange(2500), split, arguments())) == 2500
+
+
+def test_the_run_begins_by_saying_on_how_many_margins_delta_can_act(capsys):
+    make_split(delta="shared")  # prompts with 6 pairs of 3 responses, 5 of 4, 1 of 2: cycles 4 + 2 + 0
+    assert "N = 12 pairs, U = 9 responses, S = 3 prompts: delta can act on 6 of N margins" in capsys.readouterr().out
+    make_split()
+    assert "N = 12 pairs, U = 24 responses, S = 12 prompts: delta can act on 0 of N margins" in capsys.readouterr().out
 
 
 def test_ten_steps_are_enough_from_nothing():
@@ -197,45 +304,48 @@ def test_ten_steps_are_enough_from_nothing():
         split, margins = make_split(count=64, dim=300)  # independent scores: the minimum is not at infinity
         rows, values = np.arange(32), []
         for steps in (DEFAULTS["delta_steps"], 2000):
-            copy, args = copy_of(split), arguments(penalty_weight=weight, delta_steps=steps)
+            copy, args = copy_of(split), arguments(penalty_weight=weight, delta_steps=steps, delta="per_pair")
             auxdpo.update_delta(rows, margins, copy, args)
-            values.append(objective(copy["delta"][rows].numpy(), rows, margins, copy, args))
-        start = objective(np.zeros((32, 2)), rows, margins, split, args)
+            values.append(objective(copy["delta"].numpy(), rows, margins, copy, args))
+        start = objective(np.zeros(128), rows, margins, split, args)
         assert start - values[0] > 0.99 * (start - values[1]) > 0, (weight, start, values)
 
 
-def test_the_larger_lambda_the_smaller_delta_down_to_nothing():
+@pytest.mark.parametrize("delta", ["shared", "per_pair"])
+def test_the_larger_lambda_the_smaller_delta_down_to_nothing(delta):
     norms = []
     for weight in (1e-2, 1.0, 1e2, 1e4, 1e8):
-        split, margins = make_split(dim=80)  # 24 responses: their scores are independent
-        auxdpo.update_delta(np.arange(12), margins, split, arguments(penalty_weight=weight))
+        split, margins = make_split(dim=80, delta=delta)  # independent scores
+        auxdpo.update_delta(np.arange(12), margins, split, arguments(penalty_weight=weight, delta=delta))
         norms.append(auxdpo.delta_metrics(split, arguments())["delta/norm"])
-    assert all(a > b for a, b in zip(norms, norms[1:])) and norms[0] > 1 and norms[-1] < 1e-5
+    assert all(a > b for a, b in zip(norms, norms[1:])) and norms[-1] < 1e-5
+    assert norms[0] > dict(shared=0.9, per_pair=1)[delta]
 
 
-def test_random_geometry_is_a_ridge_with_the_norms_of_the_scores():
-    """With orthogonal scores every delta pays for itself, lambda |g|^2 delta^2 / 4N."""
-    split, margins = make_split(dim=8)
-    args, rows = arguments(geometry="random", penalty_weight=10.0, delta_steps=200), np.array([3, 4, 9])
+def test_the_ridge_of_two_delta_per_pair_is_a_square_of_each():
+    """With orthogonal unit scores every delta pays for itself, lambda delta^2 / 4N."""
+    args, rows = arguments(geometry="ridge", penalty_weight=10.0, delta_steps=200, delta="per_pair"), np.array([3, 4, 9])
+    split, margins = make_split(dim=8, delta="per_pair", geometry="ridge")
     auxdpo.update_delta(rows, margins, split, args)
-    delta = split["delta"][rows].numpy()
+    delta = split["delta"][split["index"][rows]].numpy()
     slope = -1 / (1 + np.exp(margins[rows].numpy() + delta[:, 0] - delta[:, 1]))
-    pull = 10.0 / (2 * 12) * np.linalg.norm(split["sketch"][rows], axis=2) ** 2 * delta
-    np.testing.assert_allclose(pull, np.stack([-slope, slope], 1), atol=1e-8)
+    np.testing.assert_allclose(10.0 / (2 * 12) * delta, np.stack([-slope, slope], 1), atol=1e-8)
+    assert auxdpo.delta_metrics(split, args)["penalty"] == pytest.approx(10.0 * (delta**2).sum() / 24**2)
 
 
 def test_margins_and_weights_that_are_not_finite_are_no_error_of_the_solver():
     """The training loop will see that the gradient is not finite, and name the pairs."""
+    args = arguments(delta="per_pair")
     for bad in (math.nan, math.inf, -math.inf):
         split, margins = make_split()
         margins[3] = bad
-        auxdpo.update_delta(np.arange(6), margins, split, arguments())
-        total = margins + split["delta"][:, 0] - split["delta"][:, 1]
-        assert not total[3].isfinite()
+        auxdpo.update_delta(np.arange(6), margins, split, args)
+        delta = split["delta"][split["index"]]
+        assert not (margins + delta[:, 0] - delta[:, 1])[3].isfinite()
     split, margins = make_split()
-    split["pairs"][3]["weight"] = math.nan
-    auxdpo.update_delta(np.arange(6), margins, split, arguments())
-    assert split["delta"][3].isnan().all()
+    split["weights"][3] = math.nan
+    auxdpo.update_delta(np.arange(6), margins, split, args)
+    assert split["delta"][split["index"][3]].isnan().all()
 
 
 # ---- the first pass
@@ -258,7 +368,7 @@ def test_the_margins_of_the_first_pass_are_those_of_the_second(tiny_model):
 
 def test_log_probs_that_are_kept_give_the_losses_and_gradients_of_new_ones(tiny_model):
     pairs, policy = random_pairs(SIZES), tiny_policy(auxdpo, tiny_model("llama"))
-    split = with_delta(split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1))), delta=torch.randn(6, 2).double())
+    split = with_delta(split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1))), delta=torch.randn(12).double())
     args, parts, found = arguments(), [np.array([1, 4, 0]), np.array([2, 3, 5])], []
     for keep in (True, False):
         _, computed = auxdpo.first_pass(policy, parts, split, args)
@@ -291,42 +401,53 @@ def test_with_full_checkpointing_no_block_runs_more_often_than_in_dpo(tiny_model
 # ---- the exact null space
 
 
+def exact_split(delta, **changes):
+    """A state in which few numbers bind many delta, and the projection; margins."""
+    split, margins = make_split(count=10, dim=dict(per_pair=16, shared=2)[delta], room=8, delta=delta, **changes)
+    split["projection"] = auxdpo.null_projection(split, arguments(null="exact", delta=delta))
+    return split, margins
+
+
 def test_the_exact_null_space_is_kept_batch_after_batch_and_the_joint_minimum_is_reached():
-    split, margins = make_split(count=10, dim=16, weight=True, room=8)  # 20 delta, 16 equations
-    split["projection"] = auxdpo.null_projection(split["sketch"])
-    assert split["projection"].trace().item() == pytest.approx(4)
-    args, rng = arguments(null="exact"), np.random.default_rng(0)
-    for _ in range(8):  # epochs of batches of two, as in training
-        for rows in rng.permutation(10).reshape(5, 2):
-            auxdpo.update_delta(rows, margins, split, args)
-    delta = split["delta"].numpy()
-    assert np.abs(delta).max() > 0.05
-    assert np.abs(true_c(split)).max() < 1e-4 * np.abs(delta).sum()
-    np.testing.assert_allclose(split["c"], true_c(split), atol=1e-9)
-    weights = np.array([pair["weight"] for pair in split["pairs"]])
-    slope = -weights / (1 + np.exp(margins.numpy() + delta[:, 0] - delta[:, 1]))  # d loss / d margin
-    slopes = np.stack([slope, -slope], 1).flatten()  # d loss / d delta
-    assert np.abs(split["projection"].numpy() @ slopes).max() < 1e-3  # along the null space nothing is left
+    # 20 delta and 16 equations; 9 delta and 2 equations, of which 3 directions are constants on a prompt
+    for delta, free in (("per_pair", 4), ("shared", 7)):
+        split, margins = exact_split(delta, weight=True)
+        assert split["projection"].trace().item() == pytest.approx(free)
+        args, rng = arguments(null="exact", delta=delta), np.random.default_rng(0)
+        for _ in range(8):  # epochs of batches of two, as in training
+            for rows in rng.permutation(len(margins)).reshape(-1, 2):
+                auxdpo.update_delta(rows, margins, split, args)
+        found, c = split["delta"].numpy(), true_c(split["delta"].numpy(), split, delta=delta)
+        assert np.abs(found).max() > 0.05
+        assert np.abs(c).max() < 1e-4 * np.abs(found).sum()
+        np.testing.assert_allclose(split["c"], c, atol=1e-9)
+        differences = found[split["index"][:, 0]] - found[split["index"][:, 1]]
+        slope = -split["weights"].numpy() / (1 + np.exp(margins.numpy() + differences))  # d loss / d margin
+        slopes = np.zeros(len(found))
+        for i, (chosen, rejected) in enumerate(split["index"]):
+            slopes[chosen] += slope[i]
+            slopes[rejected] -= slope[i]
+        assert np.abs(split["projection"].numpy() @ slopes).max() < 1e-3  # along the null space nothing is left
 
 
 def test_margins_of_pairs_outside_the_batch_are_those_that_were_seen_last():
-    split, margins = make_split(count=10, dim=16, room=8)
-    split["projection"] = auxdpo.null_projection(split["sketch"])
-    auxdpo.update_delta(np.array([1, 2]), margins, split, arguments(null="exact"))
+    split, margins = exact_split("per_pair")
+    args = arguments(null="exact", delta="per_pair")
+    auxdpo.update_delta(np.array([1, 2]), margins, split, args)
     assert split["margins"].nonzero().flatten().tolist() == [1, 2]
-    auxdpo.update_delta(np.array([5]), margins + 1, split, arguments(null="exact"))
+    auxdpo.update_delta(np.array([5]), margins + 1, split, args)
     assert torch.equal(split["margins"][[1, 2, 5]], margins[[1, 2, 5]] + torch.tensor([0, 0, 1]))
 
 
-def test_the_exact_null_space_is_the_limit_of_the_penalty():
-    split, margins = make_split(count=10, dim=16, room=8)  # 4 directions: too few for all 10 pairs
-    split["projection"] = auxdpo.null_projection(split["sketch"])
+@pytest.mark.parametrize("delta", ["shared", "per_pair"])
+def test_the_exact_null_space_is_the_limit_of_the_penalty(delta):
+    split, margins = exact_split(delta)  # too few directions for all pairs
     losses = []
     for changes in (dict(null="exact"), dict(penalty_weight=1e7)):
         copy = copy_of(split)
-        auxdpo.update_delta(np.arange(10), margins, copy, arguments(delta_steps=300, **changes))
-        m = margins + copy["delta"][:, 0] - copy["delta"][:, 1]
-        losses.append(np.logaddexp(0, -m.numpy()).mean())
+        auxdpo.update_delta(np.arange(len(margins)), margins, copy, arguments(delta_steps=300, delta=delta, **changes))
+        found = copy["delta"][copy["index"]]
+        losses.append(np.logaddexp(0, -(margins + found[:, 0] - found[:, 1]).numpy()).mean())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -334,9 +455,12 @@ def test_independent_scores_have_no_null_space_and_the_run_says_so():
     for count, dim in [(5, 40), (30, 16)]:  # too many numbers for 10 responses; 16 numbers that 60 responses fill
         split, _ = make_split(count=count, dim=dim)
         with pytest.raises(SystemExit, match="independent; train less .--train_modules"):
-            auxdpo.null_projection(split["sketch"])
-    with pytest.raises(SystemExit, match="small data, not for 4097 pairs; use --null soft"):
-        auxdpo.null_projection(np.zeros((4097, 2, 1)))
+            auxdpo.null_projection(split, arguments(delta="per_pair"))
+    split, _ = make_split(delta="shared", dim=40)  # only the constants are left
+    with pytest.raises(SystemExit, match="the scores of 9 responses, as 40 numbers, are independent"):
+        auxdpo.null_projection(split, arguments())
+    with pytest.raises(SystemExit, match="not for 9 responses; use --null soft"):
+        auxdpo.null_projection(split, arguments(geometry="ridge"))
 
 
 # ---- files
@@ -350,29 +474,42 @@ def folder(tmp_path):
         for dim in (3, 4):
             own = tmp_path / f"ref-{reference}" / f"sketch-{dim}"
             own.mkdir(parents=True)
-            sketch = np.full((5, 2, dim), 10 * reference + dim, np.float16)
-            sketch[:, 1] = 1  # of rejected responses
+            sketch = np.full((7, dim), 10 * reference + dim, np.float16)
+            sketch[1::2] = 1  # of those with odd numbers
             np.save(own / "train-sketch.npy", sketch)
             key = auxdpo.sketch_key(arguments(sketch_dim=dim))
             (own / "meta.json").write_text(json.dumps(dict(key=key, args={}, sha256={})))
-        np.save(tmp_path / f"ref-{reference}" / "train-logps.npy", np.full((5, 2), -reference, np.float32))
+        np.save(tmp_path / f"ref-{reference}" / "train-logps.npy", np.full(7, -reference, np.float32))
     return tmp_path
 
 
 def splits_of(reference):
-    train = dict(pairs=[dict(id=str(i)) for i in range(5)], ref_logps=np.full((5, 2), -reference, np.float32))
-    return dict(train=train, val=dict(pairs=train["pairs"][:2], ref_logps=train["ref_logps"][:2]))
+    """Five pairs of seven responses to two prompts."""
+    pairs = datasets.Dataset.from_dict(dict(prompt_id=[0, 0, 0, 1, 1]))
+    responses = np.array([(0, 1), (1, 2), (2, 0), (3, 4), (5, 6)])
+    train = dict(pairs=pairs, responses=responses, ref_logps=np.full((5, 2), -reference, np.float32))
+    return dict(train=train, val=dict(pairs=pairs.select(range(2)), ref_logps=train["ref_logps"][:2]))
 
 
 def test_sketches_are_those_of_the_reference_whose_log_probs_are_used(folder):
     for reference in (1, 2):
         for dim in (3, 4):
-            splits = splits_of(reference)
-            auxdpo.prepare_delta(splits, 0, arguments(data=str(folder), sketch_dim=dim))
-            train, val = splits["train"], splits["val"]
-            assert (train["sketch"][:, 0] == 10 * reference + dim).all()
-            assert train["delta"].shape == (5, 2) and val["delta"].shape == (2, 2) and train["c"].shape == (dim,)
-            assert not train["delta"].any() and not val["delta"].any() and not train["c"].any()
+            for delta, count in (("shared", 7), ("per_pair", 10)):
+                splits = splits_of(reference)
+                auxdpo.prepare_delta(splits, 0, arguments(data=str(folder), sketch_dim=dim, delta=delta))
+                train, val = splits["train"], splits["val"]
+                assert (train["sketch"][::2] == 10 * reference + dim).all()
+                assert train["delta"].shape == (count,) and train["c"].shape == (dim,)
+                assert not train["delta"].any() and not train["c"].any()
+                assert not val["delta"][val["index"]].any() and val["index"].shape == (2, 2)
+                # both kinds of delta find the sketches of their responses
+                assert np.array_equal(train["source"][train["index"]], train["responses"])
+
+
+def test_a_ridge_needs_no_sketches(tmp_path):
+    splits = splits_of(1)
+    auxdpo.prepare_delta(splits, 0, arguments(data=str(tmp_path), geometry="ridge"))
+    assert "sketch" not in splits["train"] and splits["train"]["c"].shape == (7,)
 
 
 @pytest.mark.parametrize("changes", [dict(sketch_dim=5), dict(train_modules="norm"), dict(lora_rank=2, seed=1)])
@@ -394,8 +531,10 @@ def test_sketches_that_are_cut_off_are_damaged(folder):
         auxdpo.prepare_delta(splits_of(2), 0, arguments(data=str(folder), sketch_dim=3))
 
 
-def test_delta_comes_back_to_the_bit_with_its_checkpoint_and_goes_when_that_goes(folder):
-    args = arguments(data=str(folder), sketch_dim=3, out=str(folder / "out"), penalty_weight=1e-3)
+@pytest.mark.parametrize("geometry", ["scores", "ridge"])
+def test_delta_comes_back_to_the_bit_with_its_checkpoint_and_goes_when_that_goes(folder, geometry):
+    settings = dict(data=str(folder), sketch_dim=3, out=str(folder / "out"), penalty_weight=1e-3, geometry=geometry)
+    args = arguments(**settings)
     splits, found = splits_of(2), {}
     auxdpo.prepare_delta(splits, 0, args)
     for step in (1, 2, 3):
@@ -437,13 +576,15 @@ def test_penalty_and_gradient_are_those_of_the_notebook_on_a_real_model(tiny_mod
     pairs, weight = random_pairs(SIZES[:4]), 0.7
     deltas = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 2)))
     penalty, slope, scores = notebook(tiny_model("llama", num_hidden_layers=1), pairs, deltas, weight)
-    split = with_delta(dict(pairs=[dict(weight=0.0)] * 4, sketch=scores.numpy()), delta=deltas.clone())
+    args = arguments(penalty_weight=weight, delta_steps=1, delta="per_pair")
+    split = state_of(*per_pair(4), scores.flatten(0, 1).numpy(), np.zeros(4), delta="per_pair")
+    split["delta"] = deltas.flatten().clone()
     split["c"] = torch.einsum("ns,nsk->k", deltas, scores)
     assert auxdpo.delta_metrics(split, arguments(penalty_weight=weight))["penalty"] == pytest.approx(penalty, rel=1e-9)
     seen = {}
     original, torch.linalg.solve = torch.linalg.solve, lambda a, b: seen.update(gradient=b) or original(a, b)
     try:
-        auxdpo.update_delta(np.arange(4), torch.zeros(4).double(), split, arguments(penalty_weight=weight, delta_steps=1))
+        auxdpo.update_delta(np.arange(4), torch.zeros(4).double(), split, args)
     finally:
         torch.linalg.solve = original
     torch.testing.assert_close(seen["gradient"].view(4, 2) / 4, slope, rtol=1e-7, atol=1e-12)  # ours: of n times the loss

@@ -398,7 +398,7 @@ TABLE = [
     ("dpo", "log-probs that are empty", lambda w: cut(w.cache / "val-logps.npy", 0), "val-logps.npy damaged"),
     ("dpo", "log-probs of too few rows", lambda w: cache_values(w, lambda x: x[1:]), "train-logps.npy damaged"),
     ("dpo", "log-probs that are NaN", lambda w: cache_values(w, lambda x: x * np.nan), "train-logps.npy damaged"),
-    ("dpo", "log-probs of other sides", lambda w: cache_values(w, lambda x: x[:, ::-1], signed=True),
+    ("dpo", "log-probs of other sides", lambda w: cache_values(w, lambda x: x.reshape(-1, 2)[:, ::-1].flatten(), signed=True),
      "reference nats --model delete ref- cache_ref.py"),
     # the folder of the run
     ("dpo", "an --out that holds a run", lambda w: [earlier_run(w), {}][1], "--out out --resume"),
@@ -807,7 +807,7 @@ def test_a_file_of_the_cache_that_is_cut_off_is_said_to_be_damaged_and_computed_
     cut(w.cache / "train-logps.npy", keep)
     run(w, "cache_ref", {})
     output = capsys.readouterr().out
-    assert "train-logps.npy is damaged" in output and f"0 of {len(SIZES)} pairs are done" in output
+    assert "train-logps.npy is damaged" in output and f"0 of {2 * len(SIZES)} distinct responses are done" in output
     assert (w.cache / "train-logps.npy").read_bytes() == truth
     run(w, "dpo", {})
 

@@ -31,7 +31,7 @@ import pytest
 import torch
 import transformers
 from compo_check import gradients, load, slow_votes, whole_logps, whole_model
-from conftest import ROOT, random_pairs, run_as_program
+from conftest import ROOT, random_pairs, run_main
 from safetensors.torch import load_file
 
 import cache_ref
@@ -238,19 +238,6 @@ def test_a_unit_matrix_has_length_one_even_if_it_is_large():
 
 
 # ---- main()
-
-
-def run_main(script, *words):
-    """main() of a script in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
-        patch.setattr(script, "start_process_group", lambda dtype: (0, 1, torch.device("cpu"), torch.float32))
-        patch.setattr(script.dist, "destroy_process_group", lambda: None)
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            run_as_program(script)
-        finally:
-            signal.signal(signal.SIGTERM, handler)
 
 
 class Run:
@@ -520,6 +507,14 @@ def split(tiny_model, tiny_data, process_group):
     return model, Path(tiny_data(model, *parts, weight="float32"))
 
 
+def responses_of(rows):
+    return np.stack([rows["chosen_id"], rows["rejected_id"]], 1)
+
+
+def without_numbers(row):
+    return {name: value for name, value in row.items() if name not in ("prompt_id", "chosen_id", "rejected_id")}
+
+
 def test_noise_margin_splits_by_the_reference_and_keeps_each_pair_once(split, capsys):
     model, data = split
 
@@ -529,17 +524,20 @@ def test_noise_margin_splits_by_the_reference_and_keeps_each_pair_once(split, ca
     output = cache(data, "--noise_margin", 8)
     reference, = data.glob("ref-*")
     for name, total in dict(train=40, val=12).items():
-        logps, found = np.load(reference / f"{name}-logps.npy"), {}
-        whole = datasets.load_from_disk(str(data / name))
+        whole, found = datasets.load_from_disk(str(data / name)), {}
+        logps = np.load(reference / f"{name}-logps.npy")[responses_of(whole)]
         for kind in ("clean", "noisy"):
             rows = datasets.load_from_disk(str(data / kind / name))
             own, = (data / kind).glob("ref-*")
             part = np.load(own / f"{name}-logps.npy")
+            assert len(part) == len(np.unique(responses_of(rows)))  # numbered from 0 again
+            part = part[responses_of(rows)]
             small = np.abs(part[:, 0] - part[:, 1]) <= 8
             assert small.all() if kind == "noisy" else not small.any()
             assert rows.column_names == whole.column_names and f"'{name}': {len(rows)}" in output
-            found |= {row["id"]: (row, values.tolist()) for row, values in zip(rows, part)}
-        assert found == {row["id"]: (row, values.tolist()) for row, values in zip(whole, logps)} and len(found) == total
+            found |= {row["id"]: (without_numbers(row), values.tolist()) for row, values in zip(rows, part)}
+        expected = {row["id"]: (without_numbers(row), values.tolist()) for row, values in zip(whole, logps)}
+        assert found == expected and len(found) == total
     files = {path: path.stat().st_mtime_ns for path in data.rglob("*.npy")}
     cache(data / "noisy")  # its log-probs came along
     cache(data, "--noise_margin", 8)  # the split is there

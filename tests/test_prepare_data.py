@@ -10,6 +10,7 @@
 - all that the messages of a pair say stands in its text (tools, calls, thoughts, system), or the pair is dropped;
 - no row ends the run, and what is not used is counted in the summary;
 - each case of ../shared/data/cases, and each kind of row and file like it, gives what it must;
+- distinct prompts and responses are numbered as a loop over the pairs numbers them;
 - every converter of convert_examples.py reads its layout.
 """
 
@@ -34,6 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import prepare_data  # noqa: E402
+from conftest import with_numbers  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 SMOLLM = Path("/tmp/smollm2")
@@ -131,7 +133,11 @@ def check(meta, splits, dropped, tokenizer):
     end, bos, prompts, ids = meta["eos_token_id"], tokenizer.bos_token_id, {}, []
     for name, rows in splits.items():
         ids += rows["id"]
-        assert prepare_data.content_hash(rows) == meta["content_hash"][name]
+        numbers = ("prompt_id", "chosen_id", "rejected_id")
+        expected = [tuple(pair[number] for number in numbers) for pair in with_numbers(rows)]
+        assert list(zip(*(rows[number] for number in numbers))) == expected
+        assert meta["distinct"][name]["prompts"] == len(set(rows["prompt_id"]))
+        assert meta["distinct"][name]["responses"] == len({*rows["chosen_id"], *rows["rejected_id"]})
         for pair in rows:
             assert prompts.setdefault(tuple(pair["prompt"]), name) == name, "a prompt in both splits"
             assert pair["prompt"] and pair["chosen"] != pair["rejected"]
@@ -497,7 +503,8 @@ def test_several_files_have_unique_ids_and_no_weight_column_without_weights(chat
     meta, splits, dropped = run(both, chat, tmp_path / "out")
     check(meta, splits, dropped, AutoTokenizer.from_pretrained(chat))
     assert meta["counts"]["pairs_out"] == 120
-    assert splits["train"].column_names == ["prompt", "chosen", "rejected", "source", "subset", "id"]
+    assert splits["train"].column_names == ["prompt", "chosen", "rejected", "source", "subset", "id",
+                                            "prompt_id", "chosen_id", "rejected_id"]
 
 
 def test_a_folder_is_read_through_load_dataset(chat, tmp_path):
@@ -510,12 +517,12 @@ def test_a_folder_is_read_through_load_dataset(chat, tmp_path):
 
 def test_the_result_depends_neither_on_processes_nor_on_a_second_run(chat, tmp_path):
     path = write(tmp_path / "a.jsonl", [*ROWS * 12, '{"prompt": "cut'])
-    hashes, drops = [], []
+    results, drops = [], []
     for i, flags in enumerate(([], [], ["--num_proc", "2"])):
-        meta, _, dropped = run(path, chat, tmp_path / f"out{i}", *flags)
-        hashes.append(meta["content_hash"])
+        _, splits, dropped = run(path, chat, tmp_path / f"out{i}", *flags)
+        results.append({name: rows.to_list() for name, rows in splits.items()})
         drops.append(dropped)
-    assert hashes[0] == hashes[1] == hashes[2] and drops[0] == drops[2]
+    assert results[0] == results[1] == results[2] and drops[0] == drops[2]
     assert drops[0][0]["line"] == 721
 
 

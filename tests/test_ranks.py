@@ -73,10 +73,13 @@ def make_split(name="dpo"):
     split = dict(pairs=pairs, lengths=np.array(SIZES))
     if name != "simpo":
         split["ref_logps"] = rng.normal(-20, 5, (len(pairs), 2)).astype(np.float32)
-    if name == "auxdpo":  # as prepare_delta makes it
-        split["sketch"] = np.random.default_rng(6).normal(size=(len(pairs), 2, 24))
-        split["delta"] = torch.zeros(len(pairs), 2).double()
-        split["margins"], split["c"] = torch.zeros(len(pairs)).double(), torch.zeros(24).double()
+    if name == "auxdpo":  # as prepare_delta makes it, for responses to two prompts that stand in several pairs
+        index = np.array([(0, 1), (1, 2), (2, 0), (3, 4), (4, 5), (5, 3), (3, 5)])
+        prompts, delta_prompts = np.array([0, 0, 0, 1, 1, 1, 1]), np.array([0, 0, 0, 1, 1, 1])
+        split |= dict(index=index, prompts=prompts, delta_prompts=delta_prompts, source=np.arange(6))
+        split["sketch"] = np.random.default_rng(6).normal(size=(6, 24))
+        split["weights"] = torch.tensor([pair["weight"] for pair in pairs]).double()
+        split |= {name: torch.zeros(size).double() for name, size in dict(delta=6, margins=7, c=24).items()}
     return split
 
 
@@ -89,7 +92,7 @@ def arguments(layout, max_tokens, how):
         gamma_beta_ratio=0.5,
         label_smoothing=0.1,
         sft_weight=0.2,
-        **dict(penalty_weight=3.0, delta_steps=10, null="soft", geometry="scores"),
+        **dict(penalty_weight=1.0, delta_steps=10, null="soft", geometry="scores", delta="shared"),
     )
 
 
@@ -118,6 +121,9 @@ def one_step(script, policy, split, plan, case):
             grads[name] = weight.grad.full_tensor().clone()
     policy.zero_grad()
     delta = split["delta"].clone() if script is auxdpo else torch.zeros(1)
+    of_ranks = [None] * world
+    dist.all_gather_object(of_ranks, delta)
+    assert all(torch.equal(each, delta) for each in of_ranks)  # to the bit
     evaluation = dict(split, delta=0 * delta) if script is auxdpo else split  # as that of val
     return dict(loss=script.mean_over_pairs(sums)["loss"], dealt=dealt, grads=grads, delta=delta,
                 eval=script.evaluate(policy, evaluation, args))

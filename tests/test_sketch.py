@@ -4,16 +4,18 @@
 - Inner products of sketches estimate those of the gradients: without bias over hashes, and on a real pretrained
   model with the errors that DESIGN.md promises.
 - The batch, the number of ranks and a kill change nothing.
+- A response of several pairs is computed once, log-prob and sketch, and all pairs find them.
 """
 
 import functools
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, VOCAB, random_pairs
+from conftest import ROOT, VOCAB, own_numbers, random_pairs, run_main, write_tiny_data
 
 import cache_ref
 import sketch_check
@@ -184,3 +186,51 @@ def test_on_a_real_model_and_real_text_inner_products_are_as_near_as_promised():
     for dim, error, correlation in [(1024, 0.12, 0.97), (4096, 0.06, 0.99)]:
         found = sketch_check.compare(sketch_check.sketched(folder, pairs, dim)[0], exact)
         assert found[0] < error and found[1] > correlation, found
+
+
+# ---- each distinct response once
+
+
+def pairs_of_prompts():
+    """Pairs of a prompt with four responses (all six), of one with two, of one that has a response in common with the
+    first, and of one with a chosen and two rejected responses; in a random order."""
+    rng = np.random.default_rng(3)
+
+    def text(size):
+        return rng.integers(3, VOCAB, size).tolist()
+
+    four, right = [text(size) for size in (5, 9, 2, 4)], text(6)
+    groups = [[(four[i], four[j]) for i in range(4) for j in range(i)], [(text(7), text(4))], [(four[0], text(8))],
+              [(right, text(2)), (right, text(3))]]
+    pairs = []
+    for prompt, both in zip((text(6), text(3), text(4), text(9)), groups):
+        pairs += [dict(prompt=prompt, chosen=chosen, rejected=rejected) for chosen, rejected in both]
+    return [pairs[i] | dict(id=f"pair-{i}", source="tiny", subset="") for i in rng.permutation(len(pairs))]
+
+
+@pytest.mark.parametrize("layout", ["packed", "separate"])
+def test_a_response_of_several_pairs_is_computed_once_and_all_pairs_find_its_values(tiny_model, tmp_path, capsys, layout):
+    model, pairs = tiny_model("llama"), pairs_of_prompts()
+    found = {}
+    for name in ("shared", "occurrences"):
+        folder = tmp_path / name
+        numbers = None if name == "shared" else own_numbers  # every occurrence is a response of its own
+        write_tiny_data(folder, model, pairs, pairs[:2], numbers=numbers)
+        run_main(cache_ref, "--model", model, "--data", folder, "--layout", layout)
+        run_main(cache_ref, "--model", model, "--data", folder, "--sketch_dim", 48, "--sketch_dtype", "float32")
+        train = cache_ref.load_data(cache_ref.Args(model=model, data=str(folder), layout=layout))["train"]
+        for kind in ("logps", "sketch"):
+            path, = folder.glob(f"ref-*/**/train-{kind}.npy")
+            found[name, kind] = np.load(path)[train["responses"]]
+            assert len(np.load(path)) == dict(shared=11, occurrences=20)[name]
+        found[name] = cache_ref.distinct_texts(train)
+    assert "0 of 11 distinct responses are done; the 10 pairs have 20" in capsys.readouterr().out
+    for kind in ("logps", "sketch"):
+        once, truth = found["shared", kind], found["occurrences", kind]
+        assert once.shape[:2] == (10, 2) and np.abs(truth).max() > 1
+        np.testing.assert_allclose(once, truth, rtol=1e-4, atol=1e-4 * np.abs(truth).max())
+    texts = found["shared"]
+    assert sorted(np.unique(texts.twos)) == list(range(11)) and len(texts.twos) == 6
+    for two, lengths in zip(texts.twos, texts.lengths):
+        pair = cache_ref.text_pair(texts, two)
+        assert [len(pair[side]) for side in ("prompt", "chosen", "rejected")] == lengths.tolist()
