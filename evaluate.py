@@ -19,7 +19,7 @@ to answer_metrics (one value per answer), and its heading to COLUMNS. The folder
     samples.jsonl     all answers; samples.md has those to three prompts, all models side by side
     logps.npz         the log-probs of all pairs: a new question about them needs no model
 
-Read to line 000: settings, what is measured, main. Then follow the functions that main calls, in
+Read to line 246: settings, what is measured, main. Then follow the functions that main calls, in
 groups. Below the rule stand the helpers that all scripts share.
 
 Shapes: n pairs; a second dimension of 2 means (chosen, rejected). Log-probs are in nats, summed
@@ -62,7 +62,7 @@ class Args:
     seed: int = 0  # of the choice of prompts and of sampling
     # memory and speed
     max_tokens: int = 8192  # bound on the tokens of one forward pass, or of one batch of samples
-    shard: bool = False  # split every model over the GPUs of a single process (needs accelerate)
+    spread: bool = False  # spread each model over the GPUs of a single process (needs accelerate)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
 
 # ---- what is measured ----
@@ -209,7 +209,7 @@ def main():
     for name in order:
         began = time.time()
         with explain(f"{name} runs out of memory ({{}}): lower --max_tokens {args.max_tokens}, or "
-                     "use --shard", torch.OutOfMemoryError):
+                     "use --spread", torch.OutOfMemoryError):
             model, tokenizer = load_model(name, args, dtype, device)
             logps[name] = score_pairs(model, tokenizer, data, name, args)
             if args.samples:
@@ -262,10 +262,12 @@ def model_names(args):
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs a package: pip install matplotlib")
     if args.plot and not runs_among(names) and not (args.data and args.reference):
-        fail(f"--plot {args.plot} draws log.jsonl of runs such as out/dpo, and {args.models} has "
-             "none; or changes from a --reference on --data")
+        fail(f"--plot {args.plot} draws the log.jsonl of runs, and {args.models} has none; or it "
+             "draws changes from a --reference on --data")
     if args.best_of and not (args.samples and args.reference and args.reward):
         fail(f"--best_of {args.best_of} needs --samples, --reference and --reward")
+    if args.spread and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("--spread wants a single process: start it by python, not by torchrun")
     if args.data:
         for name in [*names, args.reference]:
             check_model(name)
@@ -282,7 +284,8 @@ def load_pairs(args, names):
         rows = datasets.concatenate_datasets([datasets.load_from_disk(path) for path in folders])
         assert len(rows), "it has no pairs"
     rows = rows.select(range(min(args.limit or len(rows), len(rows))))
-    ids, prompts, chosen, rejected = (rows[key][:] for key in ("id", "prompt", "chosen", "rejected"))
+    ids, prompts = rows["id"][:], rows["prompt"][:]
+    chosen, rejected = rows["chosen"][:], rows["rejected"][:]
     words = [str(prompt) for prompt in prompts]
     _, first, clusters = np.unique(words, return_index=True, return_inverse=True)
     asked = np.random.default_rng(args.seed).permutation(np.sort(first))[:args.samples].tolist()
@@ -332,7 +335,7 @@ def load_model(name, args, dtype, device):
             source = json.loads(Path(name).with_name("args.json").read_text())["args"]["model"]
         folder, adapter = find_model(source)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map="auto" if args.shard else None,
+            folder, dtype=dtype, device_map="auto" if args.spread else None,
             trust_remote_code=args.trust_remote_code, output_loading_info=True)
         assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
         if adapter:
@@ -346,12 +349,13 @@ def load_model(name, args, dtype, device):
         state = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
         with explain(f"{name} is no checkpoint of all of {source} ({{}}); take its run's final/"):
             dcp.load(dict(model=state), checkpoint_id=name, no_dist=True)  # in place
-    return (model if args.shard else model.to(device)).eval(), tokenizer
+    return (model if args.spread else model.to(device)).eval(), tokenizer
 
 # -- log-probs and answers of texts, which the processes share
 def deal(lengths, name, args):
-    """Batches of texts of these lengths, longest first, each padded to at most --max_tokens -> those
-    of this process, (number of the batch, numbers of its texts), with a progress bar."""
+    """Put texts of these lengths into batches, longest first, as many as fit into --max_tokens when
+    they are padded -> the batches of this process, [(number of the batch, numbers of its texts)],
+    which show a progress bar."""
     batches, longest = [], 0
     for k in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if not batches or (len(batches[-1]) + 1) * longest > args.max_tokens:
@@ -528,7 +532,7 @@ def summarise(names, data, logps, answers, rewards, args):
             results.append(dict(model=f"{BEST}{n}", subset="", pairs=0, metrics=metrics))
     return results, values
 
-def result_rows(model, values, subsets, clusters=None):
+def result_rows(model, values, subsets, clusters):
     """Means of values {metric: (n,)} over all rows, which is the subset "", and over each subset
     (n,) -> list of dict(model, subset, pairs, metrics={name: (mean, standard error)})."""
     results = []
@@ -538,7 +542,7 @@ def result_rows(model, values, subsets, clusters=None):
         for name, value in values.items():
             known = rows[~np.isnan(value[rows])]
             if len(known):
-                metrics[name] = mean_and_error(value[known], None if clusters is None else clusters[known])
+                metrics[name] = mean_and_error(value[known], clusters[known])
         results.append(dict(model=model, subset=subset, pairs=len(rows), metrics=metrics))
     return results
 
@@ -698,6 +702,7 @@ def draw(path, names, results):
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
+# -- command line, errors, processes
 def parse_args(cls):
     """Command line -> dataclass `cls`; --help shows its source, comments and all. A number must be
     above 0; it may be 0 where that is the default, or where its comment says what "0 =" means."""
@@ -762,6 +767,7 @@ def late_traceback(*error):
     time.sleep(5)
     sys.__excepthook__(*error)
 
+# -- model
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 
 @functools.cache

@@ -685,7 +685,7 @@ MISTAKES = [
     ({"max_tokens": 0}, ["--max_tokens 0", "above 0"]),
     ({"dtype": "float16"}, ["--dtype", "bfloat16"]),
     ({"models": "a;" * 200}, ["name too long", "run the same command again"]),
-    ({"plot": "x.png"}, ["--plot x.png", "log.jsonl", "out/dpo"]),
+    ({"plot": "x.png"}, ["--plot x.png", "log.jsonl", "--reference"]),
     ({"reward": "my.py:score", "data": "drop", "plot": "x.png"}, ["my.py:score", "--data"]),
     ({"best_of": 4, "samples": 2}, ["--best_of 4", "--reward"]),
     ("unfinished run", ["run", "final/", "--resume"]),
@@ -751,4 +751,4 @@ def test_two_processes_find_the_numbers_of_one(run, world, tmp_path):
 def test_a_model_that_accelerate_has_placed_gives_the_same_numbers(run, world):
     pytest.importorskip("accelerate")
     flags = ["--models", world["one"], "--data", world["data"], "--samples", 3, "--max_new_tokens", 4]
-    assert run(*flags, "--shard")["results"] == run(*flags)["results"]
+    assert run(*flags, "--spread")["results"] == run(*flags)["results"]

@@ -41,7 +41,7 @@ class Args:
     seed: int = 0  # of sampling
     max_tokens: int = 8192  # bound on the tokens of one batch
     trust_remote_code: bool = False  # run the Python files that come with some models
-    shard: bool = False  # split every model over the GPUs of a single process
+    spread: bool = False  # spread each model over the GPUs of a single process (needs accelerate)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
@@ -112,7 +112,8 @@ def answer_choices(model, tokenizer, questions, name, args):
         named.append(letter is not None)
     values = dict(right=np.array(right, float), named=np.array(named, float))
     rows = []
-    for row in evaluate.result_rows(name, values, np.array([question["subject"] for question in questions])):
+    subjects = np.array([question["subject"] for question in questions])
+    for row in evaluate.result_rows(name, values, subjects, np.arange(len(questions))):
         cells = [name, row["subset"] or "all", str(row["pairs"])]
         for numbers in row["metrics"].values():
             cells.append(" ± ".join(f"{100 * x:.1f}" for x in numbers if x is not None))
