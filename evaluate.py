@@ -19,7 +19,7 @@ to answer_metrics (one value per answer), and its heading to COLUMNS. The folder
     samples.jsonl     all answers; samples.md has those to three prompts, all models side by side
     logps.npz         the log-probs of all pairs: a new question about them needs no model
 
-Read to line 246: settings, what is measured, main. Then follow the functions that main calls, in
+Read to line 245: settings, what is measured, main. Then follow the functions that main calls, in
 groups. Below the rule stand the helpers that all scripts share.
 
 Shapes: n pairs; a second dimension of 2 means (chosen, rejected). Log-probs are in nats, summed
@@ -67,8 +67,8 @@ class Args:
 
 # ---- what is measured ----
 
-# Metric: its heading. % means that the values are fractions. Without --columns, the table shows the
-# first five that were measured.
+# {metric: its heading}. Where the heading has a %, the table shows the value times 100. Without
+# --columns it shows the first five that were measured.
 COLUMNS = {
     "best": "best %", "ties": "ties %", "accuracy": "accuracy %", "reward": "reward",
     "win/length": "equal length %", "length": "tokens", "kl": "KL", "gain": "gain %",
@@ -80,11 +80,11 @@ BEST = "best of "  # the model "best of 4": the best of four answers of --refere
 
 def pair_metrics(logps, lengths, questions, ref_logps=None, first_logps=None):
     """Metrics of each pair {name: (n,)}; logps (n, 2), lengths (n, 2) in tokens, questions (n,) see
-    best_of; ref_logps and first_logps (n, 2) are those of --reference and of the first model."""
+    beats_all; ref_logps and first_logps (n, 2) are those of --reference and of the first model."""
     metrics = {"accuracy": is_better(logps),  # (n,) log pi(y_w|x) > log pi(y_l|x)
                "accuracy/token": is_better(logps / lengths),  # (n,) the same for the mean per token
                "margin": logps[:, 0] - logps[:, 1],  # (n,) nats
-               "best": best_of(logps, questions)}  # (n,)
+               "best": beats_all(logps, questions)}  # (n,)
     if first_logps is not None:
         metrics["gain"] = is_better(logps) - is_better(first_logps)  # (n,)
     if ref_logps is not None:
@@ -94,7 +94,7 @@ def pair_metrics(logps, lengths, questions, ref_logps=None, first_logps=None):
         metrics["margin/ref"] = change[:, 0] - change[:, 1]  # (n,) nats
         metrics["chosen/ref"] = change[:, 0]  # (n,) below 0 where the chosen one got less likely
         metrics["rejected/ref"] = change[:, 1]  # (n,)
-        metrics["best/ref"] = best_of(change, questions)  # (n,)
+        metrics["best/ref"] = beats_all(change, questions)  # (n,)
     return metrics
 
 def answer_metrics(records, first):
@@ -134,7 +134,7 @@ def equal_length(wins, longer):
     steps = np.linalg.solve(bend, x.T * (wins - p)) / len(x)  # (2, n) how each answer moves theta
     return float(rate), float(rate * (1 - rate) * np.sqrt((steps[0] ** 2).sum()))
 
-def best_of(values, questions):
+def beats_all(values, questions):
     """Accuracy on questions with several wrong answers, each of which makes a pair. values (n, 2),
     questions (n,) the number of each pair's question or -1 -> (n,), a value per question: 1 if the
     right answer is above all wrong ones, 1 / (1 + k) if it is as high as the k best wrong ones.
@@ -149,9 +149,8 @@ def best_of(values, questions):
 def ties_score(values, names):
     """RewardBench-2's score of its subset Ties; values (n, 2), names [(kind, number)]. A question
     is there as "tied", with several right answers, and as "ref", with one. Its gap is the worst
-    right answer's value less the best wrong one's; its spread is the range of the right ones. The
-    weights are those of allenai/reward-bench (Malik et al. 2025, https://arxiv.org/abs/2506.01937).
-    """
+    right answer's value less the best wrong one's; its spread is the range of the right ones.
+    Malik et al. 2025, https://arxiv.org/abs/2506.01937; weights as in allenai/reward-bench."""
     gaps, spreads = dict(ref={}, tied={}), {}
     for kind, number in dict.fromkeys(names):
         rows = [row for row, name in enumerate(names) if name == (kind, number)]
@@ -178,12 +177,11 @@ def best_of_n(rewards):
     at most log n - (n - 1) / n (Beirami et al. 2024, https://arxiv.org/abs/2401.01879)."""
     rewards = np.sort(rewards, 1)
     count = rewards.shape[1]
-    found, n = [], 1
-    while n <= count:
+    found = []
+    for n in [2**power for power in range(count.bit_length())]:
         # Answer i, counted from the worst, is the best of n if the others are of the i below it.
         chance = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
         found.append((n, math.log(n) - (n - 1) / n, *mean_and_error(rewards @ np.array(chance))))
-        n *= 2
     return found
 
 def main():
@@ -205,7 +203,8 @@ def main():
     order = [name for name in names if name != args.reference]
     if args.reference:
         order.append(args.reference)
-    logps, answers, seconds = {}, {}, {}  # of each model: (n, 2), records of its answers, seconds
+    logps, seconds = {}, {}  # {model: (n, 2)}, {model: seconds}
+    answers = {name: [] for name in names if args.samples}  # {model: records, see `answer`}
     for name in order:
         began = time.time()
         with explain(f"{name} runs out of memory ({{}}): lower --max_tokens {args.max_tokens}, or "
@@ -230,8 +229,8 @@ def main():
                       dtype=precision, torch=torch.__version__, numpy=np.__version__,
                       transformers=transformers.__version__, datasets=datasets.__version__,
                       seconds=seconds, results=results)
-        note = (f"\n{args.data}/{args.split}: mean ± standard error, log-probs in "
-                f"nats; {args.samples} samples per model at temperature {args.temperature:g}; "
+        note = (f"\n{args.data}/{args.split}: mean ± standard error, log-probs in nats; "
+                f"{len(data['asked'])} samples per model at temperature {args.temperature:g}; "
                 f"{world} x {hardware}, {precision}, torch {torch.__version__}, transformers "
                 f"{transformers.__version__}, {sum(seconds.values()):.0f} s\n")
         table = result_table(results, args.columns) + note
@@ -269,21 +268,22 @@ def model_names(args):
     if args.spread and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--spread wants a single process: start it by python, not by torchrun")
     if args.data:
-        for name in [*names, args.reference]:
+        for name in filter(None, [*names, args.reference]):
             check_model(name)
     if args.reward:
         load_reward(args)
     return names
 
 def load_pairs(args, names):
-    """The pairs of --split, as a dict of what is said beside its fields."""
+    """The pairs of --split as a dict, whose fields are explained where it is made."""
     remake = f"run: prepare_data.py --model {names[0]} --out {args.data} --dataset ..."
     with explain(f"--data {args.data}, --split {args.split}: cannot be read ({{}}); {remake}"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
         folders = [f"{args.data}/{split}" for split in args.split.split(",")]
         rows = datasets.concatenate_datasets([datasets.load_from_disk(path) for path in folders])
         assert len(rows), "it has no pairs"
-    rows = rows.select(range(min(args.limit or len(rows), len(rows))))
+    if args.limit:
+        rows = rows.select(range(min(args.limit, len(rows))))
     ids, prompts = rows["id"][:], rows["prompt"][:]
     chosen, rejected = rows["chosen"][:], rows["rejected"][:]
     words = [str(prompt) for prompt in prompts]
@@ -296,9 +296,9 @@ def load_pairs(args, names):
         texts=list(zip(prompts, chosen)) + list(zip(prompts, rejected)),  # token ids
         lengths=np.array([list(map(len, chosen)), list(map(len, rejected))]).T,  # (n, 2) tokens
         subsets=np.array(subsets),  # (n,) "" where a pair has none
-        clusters=clusters,  # (n,) equal for pairs of one prompt
-        questions=number_questions(prompts, chosen, ties),  # (n,)
-        ties=[tie and tie.group(1, 2) for tie in ties],  # of RewardBench-2: see ties_score
+        clusters=clusters,  # (n,) a number for each distinct prompt
+        questions=number_questions(prompts, chosen, ties),  # (n,) or -1
+        ties=[tie.group(1, 2) if tie else None for tie in ties],  # see ties_score
         prompts=prompts,
         asked=sorted(asked, key=ids.__getitem__),  # rows whose prompts are answered
         end=chosen[0][-1],  # the token that ends a turn
@@ -378,9 +378,8 @@ def score(model, texts, name, args):
         tokens = [torch.tensor(distinct[k][0] + distinct[k][1]) for k in batch]
         ids = pad_sequence(tokens, batch_first=True).to(model.device)  # (texts, width)
         first = min(len(distinct[k][0]) for k in batch) - 1  # logits before it are not needed
-        kept = ids.shape[1] - first
         if model._supports_logits_to_keep():
-            logits = model(ids, use_cache=False, logits_to_keep=kept).logits
+            logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
         else:
             logits = model(ids, use_cache=False).logits[:, first:]
         for row, k in enumerate(batch):
@@ -445,23 +444,27 @@ def as_text(tokenizer, prompt, response):
     return dict(prompt=texts[0], response=texts[1], ids=(prompt, response))
 
 def answer_prompts(model, tokenizer, data, answers, name, args):
-    """Adds the records of the model's answers to `answers`. If it is the reference, it scores the
-    answers of all models, its own too, and makes those for --best_of."""
-    wanted = {name: 1} if name in args.models.split(",") else {}
-    if name == args.reference and args.best_of:
-        wanted[BEST] = args.best_of
-    for key, copies in wanted.items():
-        rows = np.repeat(data["asked"], copies).tolist()
-        prompts = [data["prompts"][row] for row in rows]
-        answers[key] = answer(model, tokenizer, prompts, data["end"], key, args)
-        for row, record in zip(rows, answers[key]):
-            record["id"] = data["ids"][row]
-    if args.reference and args.temperature == 1:  # else the answers are not drawn from pi
-        if name in wanted:
+    """Puts the records of the model's answers into `answers`, if it is one of --models. If it is
+    the reference, it also scores the answers of all models, and makes those for --best_of."""
+    has_kl = args.reference and args.temperature == 1  # else the answers are not drawn from pi
+    if name in answers:
+        answers[name] = sample(model, tokenizer, data, 1, name, args)
+        if has_kl:
             add_logps("logp", model, answers[name], name, args)
-        for other in answers if name == args.reference else ():
-            if other != BEST:  # in the same batches as above, so that equal models have KL 0
-                add_logps("ref_logp", model, answers[other], other, args)
+    if name == args.reference and has_kl:
+        for other, records in answers.items():  # in the batches of above: equal models have KL 0
+            add_logps("ref_logp", model, records, other, args)
+    if name == args.reference and args.best_of:
+        answers[BEST] = sample(model, tokenizer, data, args.best_of, BEST, args)
+
+def sample(model, tokenizer, data, copies, name, args):
+    """So many answers to each prompt that is asked -> records, with the id of the prompt's pair."""
+    rows = np.repeat(data["asked"], copies).tolist()
+    prompts = [data["prompts"][row] for row in rows]
+    records = answer(model, tokenizer, prompts, data["end"], name, args)
+    for row, record in zip(rows, records):
+        record["id"] = data["ids"][row]
+    return records
 
 def add_logps(key, model, records, name, args):
     """Adds the model's log-prob of each answer to its record, as `key`."""
@@ -514,7 +517,7 @@ def summarise(names, data, logps, answers, rewards, args):
         for result in rows:
             result["metrics"] |= ties_metrics(logps[name], ref, result["subset"], data)
         if name in answers:
-            found = answer_metrics(answers[name], answers[names[0]])
+            found = answer_metrics(answers[name], answers[names[0]])  # in the row of all pairs
             rows[0]["metrics"] |= {key: mean_and_error(value) for key, value in found.items()}
             if "win" in found:
                 longer = found["length"] - column(answers[names[0]], "tokens")
@@ -687,9 +690,9 @@ def draw(path, names, results):
     curves = list(dict.fromkeys(point[0] for point in points))
     panels = [panel for panel in PANELS if any({*panel[:2]} <= point[2].keys() for point in points)]
     rows = math.ceil(max(1, len(panels)) / 2)
-    figure, axes = pyplot.subplots(rows, 2, figsize=(10, 3.5 * rows), layout="constrained")
-    for ax, (x, y, *labels) in zip(axes.flat, panels):
-        ax.set(xlabel=labels[0], ylabel=labels[1])
+    figure = pyplot.figure(figsize=(10, 3.5 * rows), layout="constrained")
+    for number, (x, y, xlabel, ylabel) in enumerate(panels, 1):
+        ax = figure.add_subplot(rows, 2, number, xlabel=xlabel, ylabel=ylabel)
         for k, curve in enumerate(curves):
             places = [(point[2][x], point[2][y]) for point in points
                       if point[0] == curve and {x, y} <= point[2].keys()]

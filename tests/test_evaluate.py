@@ -170,7 +170,7 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers_by_hf_and_zero_for_the_refe
 def test_best_of_several_pairs_of_a_prompt_by_hand():
     values = np.array([[3.0, 1], [3, 2], [3, -1], [1, 5], [1, 0], [4, 0], [2, 2], [2, 1], [0, 9]])
     none = np.nan
-    found = evaluate.best_of(values, np.array([0, 0, 0, 1, 1, -1, 2, 2, -1]))
+    found = evaluate.beats_all(values, np.array([0, 0, 0, 1, 1, -1, 2, 2, -1]))
     np.testing.assert_equal(found, [1, none, none, 0, none, none, 0.5, none, none])
 
 
