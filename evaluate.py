@@ -19,11 +19,11 @@ to answer_metrics (one value per answer), and its heading to COLUMNS. The folder
     samples.jsonl     all answers; samples.md has those to three prompts, all models side by side
     logps.npz         the log-probs of all pairs: a new question about them needs no model
 
-Read to line 245: settings, what is measured, main. Then follow the functions that main calls, in
+Read to line 246: settings, what is measured, main. Then follow the functions that main calls, in
 groups. Below the rule stand the helpers that all scripts share.
 
-Shapes: n pairs; a second dimension of 2 means (chosen, rejected). Log-probs are in nats, summed
-over the response.
+Shapes: n pairs (or answers); a second dimension of 2 means (chosen y_w, rejected y_l). Log-probs
+are in nats, summed over the response.
 """
 import contextlib, dataclasses, functools, hashlib, importlib.util, inspect, itertools, json, math
 import operator, os, re, signal, sys, time
@@ -68,7 +68,8 @@ class Args:
 # ---- what is measured ----
 
 # {metric: its heading}. Where the heading has a %, the table shows the value times 100. Without
-# --columns it shows the first five that were measured.
+# --columns it shows the first five that were measured. /token means divided by the length, /ref
+# less the same of --reference; best and ties are the scores of RewardBench-2, see below.
 COLUMNS = {
     "best": "best %", "ties": "ties %", "accuracy": "accuracy %", "reward": "reward",
     "win/length": "equal length %", "length": "tokens", "kl": "KL", "gain": "gain %",
@@ -78,15 +79,15 @@ COLUMNS = {
     "best/ref": "best to ref %", "ties/ref": "ties to ref %"}
 BEST = "best of "  # the model "best of 4": the best of four answers of --reference
 
-def pair_metrics(logps, lengths, questions, ref_logps=None, first_logps=None):
-    """Metrics of each pair {name: (n,)}; logps (n, 2), lengths (n, 2) in tokens, questions (n,) see
-    beats_all; ref_logps and first_logps (n, 2) are those of --reference and of the first model."""
+def pair_metrics(logps, lengths, questions, ref_logps=None, base_logps=None):
+    """Metrics of each pair {name: (n,)}; logps (n, 2), lengths (n, 2) in tokens, ref_logps and
+    base_logps (n, 2) of --reference and of the first of --models; for questions see beats_all."""
     metrics = {"accuracy": is_better(logps),  # (n,) log pi(y_w|x) > log pi(y_l|x)
                "accuracy/token": is_better(logps / lengths),  # (n,) the same for the mean per token
                "margin": logps[:, 0] - logps[:, 1],  # (n,) nats
-               "best": beats_all(logps, questions)}  # (n,)
-    if first_logps is not None:
-        metrics["gain"] = is_better(logps) - is_better(first_logps)  # (n,)
+               "best": beats_all(logps, questions)}  # (n,) NaN but for one pair of each question
+    if base_logps is not None:
+        metrics["gain"] = is_better(logps) - is_better(base_logps)  # (n,)
     if ref_logps is not None:
         change = logps - ref_logps  # (n, 2) log pi(y|x)/ref(y|x)
         metrics["accuracy/ref"] = is_better(change)  # (n,) the order that DPO trains
@@ -97,16 +98,16 @@ def pair_metrics(logps, lengths, questions, ref_logps=None, first_logps=None):
         metrics["best/ref"] = beats_all(change, questions)  # (n,)
     return metrics
 
-def answer_metrics(records, first):
-    """Metrics of each answer {name: (n,)}; records are the answers of a model (see `answer`), first
-    those of the first model to the same prompts."""
-    metrics = {"length": column(records, "tokens"),  # (n,) tokens
-               "ended": column(records, "ended")}  # (n,) 1 if the model came to an end by itself
+def answer_metrics(records, base):
+    """Metrics of each answer {name: (n,)}; records are the answers of a model (see `answer`), base
+    those of the first of --models to the same prompts."""
+    metrics = {"length": values_of(records, "tokens"),  # (n,) tokens
+               "ended": values_of(records, "ended")}  # (n,) 1 if the model came to an end by itself
     if "ref_logp" in records[0]:  # log pi(y|x)/ref(y|x), whose mean is KL(pi || ref)
-        metrics["kl"] = column(records, "logp") - column(records, "ref_logp")  # (n,) nats
+        metrics["kl"] = values_of(records, "logp") - values_of(records, "ref_logp")  # (n,) nats
     if "reward" in records[0]:
-        metrics["reward"] = column(records, "reward")  # (n,)
-        rewards = np.stack([metrics["reward"], column(first, "reward")], 1)  # (n, 2)
+        metrics["reward"] = values_of(records, "reward")  # (n,)
+        rewards = np.stack([metrics["reward"], values_of(base, "reward")], 1)  # (n, 2)
         metrics["win"] = is_better(rewards)  # (n,) above the first model's on the same prompt
     return metrics
 
@@ -114,7 +115,7 @@ def is_better(values):
     """values (n, 2) -> (n,) 1 if the first is larger, 0 if the second is, 1/2 if they are equal."""
     return 0.5 + 0.5 * np.sign(values[:, 0] - values[:, 1])
 
-def column(records, key):
+def values_of(records, key):
     return np.array([record[key] for record in records], float)
 
 def equal_length(wins, longer):
@@ -194,7 +195,7 @@ def main():
     with explain(writing):
         for folder in (out, Path(args.plot).parent):
             folder.mkdir(parents=True, exist_ok=True)
-        if args.plot and rank == 0:  # drawn again at the end, with what is measured
+        if args.plot and rank == 0:  # if this fails, then now; the end draws all of it
             draw(args.plot, names, [])
     if not data:
         return dist.destroy_process_group()
@@ -253,9 +254,8 @@ def model_names(args):
     names = list(dict.fromkeys(name for name in names if name))
     if not names or not (args.data or args.plot):
         fail("nothing to do: give --models A,B with --data data/NAME or --plot FILE.png")
-    unknown = [name for name in args.columns.split(",") if name not in ("", "all", *COLUMNS)]
-    if unknown:
-        fail(f"--columns {unknown[0]} is no metric; there are: {' '.join(COLUMNS)}")
+    if args.columns not in ("", "all") and not {*args.columns.split(",")} <= COLUMNS.keys():
+        fail(f"--columns {args.columns} are not all metrics; there are: {' '.join(COLUMNS)}")
     if args.reward and not args.data:
         fail(f"--reward {args.reward} judges pairs and samples: add --data data/NAME [--samples N]")
     if args.plot and not importlib.util.find_spec("matplotlib"):
@@ -511,8 +511,8 @@ def summarise(names, data, logps, answers, rewards, args):
     results, values = [], {}
     ref = logps.get(args.reference)
     for name in names:
-        first = logps[names[0]] if name != names[0] else None
-        values[name] = pair_metrics(logps[name], data["lengths"], data["questions"], ref, first)
+        base = logps[names[0]] if name != names[0] else None
+        values[name] = pair_metrics(logps[name], data["lengths"], data["questions"], ref, base)
         rows = result_rows(name, values[name], data["subsets"], data["clusters"])
         for result in rows:
             result["metrics"] |= ties_metrics(logps[name], ref, result["subset"], data)
@@ -520,7 +520,7 @@ def summarise(names, data, logps, answers, rewards, args):
             found = answer_metrics(answers[name], answers[names[0]])  # in the row of all pairs
             rows[0]["metrics"] |= {key: mean_and_error(value) for key, value in found.items()}
             if "win" in found:
-                longer = found["length"] - column(answers[names[0]], "tokens")
+                longer = found["length"] - values_of(answers[names[0]], "tokens")
                 rows[0]["metrics"]["win/length"] = equal_length(found["win"], longer)
             values[name] |= found
         results += rows
@@ -529,7 +529,7 @@ def summarise(names, data, logps, answers, rewards, args):
         found = {key: found[key] for key in ("accuracy", "margin")}
         results += result_rows(args.reward, found, data["subsets"], data["clusters"])
     if BEST in answers:
-        table = column(answers[BEST], "reward").reshape(len(data["asked"]), -1)
+        table = values_of(answers[BEST], "reward").reshape(len(data["asked"]), -1)
         for n, kl, *reward in best_of_n(table):
             metrics = dict(reward=reward, kl=(kl, None))
             results.append(dict(model=f"{BEST}{n}", subset="", pairs=0, metrics=metrics))

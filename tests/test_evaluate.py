@@ -504,8 +504,21 @@ def test_a_table_has_eight_columns_unless_others_are_named(run, world, tmp_path)
     assert head == ["model", "subset", "n", "accuracy %", "reward", "equal length %", "tokens", "KL"] and len(measured) > 12
     assert heading("--columns", "all")[0] == head[:3] + [text for name, text in evaluate.COLUMNS.items() if name in measured]
     assert heading("--columns", "kl,gain")[0] == head[:3] + ["KL", "gain %"]
-    with pytest.raises(SystemExit, match="^error: --columns win_rate is no metric; there are: .*win/length"):
-        run(*flags, "--columns", "kl,win_rate")
+    for wrong in ("kl,win_rate", "all,kl", "kl,"):
+        with pytest.raises(SystemExit, match=f"^error: --columns {wrong} are not all metrics; there are: .*win/length"):
+            run(*flags, "--columns", wrong)
+
+
+def test_a_metric_that_is_added_to_pair_metrics_reaches_the_table_and_the_file(run, world, tmp_path, monkeypatch):
+    """As the docstring of evaluate.py says: values there, and a heading in COLUMNS."""
+    pair_metrics = evaluate.pair_metrics
+    monkeypatch.setattr(evaluate, "pair_metrics", lambda logps, *more: pair_metrics(logps, *more) | {"worst": logps.min(1)})
+    monkeypatch.setitem(evaluate.COLUMNS, "worst", "worst of both")
+    record = run("--models", world["one"], "--data", world["data"], "--columns", "worst")
+    mean, error = means(record, world["one"])["worst"]
+    assert [mean, error] == pytest.approx(by_hand(hf_logps(world["one"], world["pairs"]).min(1).tolist()), abs=1e-4)
+    head, _, row, *_ = cells_of((tmp_path / "out/table.md").read_text())
+    assert head[3:] == ["worst of both"] and row[3:] == [f"{mean:.2f} ± {error:.2f}"]
 
 
 def test_answers_to_three_prompts_stand_side_by_side(run, world, tmp_path):
@@ -746,6 +759,17 @@ def test_two_processes_find_the_numbers_of_one(run, world, tmp_path):
             assert a["metrics"][name] == pytest.approx(b["metrics"][name], abs=1e-4), name
     texts = [(tmp_path / name / "samples.md").read_text() for name in ("out", "two")]
     assert texts[0] == texts[1]
+
+
+def test_a_model_is_not_spread_by_several_processes(run, world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="^error: --spread wants a single process"):
+        run("--models", world["one"], "--data", world["data"], "--spread")
+
+
+def test_blanks_and_slashes_around_the_names_of_models_do_not_matter(run, world):
+    record = run("--models", f" {world['one']}/, {world['two']}", "--data", world["data"], "--samples", 2, "--max_new_tokens", 2)
+    assert [means(record, world[name])["length"][0] > 0 for name in ("one", "two")] == [True, True]
 
 
 def test_a_model_that_accelerate_has_placed_gives_the_same_numbers(run, world):
