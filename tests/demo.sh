@@ -51,7 +51,7 @@ demo() {  # [--only SCRIPT.py] [FLAGS of tests/demo_world.py]: each set of flags
   step "answers on the way are sampled, and curves drawn" evaluate.py --models "$models$curves" \
     --out "$out/curves" "${flags[@]}" --best_of 16 --plot "$out/plot.png"
   step "answers at the end are sampled and judged" evaluate.py --models "$models" --out "$out" \
-    --table "$out/table.md" "${flags[@]}"
+    --columns all "${flags[@]}"
   run "$python" tests/demo_summary.py "$out"
   echo "The picture is $out/plot.png, all figures are in $out/table.md, what was printed in $log." >&2
 }

@@ -37,8 +37,9 @@ LIMITS = {
     "auxdpo.py": (1150, 385, 160),
     "compo.py": (880, 345, 250),
     "cache_ref.py": (949, None, None),
+    "evaluate.py": (800, None, None),
 }
-ALGORITHMS = [name for name in LIMITS if name not in ("dpo.py", "cache_ref.py")]
+ALGORITHMS = [name for name in LIMITS if name not in ("dpo.py", "cache_ref.py", "evaluate.py")]
 TRAINING = ["dpo.py", *ALGORITHMS]
 
 
@@ -76,6 +77,13 @@ def rule_line(name):
 
 def scripts():
     return [path.name for path in sorted(ROOT.glob("*.py")) if path.name != "dpo.py"]
+
+
+def last_to_read(name):
+    """The line that the docstring names: the one above the rule, in evaluate.py the end of main."""
+    if name == "evaluate.py":
+        return top_level(name)["main"][1]
+    return len(text_of(name)[: text_of(name).index(RULE)].rstrip().splitlines())
 
 
 # ---- the copies
@@ -124,7 +132,7 @@ def test_a_script_has_what_it_uses_and_uses_what_it_has(name):
     assert not read - imported - defined - local - {*dir(builtins), "__file__", "__name__"}, "is used and not there"
 
 
-@pytest.mark.parametrize("name", [*ALGORITHMS, "cache_ref.py"])
+@pytest.mark.parametrize("name", [*ALGORITHMS, "cache_ref.py", "evaluate.py"])
 def test_below_the_rule_stand_helpers_of_dpo_in_their_order_and_what_several_scripts_share(name):
     """So that a newer version of all of them can be pasted over."""
     ours = [helper for helper, (first, _, _) in top_level("dpo.py").items() if first > rule_line("dpo.py")]
@@ -149,9 +157,17 @@ def test_the_settings_the_algorithm_main_and_the_micro_batch_stand_above_the_rul
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_the_docstring_says_how_far_to_read(name):
-    last = len(text_of(name)[: text_of(name).index(RULE)].rstrip().splitlines())
+    last = last_to_read(name)
     found = re.search(r"Read to line (\d+)", ast.get_docstring(ast.parse(text_of(name))))
     assert found and int(found[1]) == last, f"it is line {last}; run: python tests/test_copies.py --fix"
+
+
+def test_evaluate_goes_from_the_settings_over_what_is_measured_to_main_and_then_the_rest():
+    first = {key: place[0] for key, place in top_level("evaluate.py").items()}
+    order = ["Args", "COLUMNS", "pair_metrics", "answer_metrics", "main", "load_pairs", "load_model", "score", "summarise",
+             "result_table", "draw"]
+    assert [first[key] for key in order] == sorted(first[key] for key in order)
+    assert first["draw"] < rule_line("evaluate.py")
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -346,8 +362,7 @@ def fix():
                 lines[first - 1 : last] = source[name].splitlines()
         write(ROOT / script, "\n".join(lines) + "\n")
     for name in LIMITS:
-        last = len(text_of(name)[: text_of(name).index(RULE)].rstrip().splitlines())
-        text = re.sub(r"Read to line \d+", f"Read to line {last}", text_of(name), count=1)
+        text = re.sub(r"Read to line \d+", f"Read to line {last_to_read(name)}", text_of(name), count=1)
         write(ROOT / name, text)
     for name in ALGORITHMS:
         row = readme_row(name)

@@ -1,7 +1,7 @@
 """Claims: the numbers of evaluate.py are those that NumPy makes of the log-probs of Hugging Face's
 own forward; errors are standard errors of the mean, and of the paired difference between models;
-answers are those of generate() without padding; a reward function gets the texts; what a user gets
-wrong is one line."""
+answers are those of generate() without padding; a reward function gets the texts; a printed table has
+eight columns; what a user gets wrong is one line."""
 import itertools
 import json
 import re
@@ -31,6 +31,12 @@ def hf_logps(folder, pairs):
                 logps = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
             sums.append(logps.gather(1, ids[1:, None])[len(pair["prompt"]) - 1:].sum().item())
     return np.array(sums).reshape(-1, 2)
+
+
+def pair_metrics(logps, lengths=None, ref=None, first=None):
+    """evaluate's, of pairs that are part of no question."""
+    lengths = np.ones(logps.shape) if lengths is None else lengths
+    return evaluate.pair_metrics(logps, lengths, np.full(len(logps), -1), ref, first)
 
 
 def by_hand(values):
@@ -75,7 +81,7 @@ def means(record, model, subset=""):
 
 def test_standard_errors_by_hand_on_four_pairs():
     logps = np.array([[-1.0, -2], [-3, -1], [-2, -2], [-5, -1]])
-    metrics = evaluate.measure(logps, np.ones((4, 2)))
+    metrics = pair_metrics(logps)
     assert metrics["accuracy"].tolist() == [1, 0, 0.5, 0]  # a tie counts half
     # mean 3/8, squared deviations 25 + 9 + 1 + 9 = 44 sixty-fourths; 44/64 / 3 / 4 = 0.0572917
     found = evaluate.mean_and_error(metrics["accuracy"])
@@ -89,18 +95,18 @@ def test_standard_errors_by_hand_on_four_pairs():
 def test_the_error_of_a_gain_is_that_of_the_paired_difference():
     right, wrong = [-1.0, -2], [-2.0, -1]
     first, second = np.array([right, right, wrong, wrong]), np.array([right, right, right, wrong])
-    gain = evaluate.measure(second, np.ones((4, 2)), first_logps=first)["gain"]
+    gain = pair_metrics(second, first=first)["gain"]
     # differences 0, 0, 1, 0: 1/4 +- sqrt((3/16 + 9/16) / 3 / 4) = 1/4; unpaired it would be 0.38
     assert evaluate.mean_and_error(gain) == pytest.approx((0.25, 0.25))
 
 
 def test_normalising_by_length_can_turn_a_preference():
-    metrics = evaluate.measure(np.array([[-4.0, -3.0]]), np.array([[4, 1]]))
+    metrics = pair_metrics(np.array([[-4.0, -3.0]]), np.array([[4, 1]]))
     assert metrics["accuracy"] == 0 and metrics["accuracy/token"] == 1  # -1 > -3 per token
 
 
 def test_against_the_reference_only_changes_count():
-    metrics = evaluate.measure(np.array([[-9.0, -3.0]]), np.ones((1, 2)), np.array([[-8.0, -1.0]]))
+    metrics = pair_metrics(np.array([[-9.0, -3.0]]), ref=np.array([[-8.0, -1.0]]))
     assert metrics["accuracy"] == 0 and metrics["accuracy/ref"] == 1
     assert (metrics["chosen/ref"], metrics["rejected/ref"], metrics["margin/ref"]) == (-1, -2, 1)
 
@@ -144,7 +150,7 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers_by_hf_and_zero_for_the_refe
     answers = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     answers = [answer for answer in answers if answer["model"] == world["two"]]
     pairs = {pair["id"]: pair for pair in world["pairs"]}
-    found, truth = [answer["kl"] for answer in answers], []
+    found, truth = [answer["logp"] - answer["ref_logp"] for answer in answers], []
     for answer in answers:
         response = [int(word[1:]) if word[0] == "w" else {"<unk>": 0, "<s>": 1}[word] for word in answer["response"].split()]
         response += [2] * answer["ended"]
@@ -155,7 +161,7 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers_by_hf_and_zero_for_the_refe
     kept = [(x, y) for x, y in zip(found, truth) if x is not None]
     assert len(kept) >= 4 and len(answers) == 6
     assert [x for x, _ in kept] == pytest.approx([y for _, y in kept], abs=1e-3)
-    assert means(record, world["two"])["kl"] == pytest.approx(by_hand([a["kl"] for a in answers])) and "KL" in record["printed"]
+    assert means(record, world["two"])["kl"] == pytest.approx(by_hand([a["logp"] - a["ref_logp"] for a in answers])) and "KL" in record["printed"]
     assert "kl" not in means(run(*flags), world["two"])  # relative to what?
     cold = run(*flags, "--reference", world["one"], "--temperature", 0.5)
     assert "kl" not in means(cold, world["two"])  # those answers are not drawn from pi
@@ -163,10 +169,20 @@ def test_kl_is_the_mean_log_ratio_of_sampled_answers_by_hf_and_zero_for_the_refe
 
 def test_best_of_several_pairs_of_a_prompt_by_hand():
     values = np.array([[3.0, 1], [3, 2], [3, -1], [1, 5], [1, 0], [4, 0], [2, 2], [2, 1], [0, 9]])
-    keys = ["a", "a", "a", "b", "b", "alone", "tie", "tie", "also alone"]
-    assert evaluate.best_of(values, keys).tolist() == [1, 0, 0.5]
-    assert len(evaluate.best_of(values[:1], ["a"])) == 0
-    assert len(evaluate.best_of(values, [*"aabcdefgh"])) == 0  # pairs, two of which share a side
+    none = np.nan
+    found = evaluate.beats_all(values, np.array([0, 0, 0, 1, 1, -1, 2, 2, -1]))
+    np.testing.assert_equal(found, [1, none, none, 0, none, none, 0.5, none, none])
+
+
+def test_a_question_is_several_pairs_of_one_prompt_and_chosen_response():
+    prompts, chosen = [[1], [1], [2], [2], [3]], [[5], [5], [5], [5], [5]]
+    numbers = evaluate.number_questions(prompts, chosen, [None] * 5)
+    assert numbers[0] == numbers[1] != numbers[2] == numbers[3] and numbers[4] == -1
+    ties = [None, None, "tie", "tie", None]  # which have a score of their own
+    assert evaluate.number_questions(prompts, chosen, ties).tolist() == [0, 0, -1, -1, -1]
+    prompts[3] = [4]  # two of five pairs share a side: these are plain pairs
+    assert evaluate.number_questions(prompts, chosen, [None] * 5).tolist() == [-1] * 5
+    assert evaluate.number_questions(prompts[:4], [[5], [6], [7], [8]], [None] * 4).tolist() == [-1] * 4
 
 
 def test_multiple_choice_counts_questions_not_pairs(run, world, tiny_data):
@@ -187,12 +203,20 @@ def test_a_judge_that_only_likes_length_gives_one_half_at_equal_length():
     random = np.random.default_rng(0)
     longer = random.normal(8, 20, 4000)  # our answers are longer by 8 tokens, which is all the judge sees
     wins = (random.random(4000) < 1 / (1 + np.exp(-2 * np.tanh(longer / longer.std())))).astype(float)
-    rows = np.arange(4000)
-    rate, error = evaluate.bootstrap(lambda k: evaluate.equal_length(wins[k], longer[k]), rows)
+    rate, error = evaluate.equal_length(wins, longer)
     assert wins.mean() > 0.58 and abs(rate - 0.5) < 3 * error and 0.005 < error < 0.02
     better = (random.random(4000) < 1 / (1 + np.exp(-1 - 2 * np.tanh(longer / longer.std())))).astype(float)
-    rate, error = evaluate.bootstrap(lambda k: evaluate.equal_length(better[k], longer[k]), rows)
+    rate, error = evaluate.equal_length(better, longer)
     assert abs(rate - 1 / (1 + np.exp(-1))) < 3 * error
+
+
+def test_the_error_of_the_win_rate_at_equal_length_is_that_of_the_bootstrap():
+    random = np.random.default_rng(4)
+    longer = random.normal(3, 10, 300)
+    wins = random.choice([0, 0.5, 1], 300, p=[0.3, 0.2, 0.5])
+    draws = [random.integers(0, 300, 300) for _ in range(2000)]
+    spread = np.std([evaluate.equal_length(wins[rows], longer[rows])[0] for rows in draws])
+    assert evaluate.equal_length(wins, longer)[1] == pytest.approx(spread, rel=0.05)
 
 
 def test_the_regression_is_the_maximum_of_its_likelihood():
@@ -202,7 +226,7 @@ def test_the_regression_is_the_maximum_of_its_likelihood():
     p = 1 / (1 + np.exp(-(a[..., None] + b[..., None] * x)))
     value = (wins * np.log(p) + (1 - wins) * np.log(1 - p)).mean(-1) - 5e-4 * (a**2 + b**2)
     best = a.flatten()[value.argmax()]
-    assert evaluate.equal_length(wins, longer) == pytest.approx(1 / (1 + np.exp(-best)), abs=2e-3)
+    assert evaluate.equal_length(wins, longer)[0] == pytest.approx(1 / (1 + np.exp(-best)), abs=2e-3)
 
 
 def test_a_model_wins_half_against_itself_and_ties_count_half(run, world, tmp_path):
@@ -225,76 +249,6 @@ def test_limit_takes_the_first_pairs(run, world):
     assert run("--models", world["one"], "--data", world["data"], "--limit", 99)["results"][0]["pairs"] == 8
 
 
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}w9 {{ m.content }} w8{% endfor %}"])
-def test_answers_to_alpaca_eval_and_arena_hard_have_the_keys_of_their_files(template, run, world, tmp_path):
-    folder = shutil.copytree(world["one"], tmp_path / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    asked = ["w4 w5 w6", "w7", "w4 w5 w6"]
-    alpaca = [dict(instruction=text, dataset="helpful", output="reference", generator="other") for text in asked]
-    (tmp_path / "alpaca.json").write_text(json.dumps(alpaca))
-    arena = [dict(question_id="a1", turns=[dict(content=asked[0])]), dict(uid="b2", prompt=asked[1])]
-    (tmp_path / "arena.jsonl").write_text("\n".join(map(json.dumps, arena)) + "\n")
-    flags = ["--models", folder, "--temperature", 0, "--max_new_tokens", 5]
-    run(*flags, "--prompts", tmp_path / "alpaca.json")
-    run(*flags, "--prompts", tmp_path / "arena.jsonl")
-    model, truth = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), []
-    for text in asked:
-        text = text if template is None else f"w9 {text} w8"
-        ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-        output = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=2)[0, ids["input_ids"].shape[1]:]
-        truth.append(tokenizer.decode(output, skip_special_tokens=True))
-    name, place = str(folder), tmp_path / "out/answers"
-    answers = json.loads((place / (name.replace("/", "_") + ".json")).read_text())
-    assert answers == [dict(instruction=a, dataset="helpful", output=b, generator=name) for a, b in zip(asked, truth)]
-    answers = [json.loads(line) for line in (place / (name.replace("/", "_") + ".jsonl")).read_text().splitlines()]
-    assert [a["choices"][0]["turns"][0]["content"] for a in answers] == truth[:2]
-    assert answers[0]["question_id"] == "a1" and answers[1]["uid"] == "b2" and answers[0]["model_id"] == name
-    assert all(0 < a["choices"][0]["turns"][0]["token_len"] <= 5 and a["tstamp"] > 0 for a in answers)
-
-
-@pytest.mark.parametrize("text, letter", [
-    ("B", "B"), ("B.", "B"), ("(C)", "C"), ("C) because it is", "C"), ("D\nThe others are wrong", "D"), ("**B**", "B"),
-    ("The answer is (D).", "D"), ("Answer: B", "B"), ("the correct answer is C because A is wrong", "C"),
-    ("At first A. But the answer is B.", "B"), ("The answer is A... no, the answer is (C)", "C"), ("answer is **D**", "D"),
-    ("It must be (B), I think", "B"), ("(A) or (B)", None), ("A good question has many sides", None), ("", None),
-    ("I do not know", None), ("E", None), ("The answer is E", None), ("the answer is b", None), ("[B]", "B")])
-def test_the_letter_of_an_answer(text, letter):
-    found = evaluate.letter_of(text, 4)
-    assert (found if found is None else "ABCD"[found]) == letter
-
-
-def test_multiple_choice_by_letters_counts_right_and_unreadable_answers_per_subject(run, world, tmp_path, monkeypatch):
-    rows = [dict(question=f"w{5 + i}", options=["w3", "w4", "w5"], answer=answer, category=subject) for i, (answer, subject) in
-            enumerate([("A", "law"), ("B", "law"), (2, "maths"), ("C", "maths"), ("A", "maths")])]
-    (tmp_path / "mc.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    said, asked = ["A", "The answer is C", "(C)", "no idea", "B"], []
-
-    def answer(model, tokenizer, prompts, end, name, args):
-        asked.extend(tokenizer.batch_decode(prompts))
-        assert args.temperature == 0
-        return [dict(response=text) for text in said[:len(prompts)]]
-    monkeypatch.setattr(evaluate, "answer", answer)
-    printed = run("--models", world["one"], "--choices", tmp_path / "mc.jsonl")["printed"]
-    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in printed.splitlines()[2:] if line]
-    assert cells == [["all", "5", "40.0 ± 24.5", "80.0 ± 20.0"], ["law", "2", "50.0 ± 50.0", "100.0 ± 0.0"],
-                     ["maths", "3", "33.3 ± 33.3", "66.7 ± 33.3"]]
-    assert printed == (tmp_path / "out/choices.md").read_text() and asked[1].startswith("w6")
-    assert " 2 |" in run("--models", world["one"], "--choices", tmp_path / "mc.jsonl", "--limit", 2)["printed"]
-    (tmp_path / "mc.jsonl").write_text(json.dumps(rows[0] | dict(answer="D")))
-    with pytest.raises(SystemExit, match="^error: --choices .*w5.*answer"):
-        run("--models", world["one"], "--choices", tmp_path / "mc.jsonl")
-
-
-def test_prompts_that_are_none_are_one_line(run, world, tmp_path):
-    for text in ('[{"question": "?"}]', "no json", "[]"):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(SystemExit, match="^error: --prompts .*bad.json"):
-            run("--models", world["one"], "--prompts", tmp_path / "bad.json")
-
-
-
 # ---- statistics, against slow and obvious computations
 
 
@@ -307,23 +261,15 @@ def test_pairs_of_one_prompt_count_as_one_observation():
     assert error == pytest.approx(evaluate.mean_and_error(values)[1])
 
 
-def test_the_bootstrap_finds_the_analytic_error_and_draws_whole_clusters():
+def test_the_clustered_error_is_that_of_the_bootstrap_over_clusters():
     random = np.random.default_rng(1)
     clusters = np.repeat(np.arange(60), random.integers(1, 4, 60))
     values = random.normal(size=60)[clusters] + random.normal(size=len(clusters))
-    for rows in evaluate.resample(clusters, 5):
-        counts = np.bincount(rows, minlength=len(clusters))
-        assert all(len(set(counts[clusters == each])) == 1 for each in range(60))  # all of a cluster, equally often
-    draws = [values[rows].mean() for rows in evaluate.resample(clusters, 4000)]
-    assert np.std(draws) == pytest.approx(evaluate.mean_and_error(values, clusters)[1], rel=0.06)
-
-
-def test_rank_correlation_is_that_of_ranks_counted_one_by_one():
-    one, two = np.array([3.0, 1, 4, 1, 5, 9]), np.array([2.0, 7, 1, 8, 2, 8])
-    rank = lambda values: [sum(v < x for v in values) + sum(v == x for v in values) / 2 for x in values]
-    assert evaluate.rank_correlation(one, two) == pytest.approx(np.corrcoef(rank(one), rank(two))[0, 1])
-    assert evaluate.rank_correlation(one, np.exp(one)) == pytest.approx(1) and evaluate.rank_correlation(one, -one) == pytest.approx(-1)
-    assert evaluate.rank_correlation(one, np.ones(6)) == 0
+    means = []
+    for _ in range(4000):
+        drawn = random.integers(0, 60, 60)
+        means.append(np.concatenate([values[clusters == each] for each in drawn]).mean())
+    assert evaluate.mean_and_error(values, clusters)[1] == pytest.approx(np.std(means), rel=0.06)
 
 
 def test_best_of_n_is_the_mean_maximum_over_all_choices_of_n():
@@ -402,27 +348,23 @@ def test_reward_bench_2_in_its_published_layout_from_the_file_to_the_table(run, 
     # equal right answers: the spread is 0
     (dict(tied=([7, 7], [2, 1]), ref=([5], [2])), 1.01)])
 def test_the_ties_score_by_hand(scores, score):
-    rows = [(c, r, f"x:000001:{kind}:0-{i}") for kind, (good, bad) in scores.items()
-            for i, (c, r) in enumerate(itertools.product(good, bad))]
+    rows = [(c, r, (kind, "0")) for kind, (good, bad) in scores.items() for c, r in itertools.product(good, bad)]
     values = np.array([row[:2] for row in rows], float)
     assert evaluate.ties_score(values, [row[2] for row in rows]) == pytest.approx(score)
 
 
-def test_every_two_models_are_compared_by_pairs_with_bootstrap_intervals(run, world, tmp_path):
+def test_every_two_models_are_compared_by_pairs(run, world, tmp_path):
     record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--reference", world["one"])
     table = (tmp_path / "out/differences.md").read_text().split("\n\n")[0].splitlines()
     head, cells = ([cell.strip() for cell in table[i].strip("|").split("|")] for i in (0, 2))
     assert head == ["model", "against", "accuracy %", "to ref %", "margin to ref"]
     assert cells[:2] == [world["two"], world["one"]] and len(table) == 3
-    gap = means(record, world["two"])["gain"][0]
-    mean, low, high = map(float, re.fullmatch(r"(\S+) \[(\S+), (\S+)\]\*?", cells[2]).groups())
-    assert mean == pytest.approx(100 * gap, abs=0.06) and low <= mean <= high
-    (one, _), (two, _) = [(hf_logps(world[name], world["pairs"]), 0) for name in ("one", "two")]
-    pairs = (two - one) @ [1, -1]
-    draws = [pairs[np.random.default_rng(s).integers(0, 8, 8)].mean() for s in range(2000)]
-    mean, low, high = map(float, re.fullmatch(r"(\S+) \[(\S+), (\S+)\]\*?", cells[4]).groups())
-    assert mean == pytest.approx(pairs.mean(), abs=0.01)
-    assert (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.2 * np.std(draws) + 0.01)
+    mean, error = means(record, world["two"])["gain"]
+    assert cells[2] == f"{100 * mean:.1f} ± {100 * error:.1f}" + " *" * (abs(mean) > 2 * error)
+    one, two = (hf_logps(world[name], world["pairs"]) @ [1, -1] for name in ("one", "two"))
+    mean, error = by_hand((two - one).tolist())
+    assert re.fullmatch(r"(\S+) ± (\S+)( \*)?", cells[4]).groups() == (
+        f"{mean:.2f}", f"{error:.2f}", " *" if abs(mean) > 2 * error else None)
 
 
 def test_step_0_the_untouched_model_has_changed_nothing(run, world, tmp_path):
@@ -430,7 +372,7 @@ def test_step_0_the_untouched_model_has_changed_nothing(run, world, tmp_path):
     again = shutil.copytree(world["one"], tmp_path / "again")
     found = means(run("--models", f"{world['one']},{again}", "--data", world["data"], "--reference", world["one"], "--samples", 8,
                       "--max_new_tokens", 6, "--reward", f"{tmp_path}/judge.py:judge"), str(again))
-    for key in ("accuracy/ref", "accuracy/ref/token", "agreement", "win"):
+    for key in ("accuracy/ref", "accuracy/ref/token", "win"):
         assert found[key] == [0.5, 0], key
     assert found["win/length"][0] == 0.5
     for key in ("gain", "margin/ref", "chosen/ref", "rejected/ref", "kl"):
@@ -438,32 +380,6 @@ def test_step_0_the_untouched_model_has_changed_nothing(run, world, tmp_path):
 
 
 # ---- reward models
-
-
-TEMPLATE = ("{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' </s> ' }}{% endfor %}"
-            "{% if add_generation_prompt %}<assistant> {% endif %}")
-DIALOGUES = [[("user", "w4 w5")], [("system", "w9"), ("user", "w4")], [("user", "w4 w5"), ("assistant", "w6"), ("user", "w7 w8")],
-             [("system", "w9 w9"), ("user", "w4"), ("assistant", "w6 w6"), ("user", "w7"), ("assistant", "w8"), ("user", "w5")]]
-
-
-@pytest.mark.parametrize("turns", DIALOGUES, ids=str)
-@pytest.mark.parametrize("default", ["", "<system> w3 </s> "])
-def test_a_rendered_prompt_is_read_back_into_its_turns(turns, default):
-    """With and without a template that opens conversations with a system turn of its own."""
-    class Words:
-        chat_template = TEMPLATE
-
-        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-            text = default if messages[0]["role"] != "system" else ""
-            text += "".join(f"<{m['role']}> {m['content']} </s> " for m in messages)
-            return text + "<assistant> " * add_generation_prompt
-
-        def decode(self, ids, skip_special_tokens=False, **_):
-            return "plain" if skip_special_tokens else ids
-    turns = [dict(role=role, content=content) for role, content in turns]
-    text = Words().apply_chat_template(turns, False, True)
-    assert evaluate.conversation(Words(), text) == turns
-    assert evaluate.conversation(Words(), "w4 " + text) == [dict(role="user", content="plain")]
 
 
 @pytest.fixture(scope="module")
@@ -481,58 +397,46 @@ def reward_model(tmp_path_factory, tiny_model):
 
 
 def slow_rewards(folder, tokenizer, texts):
-    """One text at a time, no padding; texts of prompt and response tokens."""
+    """One text at a time, by the parts of the model; texts of prompt and response tokens."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     rewards = []
     for prompt, response in texts:
-        ids = tokenizer(f"w9 {decode(prompt)} w9 {decode(response)} ", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        words = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, response)]
+        ids = tokenizer(f"w9 {words[0]} w9 {words[1]} ", add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             rewards.append(model.score(model.model(ids).last_hidden_state[0, -1]).item())
     return np.array(rewards)
 
 
-def test_a_reward_model_judges_pairs_and_samples(run, world, reward_model, tmp_path):
-    flags = ["--models", f"{world['one']},{world['two']}", "--data", world["data"], "--reference", world["one"], "--reward",
-             reward_model, "--max_tokens", 60]
+def test_a_reward_model_judges_pairs_and_samples(run, world, reward_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("REWARD_MODEL", reward_model)
+    judge = f"{ROOT}/tests/bench/reward_model.py:reward"
+    flags = ["--models", f"{world['one']},{world['two']}", "--data", world["data"], "--reference", world["one"], "--reward", judge]
     record = run(*flags, "--samples", 6, "--max_new_tokens", 9, "--best_of", 4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(world["one"])
     truth = np.stack([slow_rewards(reward_model, tokenizer, [(pair["prompt"], pair[side]) for pair in world["pairs"]])
                       for side in ("chosen", "rejected")], 1)
-    assert means(record, reward_model)["margin"] == pytest.approx(by_hand((truth @ [1, -1]).tolist()), abs=1e-4)
-    assert means(record, reward_model)["accuracy"] == pytest.approx(by_hand(1.0 * (truth[:, 0] > truth[:, 1])))
-    change = (hf_logps(world["two"], world["pairs"]) - hf_logps(world["one"], world["pairs"])) @ [1, -1]
-    same = (change > 0) == (truth[:, 0] > truth[:, 1])
-    assert means(record, world["two"])["agreement"] == pytest.approx(by_hand(1.0 * same))
-    rank = lambda values: np.argsort(np.argsort(values))
-    assert means(record, world["two"])["rank"][0] == pytest.approx(np.corrcoef(rank(change), rank(truth @ [1, -1]))[0, 1])
+    assert means(record, judge)["margin"] == pytest.approx(by_hand((truth @ [1, -1]).tolist()), abs=1e-4)
+    assert means(record, judge)["accuracy"] == pytest.approx(by_hand(1.0 * (truth[:, 0] > truth[:, 1])))
     answers = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     texts = [[tokenizer(answer[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "response")] for answer in answers]
     assert [answer["reward"] for answer in answers] == pytest.approx(slow_rewards(reward_model, tokenizer, texts).tolist(), abs=1e-4)
     assert {f"best of {n}" for n in (1, 2, 4)} <= {row["model"] for row in record["results"]}
     best = [means(record, f"best of {n}")["reward"][0] for n in (1, 2, 4)]
-    assert best == sorted(best) and "rank corr." in record["printed"]
+    assert best == sorted(best)
     assert "reward" not in means(run(*flags), world["one"])  # pairs alone
 
 
-def test_a_reward_that_is_not_finite_names_its_pair(run, world, tmp_path, reward_model):
-    model = transformers.LlamaForSequenceClassification.from_pretrained(shutil.copytree(reward_model, tmp_path / "nan"))
-    model.score.weight.data[0, 0] = float("nan")
-    model.save_pretrained(tmp_path / "nan")
-    with pytest.raises(SystemExit, match="^error: --reward .*nan: the reward of pair pair-0 is nan"):
-        run("--models", world["one"], "--data", world["data"], "--reward", tmp_path / "nan")
-
-
-def test_a_reward_model_needs_one_label(run, world, tmp_path, reward_model):
-    shutil.copytree(reward_model, tmp_path / "two")
+def test_a_reward_model_needs_one_label(run, world, tmp_path, reward_model, monkeypatch):
     config = transformers.AutoConfig.from_pretrained(reward_model, num_labels=2)
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
     for folder, words in {tmp_path / "two": "2 labels", world["two"]: "score.weight"}.items():
-        with pytest.raises(SystemExit, match=f"^error: .*{words}"):
-            run("--models", world["one"], "--data", world["data"], "--reward", folder)
+        monkeypatch.setenv("REWARD_MODEL", str(folder))
+        with pytest.raises(SystemExit, match=f"^error: --reward .*{words}"):
+            run("--models", world["one"], "--data", world["data"], "--reward", f"{ROOT}/tests/bench/reward_model.py:reward")
 
 
-# ---- checkpoints, real questions
+# ---- checkpoints
 
 
 @pytest.mark.slow
@@ -550,26 +454,6 @@ def test_a_checkpoint_of_a_run_is_a_model(run, world, tmp_path):
         run("--models", names[0], "--data", world["data"])
 
 
-def test_all_rows_of_the_mmlu_pro_sample_are_asked_with_their_options(run, world, tmp_path, monkeypatch):
-    file = ROOT.parent / "shared/data/mc/mmlu_pro_sample.jsonl"
-    if not file.exists():
-        pytest.skip("no shared data here")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-
-    class Asked(Exception):
-        pass
-
-    def answer(model, tokenizer, prompts, end, name, args):  # every right letter but one, in five styles
-        styles = ["{}", "({})", "The answer is {}.", "{}. because", "Answer: ({})"]
-        return [dict(response=styles[i % 5].format(rows[i]["answer"]) if i else "Z") for i in range(len(prompts))]
-    monkeypatch.setattr(evaluate, "answer", answer)
-    monkeypatch.setattr(evaluate, "ask", lambda tokenizer, texts: texts)
-    printed = run("--models", world["one"], "--choices", file)["printed"].splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed[2:]]
-    assert cells[0][2] == str(len(rows)) == "3000" and cells[0][3].startswith("100.0") and len(cells) == 15
-    assert sum(int(line[2]) for line in cells[1:]) == 3000 and all(row["options"][row["answer_index"]] for row in rows)
-
-
 # ---- files
 
 
@@ -583,18 +467,20 @@ def test_the_stored_log_probs_answer_questions_without_the_model(run, world, tmp
             np.testing.assert_allclose(logps, hf_logps(world[name], world["pairs"]), atol=2e-4)
 
 
+def cells_of(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+
+
 def test_the_table_is_aligned_markdown_with_hardware_and_versions(run, world, tmp_path):
-    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--table",
-                 tmp_path / "t/table.md")
-    text = (tmp_path / "t/table.md").read_text()
+    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"])
+    text = (tmp_path / "out/table.md").read_text()
     assert text in record["printed"]
     table, note = text.strip().split("\n\n")
-    lines = table.splitlines()
-    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert len({len(line) for line in lines}) == 1 and len(rows) == 6  # two models x (all + two)
+    head, rule, *rows = cells_of(table)
+    assert len({len(line) for line in table.splitlines()}) == 1 and len(rows) == 6  # two models x (all + two)
     assert set(rule[0]) == {"-"} and rule[3].endswith("-:")
     row = dict(zip(head, rows[3]))
-    assert (row["model"], row["subset"], row["pairs"]) == (world["two"], "all", "8")
+    assert (row["model"], row["subset"], row["n"]) == (world["two"], "all", "8")
     mean, error = means(record, world["two"])["gain"]
     assert row["gain %"] == f"{100 * mean:.1f} ± {100 * error:.1f}"
     assert rows[0][head.index("gain %")] == ""
@@ -603,6 +489,48 @@ def test_the_table_is_aligned_markdown_with_hardware_and_versions(run, world, tm
         assert word in note
     assert record["args"]["data"] == world["data"]
     assert record["seconds"].keys() == {world["one"], world["two"]}
+
+
+def test_a_table_has_eight_columns_unless_others_are_named(run, world, tmp_path):
+    (tmp_path / "judge.py").write_text("def judge(prompt, response):\n    return len(response.split()) % 3\n")
+    flags = ["--models", f"{world['one']},{world['two']}", "--reference", world["one"], "--data", world["data"], "--samples", 3,
+             "--max_new_tokens", 4, "--reward", f"{tmp_path}/judge.py:judge"]
+
+    def heading(*more):
+        record = run(*flags, *more)
+        measured = {name for row in record["results"] for name in row["metrics"]}
+        return cells_of((tmp_path / "out/table.md").read_text())[0], measured
+    head, measured = heading()
+    assert head == ["model", "subset", "n", "accuracy %", "reward", "equal length %", "tokens", "KL"] and len(measured) > 12
+    assert heading("--columns", "all")[0] == head[:3] + [text for name, text in evaluate.COLUMNS.items() if name in measured]
+    assert heading("--columns", "kl,gain")[0] == head[:3] + ["KL", "gain %"]
+    for wrong in ("kl,win_rate", "all,kl", "kl,"):
+        with pytest.raises(SystemExit, match=f"^error: --columns {wrong} are not all metrics; there are: .*win/length"):
+            run(*flags, "--columns", wrong)
+
+
+def test_a_metric_that_is_added_to_pair_metrics_reaches_the_table_and_the_file(run, world, tmp_path, monkeypatch):
+    """As the docstring of evaluate.py says: values there, and a heading in COLUMNS."""
+    pair_metrics = evaluate.pair_metrics
+    monkeypatch.setattr(evaluate, "pair_metrics", lambda logps, *more: pair_metrics(logps, *more) | {"worst": logps.min(1)})
+    monkeypatch.setitem(evaluate.COLUMNS, "worst", "worst of both")
+    record = run("--models", world["one"], "--data", world["data"], "--columns", "worst")
+    mean, error = means(record, world["one"])["worst"]
+    assert [mean, error] == pytest.approx(by_hand(hf_logps(world["one"], world["pairs"]).min(1).tolist()), abs=1e-4)
+    head, _, row, *_ = cells_of((tmp_path / "out/table.md").read_text())
+    assert head[3:] == ["worst of both"] and row[3:] == [f"{mean:.2f} ± {error:.2f}"]
+
+
+def test_answers_to_three_prompts_stand_side_by_side(run, world, tmp_path):
+    record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 5, "--max_new_tokens", 9)
+    text = (tmp_path / "out/samples.md").read_text()
+    assert text in record["printed"]
+    answers = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    prompts = re.findall("^> (.*)$", text, re.M)
+    assert prompts == [answer["prompt"] for answer in answers[:3]]
+    rows = [row for row in cells_of(text) if row[0] in (world["one"], world["two"])]
+    expected = [(answer["model"], answer["response"]) for i in range(3) for answer in (answers[i], answers[5 + i])]
+    assert [tuple(row[:2]) for row in rows] == expected
 
 
 def write_run(folder, shift=0.0):
@@ -626,6 +554,23 @@ def test_plot_draws_the_logs_of_runs_without_data_or_models(run, tmp_path):
     record = run("--models", f"{one},{two},some/model", "--plot", tmp_path / "plots/p.png")
     assert (tmp_path / "plots/p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert f"{one}, {two}" in record["printed"] and "results" not in record
+
+
+def test_the_curves_of_a_plot_differ_without_colour(run, tmp_path, monkeypatch):
+    """Nine runs: no two have the same marker and kind of line, and every line has markers."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(evaluate, "curve_of", evaluate.curve_of)
+    close = pyplot.Figure.savefig
+    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), close(figure, *a, **k))[1])
+    runs = [str(write_run(tmp_path / f"run{i}", i / 100)) for i in range(9)]
+    run("--models", ",".join(runs), "--plot", tmp_path / "p.png")
+    figure, = drawn
+    assert len(figure.axes) == 4
+    for ax in figure.axes:
+        styles = [(line.get_marker(), line.get_linestyle()) for line in ax.lines]
+        assert len(set(styles)) == len(styles) == 9 and all(marker in "osD^vP*X<>" for marker, _ in styles)
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == runs
 
 
 def test_a_run_folder_means_its_final_model(run, world, tmp_path):
@@ -737,7 +682,7 @@ def prepare_mistake(mistake, world, tmp_path):
         flags["models"] = tmp_path / "model"
     elif mistake == "a file in the way":
         (tmp_path / "file").write_text("")
-        flags["table"] = tmp_path / "file/table.md"
+        flags["out"] = tmp_path / "file/x"
     else:
         flags |= {"samples": 2, "reward": f"{tmp_path}/{mistake}"}
     return [str(x) for key, value in flags.items() if value != "drop" for x in (f"--{key}", value)]
@@ -752,15 +697,15 @@ MISTAKES = [
     ({"max_tokens": 0}, ["--max_tokens 0", "above 0"]),
     ({"dtype": "float16"}, ["--dtype", "bfloat16"]),
     ({"models": "a;" * 200}, ["name too long", "run the same command again"]),
-    ({"plot": "x.png"}, ["--plot x.png", "log.jsonl", "out/dpo"]),
-    ({"reward": "my.py:score", "data": "drop", "choices": "x.jsonl"}, ["my.py:score", "--data"]),
+    ({"plot": "x.png"}, ["--plot x.png", "log.jsonl", "--reference"]),
+    ({"reward": "my.py:score", "data": "drop", "plot": "x.png"}, ["my.py:score", "--data"]),
     ({"best_of": 4, "samples": 2}, ["--best_of 4", "--reward"]),
     ("unfinished run", ["run", "final/", "--resume"]),
     ("other tokenizer", ["another model", "prepare_data.py"]),
     ("empty split", ["--data", "prepare_data.py"]),
     ("no model", ["model", "causal language model"]),
     ("weights that are not finite", ["pair-", "not finite"]),
-    ("a file in the way", ["--table", "cannot write"]),
+    ("a file in the way", ["--out", "cannot write"]),
     ("r.py", ["r.py", "FILE.py:FUNCTION"]),
     ("missing.py:score", ["missing.py:score", "FILE.py:FUNCTION"]),
     ("r.py:missing", ["r.py:missing", "FILE.py:FUNCTION"]),
@@ -785,7 +730,8 @@ def test_a_mistake_ends_in_one_line_that_names_it(mistake, words, run, world, tm
 @pytest.mark.parametrize("package, flags", [("matplotlib", ["--plot", "x.png"]), ("peft", [])])
 def test_a_missing_optional_package_is_named(package, flags, run, world, tmp_path, monkeypatch):
     shutil.copytree(world["one"], tmp_path / "model")
-    (tmp_path / "model/adapter_config.json").write_text("{}")
+    (tmp_path / "model/model.safetensors").unlink()
+    (tmp_path / "model/adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path=world["one"])))
     find = evaluate.importlib.util.find_spec
     monkeypatch.setattr(evaluate.importlib.util, "find_spec",
                         lambda name: find(name) if name != package else None)
@@ -797,18 +743,35 @@ def test_a_missing_optional_package_is_named(package, flags, run, world, tmp_pat
 
 
 @pytest.mark.torchrun
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_find_the_numbers_of_one(shard, run, world, reward_model, tmp_path):
+def test_two_processes_find_the_numbers_of_one(run, world, tmp_path):
+    (tmp_path / "judge.py").write_text("def judge(prompt, response):\n    return len(response.split()) % 3\n")
     flags = ["--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 5, "--reference", world["one"],
-             "--max_new_tokens", 8, "--max_tokens", 40, "--dtype", "float32", "--reward", reward_model, "--best_of", 2]
+             "--max_new_tokens", 8, "--max_tokens", 40, "--dtype", "float32", "--reward", f"{tmp_path}/judge.py:judge", "--best_of", 2]
     one = run(*flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               ROOT / "evaluate.py", *flags, "--out", tmp_path / "two", *["--shard"] * shard]
+               ROOT / "evaluate.py", *flags, "--out", tmp_path / "two"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     two = json.loads((tmp_path / "two/evaluation.json").read_text())
     assert two["ranks"] == 2
     for a, b in zip(one["results"], two["results"]):
         for name in a["metrics"]:
             assert a["metrics"][name] == pytest.approx(b["metrics"][name], abs=1e-4), name
-    texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("out", "two")]
+    texts = [(tmp_path / name / "samples.md").read_text() for name in ("out", "two")]
     assert texts[0] == texts[1]
+
+
+def test_a_model_is_not_spread_by_several_processes(run, world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="^error: --spread wants a single process"):
+        run("--models", world["one"], "--data", world["data"], "--spread")
+
+
+def test_blanks_and_slashes_around_the_names_of_models_do_not_matter(run, world):
+    record = run("--models", f" {world['one']}/, {world['two']}", "--data", world["data"], "--samples", 2, "--max_new_tokens", 2)
+    assert [means(record, world[name])["length"][0] > 0 for name in ("one", "two")] == [True, True]
+
+
+def test_a_model_that_accelerate_has_placed_gives_the_same_numbers(run, world):
+    pytest.importorskip("accelerate")
+    flags = ["--models", world["one"], "--data", world["data"], "--samples", 3, "--max_new_tokens", 4]
+    assert run(*flags, "--spread")["results"] == run(*flags)["results"]

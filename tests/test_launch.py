@@ -295,7 +295,7 @@ def test_restarts_are_those_of_torchrun(root):
 def test_flags_make_another_demo_in_folders_of_its_own(root):
     text = "\n".join(launch(root, "demo", "--noise_share", "0.8", "--seed", "2"))
     assert "demo_world.py --out data/demo_world-noise-share-0.8-seed-2 --noise_share 0.8 --seed 2" in text
-    assert text.count("--seed 2 --learning_rate") == 6 and "out/demo-noise-share-0.8-seed-2/table.md" in text
+    assert text.count("--seed 2 --learning_rate") == 6 and "--out out/demo-noise-share-0.8-seed-2 --columns all" in text
     assert "rm -rf data/demo_world-noise-share-0.8-seed-2 out/demo-noise-share-0.8-seed-2" in text
 
 def test_a_fork_of_a_script_is_trained_in_the_same_world_and_shown_beside_the_others(root):
@@ -308,7 +308,7 @@ def test_a_fork_of_a_script_is_trained_in_the_same_world_and_shown_beside_the_ot
     train, = [line for line in text if " mine.py --model" in line]
     assert "--learning_rate 3e-4" in train and "--out out/demo/mine" in train and "rm -rf data" not in "".join(text)
     for name in ("dpo", "compo/final", "mine"):
-        assert f"out/demo/{name}" in [line for line in text if "table.md" in line][0]
+        assert f"out/demo/{name}" in [line for line in text if "--columns all" in line][0]
     assert "no script yours.py" in " ".join(launch(root, "demo", "--only", "yours.py", rc=1))
 
 def test_plan_gives_its_flags_on(root):
