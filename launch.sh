@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./launch.sh demo [FLAGS]        a small world of known reward: all algorithms, table and plot;
-#                                 FLAGS of tests/demo_world.py make another: --noise_share 0.8
+#                                 --also ipo,dpop adds losses of tests/losses; --only mine.py puts a
+#                                 fork beside the others; --seed 1 and the like make another world
 # ./launch.sh test [PYTEST ARGS]  all tests, the fast ones first
 # ./launch.sh SCRIPT.py [ARGS]    a script on every GPU of this node, or of several nodes (below);
 #                                 cache_ref.py runs before it if it needs the reference's log-probs

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import random_pairs
+from losses.fork import LOSSES
 
 ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -32,6 +33,7 @@ def root(tmp_path):
     (tmp_path / "tests").mkdir()
     for name in ("demo.sh", "recipes.txt"):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    shutil.copytree(ROOT / "tests/losses", tmp_path / "tests/losses", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
@@ -353,6 +355,40 @@ def test_a_fork_of_a_script_is_trained_in_the_same_world_and_shown_beside_the_ot
     for name in ("dpo", "compo/final", "mine"):
         assert f"out/demo/{name}" in [line for line in text if "table.md" in line][0]
     assert "no script yours.py" in " ".join(launch(root, "demo", "--only", "yours.py", rc=1))
+
+ALGORITHMS = ["dpo.py", "dpo_norm.py", "simpo.py", "wpo.py", "auxdpo.py", "dpo.py", "compo.py"]
+WORLD, SHOWN = ["tests/demo_world.py", "prepare_data.py", "cache_ref.py"], ["evaluate.py"] * 2 + ["tests/demo_summary.py"]
+
+def test_also_adds_losses_to_the_demo_whose_other_commands_stay_as_they_are(root):
+    plain, more = [[line for line in launch(root, "demo", *flags) if line.startswith("OMP") and ".py" in line]
+                   for flags in ([], ["--also", "ipo,orpo"])]
+    assert scripts(plain) == WORLD + ALGORITHMS + SHOWN
+    assert scripts(more) == WORLD + ALGORITHMS + ["out/demo/ipo.py", "out/demo/orpo.py"] + SHOWN
+    added = [line for line in more if "/ipo.py" in line or "/orpo.py" in line]
+    assert [line for line in more if line not in added and "evaluate.py" not in line] == (
+        [line for line in plain if "evaluate.py" not in line])
+    ipo, orpo = added
+    assert ipo.replace("/ipo", "/dpo").replace("out/demo/dpo.py", "dpo.py") in plain  # only the loss differs
+    assert "--learning_rate 3e-4" in orpo and orpo.endswith("--beta 0.1")
+    for old, new in zip(plain[-3:-1], more[-3:-1]):
+        assert new == old.replace("compo/final", r"compo/final\,out/demo/ipo\,out/demo/orpo")
+
+def test_the_steps_of_a_demo_are_counted(root):
+    (root / "mine.py").write_text((ROOT / "dpo.py").read_text())
+    for made in (False, True):
+        for flags, trained in [([], 7), (["--also", "ipo,dpop"], 9), (["--only", "mine.py"], 1),
+                               (["--only", "mine.py", "--also", "robust"], 2), (["--also", "robust", "--only", "mine.py"], 2)]:
+            total = trained + 2 + (0 if made and "--only" in flags else 3)
+            steps = [line.split(":")[0] for line in launch(root, "demo", *flags) if re.match(r"\d+ of \d+: ", line)]
+            assert steps == [f"{i + 1} of {total}" for i in range(total)]
+        (root / "data/demo_world/pairs").mkdir(parents=True, exist_ok=True)
+        (root / "data/demo_world/pairs/meta.json").touch()
+
+def test_a_loss_that_is_not_there_is_one_line_with_the_names_of_those_that_are(root):
+    for flags in (["--also", "ipo,dpopp"], ["--also", "dpopp", "--seed", "1"]):
+        line, = launch(root, "demo", *flags, rc=1)
+        assert line.startswith("error: there is no loss dpopp; ") and all(name in line for name in LOSSES)
+    assert "--also" in launch(root, "demo", "--also", rc=1)[0]
 
 def test_plan_gives_its_flags_on(root):
     assert launch(root, "plan", "MODEL", "--ranks", "2")[-1].endswith("tests/plan.py MODEL --ranks 2")
