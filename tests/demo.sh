@@ -3,7 +3,8 @@
 
 demo() {  # [--only SCRIPT.py] [--also LOSS,LOSS] [FLAGS of tests/demo_world.py]
   local only="" also="" names="dpo dpo_norm simpo wpo auxdpo clean compo" shown name
-  local what part script text flags tag seed world out data base model models curves="" number=0 total log began
+  local what part script text flags tag seed world out data base log model models curves=""
+  local number=0 total began
   while true; do
     case ${1:-} in
       --only) only=${2:-}; shift 2 || fail "--only needs a script" ;;
