@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./launch.sh demo [FLAGS]        a small world of known reward: all algorithms, table and plot;
-#                                 FLAGS of tests/demo_world.py make another: --noise_share 0.8
+#                                 --also ipo,dpop adds losses of tests/losses; --only mine.py puts a
+#                                 fork beside the others; --seed 1 and the like make another world
 # ./launch.sh test [PYTEST ARGS]  all tests, the fast ones first
 # ./launch.sh SCRIPT.py [ARGS]    a script on every GPU of this node, or of several nodes (below);
 #                                 cache_ref.py runs before it if it needs the reference's log-probs
@@ -24,7 +25,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 say() { echo "[launch, $SECONDS s] $*" >&2; }
 fail() { echo "error: $*" >&2; exit 1; }
 dry() { [ "${DRY_RUN:-0}" = 1 ]; }
-run() { dry || { "$@"; return; }
+run() {  # COMMAND: run it, or print it
+  if ! dry; then "$@"; return; fi
   echo ${OMP_NUM_THREADS:+"OMP_NUM_THREADS=$OMP_NUM_THREADS"} "$(printf '%q ' "$@")"
 }
 
@@ -90,13 +92,19 @@ spec.loader.exec_module(script)
 del sys.argv[0]; script.parse_args(script.Args)' "$@"
 }
 reference_flags() {  # ARGS: sets model, data, dtype, and flags, which are for cache_ref.py
-  local flag name value words known reference=""; model="" data="" dtype=auto flags=()
+  local flag name value words known reference=""
+  model="" data="" dtype=auto flags=()
+  # the settings of cache_ref.py
   known=" $(sed -n '/^class Args/,/^[^ ]/s/^    \([a-z_]*\): .*/\1/p' cache_ref.py | xargs) "
-  while [ $# -gt 0 ]; do  # --x=1 or --x 1; --max-tokens is --max_tokens, as for the scripts
-    flag=${1%%=*} value=${1#*=} words=("$1") name=${flag#--} name=${name//-/_}
-    case "$1 ${2---}" in "$flag --"*) ;; "$flag "*) value=$2 words+=("$2"); shift ;; esac
+  while [ $# -gt 0 ]; do
+    words=("$1") flag=${1%%=*} value=${1#*=}  # --flag=value
+    if [ "$flag" = "$1" ] && [ $# -gt 1 ] && [[ $2 != --* ]]; then  # --flag value
+      words+=("$2") value=$2; shift
+    fi
+    shift
+    name=${flag#--} name=${name//-/_}  # the scripts take --max-tokens for --max_tokens
     case $name in model|reference|data|dtype) printf -v "$name" %s "$value" ;; esac
-    case $known in *" $name "*) flags+=("${words[@]}") ;; esac; shift
+    case $known in *" $name "*) flags+=("${words[@]}") ;; esac
   done
   [ -z "$reference" ] || { model=$reference; flags+=(--model "$model"); }  # the last one counts
 }
@@ -104,14 +112,16 @@ reference_flags() {  # ARGS: sets model, data, dtype, and flags, which are for c
 # cache_ref.py must read the model to know that its cache is complete, so it is left out where there
 # is no doubt: a folder --model has a cache in this precision, younger than it and than the data.
 cached() {  # after reference_flags
-  local meta; if [ "$dtype" = auto ]; then dtype=float32; [ "$(devices)" = 0 ] || dtype=bfloat16; fi
+  local meta
+  if [ "$dtype" = auto ]; then dtype=float32; [ "$(devices)" = 0 ] || dtype=bfloat16; fi
   meta=$(grep -lF "\"model\": \"$model\"" "$data"/ref-*/meta.json |
     xargs grep -lF "\"dtype\": \"$dtype\"" | sed -n 1p)
   [ "$nnodes" = 1 ] && [ -d "$model" ] && [ "$meta" ] &&
     [ -z "$(find -L "$model" "$data"/{meta.json,train,val} -newercm "$meta" 2>&1)" ]
 } 2>/dev/null
 script() {  # SCRIPT ARGS
-  local first=0 cores sketch; [ -f "$1" ] || fail "there is no script $1; there are: $(echo *.py)"
+  local first=0 cores sketch
+  [ -f "$1" ] || fail "there is no script $1; there are: $(echo *.py)"
   nodes
   case "$* " in prepare_data.py*|*" -h "*|*" --help "*) nnodes=1 NPROC=1 ;; esac
   environment requirements.txt
@@ -121,13 +131,15 @@ script() {  # SCRIPT ARGS
   # seconds for a checkpoint on SIGTERM; before torch 2.13, torchrun always kills after 30
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else restarted processes hang (torch 2.13)
-  [ -f cache_ref.py ] || fail "there is no cache_ref.py beside $1"; reference_flags "${@:2}"
-  sketch=$(sed -n 's/^    sketch_dim: int = \([1-9][0-9]*\) .*/\1/p' "$1")  # its default, if it has one
+  [ -f cache_ref.py ] || fail "there is no cache_ref.py beside $1"
+  reference_flags "${@:2}"
+  sketch=$(sed -n 's/^    sketch_dim: int = \([1-9][0-9]*\) .*/\1/p' "$1")  # default, if any
   [ -z "$sketch" ] || flags=(--sketch_dim "$sketch" "${flags[@]}")
   if grep -q 'load_reference(' "$1" && [ "$model" ] && [ "$data" ]; then
-    [ -z "$sketch" ] && cached || first=1
+    if [ "$sketch" ] || ! cached; then first=1; fi
   fi
-  [ "$first$nproc$nnodes" = 011 ] || check_flags "$@"
+  # One process that starts at once checks its own flags, and needs no other that does.
+  [ "$first $nproc $nnodes" = "0 1 1" ] || check_flags "$@"
   if [ "$first" = 1 ]; then
     say "cache_ref.py runs first: $1 needs the log-probs of the reference $model on $data"
     command_line 1 cache_ref.py "${flags[@]}"; start &
@@ -137,49 +149,58 @@ script() {  # SCRIPT ARGS
   command_line 0 "$@"; start
 }
 
-# ---- published recipes; one epoch, warm-up 0.1, and 128 pairs per step unless told otherwise
+# ---- published recipes: tests/recipes.txt
+field() { sed -n "/^recipe *$1\$/,/^\$/s/^$2  *//p" tests/recipes.txt; }  # NAME KEY: its value
+recipe_commands() {  # NAME: sets prepare and train, as text
+  local name=$1 model compo key=train data=data/$1 out=out/$1
+  model=$(field "$name" model) compo=$(field "$name" compo)
+  [ -z "$(field "$name" clean)" ] || key=clean data=data/$name/clean
+  [ -z "$compo" ] || out=out/$name-$key
+  prepare="[ -d data/$name ] ||
+  ./launch.sh prepare_data.py --model $model \\
+    --dataset $(field "$name" data) --out data/$name \\
+    $(field "$name" prepare)"
+  train="./launch.sh $(field "$name" $key) \\
+    --model $model \\
+    --data $data --out $out \\
+    $(field "$name" steps) \\
+    --activation_checkpointing full --save_every 100 --resume"
+  if [ -z "$compo" ]; then return; fi
+  # This was the first stage. The data is split before it, and compo.py trains after it.
+  prepare="$prepare
+[ -d data/$name/clean ] ||
+  ./launch.sh cache_ref.py --model $model \\
+    --data data/$name --noise_margin 3
+[ -d $out/final ] ||
+  $train"
+  train="./launch.sh compo.py --model $out/final \\
+    --data data/$name/noisy --out out/$name \\
+    $compo --save_every 10 --resume"
+}
 recipe() {  # [NAME [--run [FLAGS]]]
-  local names="" prepare="" train="" name script model data split length part batch clean flags
-  case ${1:-} in -*) set -- ;; esac; while read -r name script model data split length flags; do
-    names+=" $name" part=0.01 batch=128 clean=""
-    [ "${1:-}" ] || printf '%-22s %-11s %s <- %s\n' "$name" "$script" "$model" "$data"
-    [ "${1:-}" = "$name" ] || continue
-    case $script in simpo*|wpo) length+=" --score_header" ;; auxdpo) part=0.2 batch=4 ;; esac
-    case $script in *+compo) clean=clean part=0.05 ;; esac
-    prepare="[ -d data/$name ] || ./launch.sh prepare_data.py --model $model \\
-    --dataset $data --split $split --max_length $length \\
-    --val_fraction $part --out data/$name"
-    train="./launch.sh ${script%+*}.py --model $model --data data/$name${clean:+/clean} \\
-    --epochs 1 --batch_size $batch --warmup 0.1 --activation_checkpointing full --save_every 100 --resume \\
-    --out out/$name${clean:+-clean} ${flags% + *}"
-    [ "$clean" ] || continue  # else that was for the clean pairs, and the noisy ones follow
-    prepare+=$'\n'"[ -d data/$name/clean ] || ./launch.sh cache_ref.py --model $model \\
-    --data data/$name --noise_margin 3"$'\n'"[ -d out/$name-clean/final ] ||
-$train"
-    train="./launch.sh compo.py --model out/$name-clean/final --data data/$name/noisy \\
-    --save_every 10 --resume --out out/$name ${flags#* + }"
-  done <<'END'
-tulu3-8b dpo_norm allenai/Llama-3.1-Tulu-3-8B-SFT allenai/llama-3.1-tulu-3-8b-preference-mixture train 2048 --beta 5 --learning_rate 5e-7 --schedule linear
-olmo2-7b dpo_norm allenai/OLMo-2-1124-7B-SFT allenai/olmo-2-1124-7b-preference-mix train 2048 --beta 5 --learning_rate 1e-6 --schedule linear
-olmo2-13b dpo_norm allenai/OLMo-2-1124-13B-SFT allenai/olmo-2-1124-13b-preference-mix train 2048 --beta 5 --learning_rate 8e-7 --schedule linear
-zephyr-7b dpo alignment-handbook/zephyr-7b-sft-full HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 0.01 --learning_rate 5e-7 --schedule cosine
-simpo-mistral-7b simpo alignment-handbook/zephyr-7b-sft-full HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 2 --gamma_beta_ratio 0.8 --learning_rate 3e-7 --schedule cosine
-simpo-llama3-8b simpo meta-llama/Meta-Llama-3-8B-Instruct princeton-nlp/llama3-ultrafeedback train 2048 --beta 2.5 --gamma_beta_ratio 0.55 --learning_rate 1e-6 --schedule cosine
-simpo-gemma2-9b simpo google/gemma-2-9b-it princeton-nlp/gemma2-ultrafeedback-armorm train 2048 --beta 10 --gamma_beta_ratio 0.5 --learning_rate 8e-7 --schedule cosine
-wpo-mistral-7b wpo HuggingFaceH4/mistral-7b-sft-beta HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 0.01 --learning_rate 5e-7 --schedule cosine
-auxdpo-mmlu-pro auxdpo meta-llama/Llama-3.2-1B TIGER-Lab/MMLU-Pro test 1024 --beta 0.1
-auxdpo-rewardbench2 auxdpo meta-llama/Llama-3.2-1B allenai/reward-bench-2 test 1024 --beta 0.1
-auxdpo-ultrafeedback auxdpo meta-llama/Llama-3.2-1B HuggingFaceH4/ultrafeedback_binarized train_prefs 1024 --beta 0.1
-compo-mistral-7b dpo+compo mistralai/Mistral-7B-Instruct-v0.2 HuggingFaceH4/ultrafeedback_binarized train_prefs 1536 --beta 0.01 --learning_rate 5e-7 --schedule cosine + --perturbations 1600 --radius 5e-4 --entry_threshold 2.2e-4
-compo-llama3-8b dpo+compo meta-llama/Meta-Llama-3-8B-Instruct HuggingFaceH4/ultrafeedback_binarized train_prefs 1536 --beta 0.01 --learning_rate 5e-7 --schedule cosine + --perturbations 1800 --radius 7.5e-4 --entry_threshold 8e-5
-simpo-compo-mistral-7b simpo+compo mistralai/Mistral-7B-Instruct-v0.2 HuggingFaceH4/ultrafeedback_binarized train_prefs 1536 --beta 2 --gamma_beta_ratio 0.8 --learning_rate 3e-7 --schedule cosine + --perturbations 1600 --radius 5e-4 --entry_threshold 2.2e-4
-END
-  [ "$train" ] || [ -z "${1:-}" ] || fail "there is no recipe $1; there are:$names"
+  local name names script prepare train
+  names=$(sed -n 's/^recipe  *//p' tests/recipes.txt)
+  case ${1:-} in ""|-*)
+    for name in $names; do
+      script=$(field "$name" train)$(field "$name" clean)  # it has one of the two
+      script=${script%%.py*}
+      [ -z "$(field "$name" compo)" ] || script+=+compo
+      printf '%-22s %-11s %s <- %s\n' "$name" "$script" \
+        "$(field "$name" model)" "$(field "$name" data)"
+    done
+    return ;;
+  esac
+  name=$1
+  grep -qxF -e "$name" <<<"$names" || fail "there is no recipe $name; there are:" $names
+  recipe_commands "$name"
   case ${2:-} in
-    "") printf %s "${train:+$prepare$'\n'$train$'\n'}" ;;
-    --run) nodes; [ "$nnodes" = 1 ] || [ -d "data/$1" ] || fail "first, on one node:" ${prepare//\\/}
-      set -m; bash -euc "trap : TERM; $prepare" &  # in a group of its own, so that TERM reaches all
-      trap 'kill -TERM -- -$!; wait $!; exit 143' TERM; wait $! || exit $?; trap - TERM; set +m
+    "") echo "$prepare"; echo "$train" ;;
+    --run) nodes
+      [ "$nnodes" = 1 ] || [ -d "data/$name" ] || fail "first, on one node:" ${prepare//\\/}
+      set -m  # the stages before the last are a process group, so that SIGTERM reaches all of it
+      bash -euc "trap : TERM; $prepare" &
+      trap 'kill -TERM -- -$!; wait $!; exit 143' TERM; wait $! || exit $?; trap - TERM
+      set +m
       exec bash -euc "exec $train \"\$@\"" launch "${@:3}" ;;
     *) fail "$2 is not --run" ;;
   esac

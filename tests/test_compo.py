@@ -30,7 +30,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from compo_check import gradients, load, slow_votes, whole_logps, whole_model
+from compo_check import (
+    ESTIMATORS, cosine_table, cosines, draw, expected_cosine, gradients, load, slow_votes, theory_line,
+    whole_logps, whole_model)
 from conftest import ROOT, random_pairs, run_main
 from safetensors.torch import load_file
 
@@ -160,6 +162,46 @@ def test_votes_estimate_the_angle_and_the_difference_of_the_unit_gradients(estim
         noise = (numbers * (1 - constant**2) - wanted.square().sum().item()) / m  # of (y - c) z, less its mean
         assert error.square().sum().item() == pytest.approx(noise, rel=6 * math.sqrt(2 / numbers))
         assert abs((error * unit(wanted)).sum()) < 4 / math.sqrt(m)
+
+
+def test_the_cosine_that_theory_expects_has_the_values_of_a_calculation_by_hand():
+    """Orthogonal gradients: |E[y z]| = sqrt(2) / sqrt(2 pi) = 0.5642, and p = 1/4, so E[y] = 1/2."""
+    assert expected_cosine(100, math.pi / 2, 10_000) == pytest.approx(5.642 / math.sqrt(5.642**2 + 10_000), rel=1e-3)
+    with_baseline = expected_cosine(100, math.pi / 2, 10_000, 0.5)
+    assert with_baseline == pytest.approx(5.642 / math.sqrt(5.642**2 + 7_500), rel=1e-3)
+    assert expected_cosine(10**12, math.pi / 2, 10_000) == pytest.approx(1, abs=1e-6)
+    assert expected_cosine(1800, math.radians(42), 28_311_552) == pytest.approx(0.00228, rel=2e-3)  # SmolLM2's head
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model, tiny_data, process_group):
+    model = tiny_model("llama")
+    data = tiny_data(model, random_pairs(SIZES), random_pairs(SIZES[:2], seed=1))
+    return cosines(model, data, [200, 3000], len(SIZES))
+
+
+@pytest.mark.parametrize("m", [200, 3000])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_measured_cosine_lies_on_the_line_of_the_theory(estimator, m, measured):
+    """A cosine scatters by about 1 / sqrt(numbers), and there are five of them."""
+    cosine, expected, numbers, p, share = measured[estimator, m].T
+    error = 1 / math.sqrt(len(SIZES) * numbers.min())
+    assert abs(cosine.mean() - expected.mean()) < 4 * error < 0.5 * expected.mean()
+    assert abs(p.mean() - share.mean()) < 4 * 0.5 / math.sqrt(len(SIZES) * m)
+
+
+def test_the_table_and_the_figure_of_cosines_are_made(measured, tmp_path):
+    lines = cosine_table("tiny", measured, [200, 3000])
+    rows = [line for line in lines if line.startswith("| `")]
+    for estimator, row in zip(ESTIMATORS, rows):
+        assert row.startswith(f"| `{estimator}` |") and f"{100 * measured[estimator, 3000][:, 0].mean():.2f} ±" in row
+    assert len(rows) == 3
+    for estimator in ESTIMATORS:
+        for m in (200, 3000):
+            assert theory_line(estimator, measured[estimator, 200], [m])[0] == pytest.approx(
+                measured[estimator, m][:, 1].mean())
+    draw(tmp_path / "figure.png", measured, [200, 3000], "tiny")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import random_pairs
+from losses.fork import LOSSES
 
 ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -30,7 +31,9 @@ def root(tmp_path):
     for path in [ROOT / "launch.sh", *ROOT.glob("requirements*.txt"), *ROOT.glob("*.py")]:
         shutil.copy(path, tmp_path)
     (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests/demo.sh", tmp_path / "tests")
+    for name in ("demo.sh", "recipes.txt"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    shutil.copytree(ROOT / "tests/losses", tmp_path / "tests/losses", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
@@ -41,6 +44,11 @@ def launch(root, *args, rc=0, **env):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
     assert done.returncode == rc, done.stdout
     return [line.strip() for line in done.stdout.splitlines() if not line.startswith("[launch")]
+
+
+def scripts(lines):
+    """The scripts that printed commands run."""
+    return [re.search(r"\S+\.py", line)[0] for line in lines if ".py" in line]
 
 
 def stub(path, text):
@@ -152,6 +160,7 @@ RECIPES = {  # METHODS: learning rate, schedule, tokens of a pair, beta, gamma /
     "tulu3-8b": ("dpo_norm", 5e-7, "linear", 2048, 5.0, None),
     "olmo2-7b": ("dpo_norm", 1e-6, "linear", 2048, 5.0, None),
     "olmo2-13b": ("dpo_norm", 8e-7, "linear", 2048, 5.0, None),
+    "olmo3-7b-instruct": ("dpo_norm", 1e-6, "linear", 16384, 5.0, None),
     "zephyr-7b": ("dpo", 5e-7, "cosine", 1024, 0.01, None),
     "simpo-mistral-7b": ("simpo", 3e-7, "cosine", 1024, 2.0, 0.8),
     "simpo-llama3-8b": ("simpo", 1e-6, "cosine", 2048, 2.5, 0.55),
@@ -163,11 +172,17 @@ RECIPES = {  # METHODS: learning rate, schedule, tokens of a pair, beta, gamma /
     "compo-mistral-7b": ("dpo+compo", 5e-7, "cosine", 1536, 0.01, None),  # rate and beta of the first stage: as zephyr
     "compo-llama3-8b": ("dpo+compo", 5e-7, "cosine", 1536, 0.01, None),
     "simpo-compo-mistral-7b": ("simpo+compo", 3e-7, "cosine", 1536, 2.0, 0.8),
+    "dpo-compo-mistral-7b": ("dpo+compo", 5e-7, "cosine", 1536, 0.01, None),
+    "dpo-compo-qwen3-4b": ("dpo+compo", 5e-7, "cosine", 1536, 0.01, None),
+    "dpo-compo-gemma3-4b": ("dpo+compo", 5e-7, "cosine", 1536, 0.01, None),
 }
-COMPO = {  # METHODS 6: r, m, lambda_g; lambda and gamma are the defaults
-    "compo-mistral-7b": (5e-4, 1600, 2.2e-4),
-    "compo-llama3-8b": (7.5e-4, 1800, 8e-5),
-    "simpo-compo-mistral-7b": (5e-4, 1600, 2.2e-4),
+COMPO = {  # METHODS 6: r, m, lambda_g (lambda and gamma are the defaults); pairs of the first stage
+    "compo-mistral-7b": (5e-4, 1600, 2.2e-4, "clean"),
+    "compo-llama3-8b": (7.5e-4, 1800, 8e-5, "clean"),
+    "simpo-compo-mistral-7b": (5e-4, 1600, 2.2e-4, "clean"),
+    "dpo-compo-mistral-7b": (5e-4, 3300, 2.2e-4, ""),  # all of them
+    "dpo-compo-qwen3-4b": (8e-4, 1800, 8.5e-5, ""),
+    "dpo-compo-gemma3-4b": (4.5e-4, 1800, 7.5e-5, ""),
 }
 
 ULTRA = "ultrafeedback_binarized"
@@ -175,6 +190,7 @@ SOURCES = {  # METHODS: model, data
     "tulu3-8b": ("Llama-3.1-Tulu-3-8B-SFT", "llama-3.1-tulu-3-8b-preference-mixture"),
     "olmo2-7b": ("OLMo-2-1124-7B-SFT", "olmo-2-1124-7b-preference-mix"),
     "olmo2-13b": ("OLMo-2-1124-13B-SFT", "olmo-2-1124-13b-preference-mix"),
+    "olmo3-7b-instruct": ("Olmo-3-7B-Instruct-SFT", "Dolci-Instruct-DPO"),
     "zephyr-7b": ("zephyr-7b-sft-full", ULTRA),
     "simpo-mistral-7b": ("zephyr-7b-sft-full", ULTRA),
     "simpo-llama3-8b": ("Meta-Llama-3-8B-Instruct", "llama3-ultrafeedback"),
@@ -186,6 +202,9 @@ SOURCES = {  # METHODS: model, data
     "compo-mistral-7b": ("Mistral-7B-Instruct-v0.2", ULTRA),
     "compo-llama3-8b": ("Meta-Llama-3-8B-Instruct", ULTRA),
     "simpo-compo-mistral-7b": ("Mistral-7B-Instruct-v0.2", ULTRA),
+    "dpo-compo-mistral-7b": ("Mistral-7B-Instruct-v0.2", ULTRA),
+    "dpo-compo-qwen3-4b": ("Qwen3-4B-Base", ULTRA),
+    "dpo-compo-gemma3-4b": ("gemma-3-4b-it", ULTRA),
 }
 
 def parsed(command, monkeypatch):
@@ -203,47 +222,74 @@ def test_recipes_are_listed_and_an_unknown_one_is_one_line_with_their_names(root
     line, = launch(root, "recipe", "zephyr-7b", "--go", rc=1)
     assert "--go" in line and "--run" in line
 
+def test_launch_sh_and_its_recipes_fit_on_a_screen():
+    for name in ("launch.sh", "tests/recipes.txt"):
+        assert max(map(len, (ROOT / name).read_text().splitlines())) <= 100
+    assert len((ROOT / "launch.sh").read_text().splitlines()) <= 220
+
+def test_every_line_of_the_recipes_has_a_key_that_their_head_explains():
+    head, *blocks = (ROOT / "tests/recipes.txt").read_text().split("\n\n")
+    keys = re.findall(r"^# (\w+)  +", head, re.M)
+    assert len(blocks) == len(RECIPES) and all(line.startswith("#") for line in head.splitlines())
+    for block in blocks:
+        assert [line.split()[0] for line in block.splitlines()] in (
+            [key for key in keys if key not in ("clean", "compo")],
+            [key for key in keys if key != "clean"], [key for key in keys if key != "train"])
+
+def commands(root, name):
+    """The commands that a recipe prints, one line each."""
+    text = "\n".join(launch(root, "recipe", name))
+    return text.replace("\\\n", " ").replace("||\n", "|| ").splitlines()
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_prints_commands_that_the_scripts_take_with_the_published_numbers(root, name, monkeypatch):
     script, rate, schedule, length, beta, ratio = RECIPES[name]
-    text = "\n".join(launch(root, "recipe", name)).replace("\\\n", " ").replace("||\n", "|| ")
-    prepare, *middle, train = text.splitlines()
+    prepare, *middle, train = commands(root, name)
     first = script.split("+")[0]
-    if name in COMPO:  # split, the clean pairs first, then the noisy ones
-        split, clean, noisy = *middle, train
-        _, args = parsed(split, monkeypatch)
-        assert (args.data, args.noise_margin) == (f"data/{name}", 3) and split.startswith(f"[ -d data/{name}/clean ] || ")
-        assert clean.startswith(f"[ -d out/{name}-clean/final ] || ") and "launch.sh compo.py" in noisy
-        _, args = parsed(noisy, monkeypatch)
-        assert (args.radius, args.perturbations, args.entry_threshold) == COMPO[name]
-        assert (args.gate, args.step_size, args.max_pairs, args.pairs_per_step) == (0.2, 0.035, 100, 1)
-        assert (args.model, args.data) == (f"out/{name}-clean/final", f"data/{name}/noisy")
-        assert args.resume and args.save_every and args.out == f"out/{name}" and args.estimator == "gaussian"
-        train = clean
+    pairs = COMPO[name][-1] if name in COMPO else ""
+    out = f"out/{name}"
+    if name in COMPO:
+        out += f"-{pairs or 'train'}"
+        assert len(middle) == 2 and middle[1].startswith(f"[ -d {out}/final ] || ")
+        train = middle[1]
     else:
         assert not middle
-    kind = "clean" if name in COMPO else ""
-    assert max(map(len, launch(root, "recipe", name))) <= 120
+    assert max(map(len, launch(root, "recipe", name))) <= 100
     module, data = parsed(prepare, monkeypatch)
     assert prepare.startswith(f"[ -d {data.out} ] || ./launch.sh prepare_data.py ")  # done once, if preempted
     assert data.max_length == length and data.score_header == (first in ("simpo", "wpo"))
     assert data.split == ("train_prefs" if "ultrafeedback_binarized" in data.dataset else
                           "train" if script != "auxdpo" else "test")
     module, args = parsed(train, monkeypatch)
-    assert module.__name__ == first and Path(args.data) == Path(data.out, kind) and args.model == data.model
+    assert module.__name__ == first and Path(args.data) == Path(data.out, pairs) and args.model == data.model
     assert (data.model.split("/")[1], data.dataset.split("/")[1]) == SOURCES[name]
+    assert args.max_tokens >= 2 * length  # the longest pair that is kept fits
     assert args.activation_checkpointing == "full" and "--beta" in train  # published, so said
     assert script == "auxdpo" or "--schedule" in train
     assert (data.val_fraction, args.batch_size) == (
-        (0.2, 4) if script == "auxdpo" else (0.05, 128) if kind else (0.01, 128))
+        (0.2, 4) if script == "auxdpo" else (0.05, 128) if name in COMPO else (0.01, 128))
     assert (args.learning_rate, args.schedule, args.beta) == (rate, schedule, beta)
     assert (args.epochs, args.warmup, getattr(args, "label_smoothing", 0)) == (1, 0.1, 0)
     assert getattr(args, "gamma_beta_ratio", None) == ratio
-    assert args.resume and args.save_every and args.out == f"out/{name}" + "-clean" * bool(kind)
+    assert args.resume and args.save_every and args.out == out
+
+@pytest.mark.parametrize("name", COMPO)
+def test_a_recipe_in_stages_splits_the_data_and_ends_with_compo_on_the_noisy_pairs(root, name, monkeypatch):
+    radius, perturbations, threshold, pairs = COMPO[name]
+    _, split, _, last = commands(root, name)
+    assert split.startswith(f"[ -d data/{name}/clean ] || ./launch.sh cache_ref.py ")
+    _, args = parsed(split, monkeypatch)
+    assert (args.data, args.noise_margin) == (f"data/{name}", 3)
+    module, args = parsed(last, monkeypatch)
+    assert module.__name__ == "compo" and args.estimator == "gaussian"
+    assert (args.radius, args.perturbations, args.entry_threshold) == (radius, perturbations, threshold)
+    assert (args.gate, args.step_size, args.max_pairs, args.pairs_per_step) == (0.2, 0.035, 100, 1)
+    assert args.model == f"out/{name}-{pairs or 'train'}/final" and args.data == f"data/{name}/noisy"
+    assert args.resume and args.save_every and args.out == f"out/{name}"
 
 def test_a_recipe_runs_the_commands_that_it_prints(root):
     lines = launch(root, "recipe", "wpo-mistral-7b", "--run")
-    assert [line.split(" --")[0].split()[-1] for line in lines] == ["prepare_data.py", "cache_ref.py", "wpo.py"]
+    assert scripts(lines) == ["prepare_data.py", "cache_ref.py", "wpo.py"]
     lines = launch(root, "recipe", "simpo-llama3-8b", "--run", NPROC="8")
     assert lines[0].split(" --")[0].endswith("prepare_data.py") and " simpo.py " in lines[1] and len(lines) == 2
     (root / "data/simpo-llama3-8b").mkdir(parents=True)
@@ -256,8 +302,7 @@ def test_several_nodes_do_not_prepare_the_data_of_a_recipe_at_once(root):
     line, = launch(root, "recipe", "zephyr-7b", "--run", rc=1, **nodes)
     assert line.startswith("error: ") and "on one node" in line and "prepare_data.py" in line
     (root / "data/zephyr-7b").mkdir(parents=True)
-    assert [line.split(" --model")[0].split()[-1] for line in launch(root, "recipe", "zephyr-7b", "--run", **nodes)] == [
-        "cache_ref.py", "dpo.py"]
+    assert scripts(launch(root, "recipe", "zephyr-7b", "--run", **nodes)) == ["cache_ref.py", "dpo.py"]
 
 
 # ---- nodes
@@ -303,13 +348,47 @@ def test_a_fork_of_a_script_is_trained_in_the_same_world_and_shown_beside_the_ot
     (root / "data/demo_world/pairs").mkdir(parents=True)
     (root / "data/demo_world/pairs/meta.json").touch()
     text = launch(root, "demo", "--only", "mine.py")
-    assert [re.search(r"\S+\.py", line)[0] for line in text if ".py" in line and "OMP" in line] == [
+    assert scripts(line for line in text if "OMP" in line) == [
         "mine.py", "evaluate.py", "evaluate.py", "tests/demo_summary.py"]
     train, = [line for line in text if " mine.py --model" in line]
     assert "--learning_rate 3e-4" in train and "--out out/demo/mine" in train and "rm -rf data" not in "".join(text)
     for name in ("dpo", "compo/final", "mine"):
         assert f"out/demo/{name}" in [line for line in text if "--columns all" in line][0]
     assert "no script yours.py" in " ".join(launch(root, "demo", "--only", "yours.py", rc=1))
+
+ALGORITHMS = ["dpo.py", "dpo_norm.py", "simpo.py", "wpo.py", "auxdpo.py", "dpo.py", "compo.py"]
+WORLD, SHOWN = ["tests/demo_world.py", "prepare_data.py", "cache_ref.py"], ["evaluate.py"] * 2 + ["tests/demo_summary.py"]
+
+def test_also_adds_losses_to_the_demo_whose_other_commands_stay_as_they_are(root):
+    plain, more = [[line for line in launch(root, "demo", *flags) if line.startswith("OMP") and ".py" in line]
+                   for flags in ([], ["--also", "ipo,orpo"])]
+    assert scripts(plain) == WORLD + ALGORITHMS + SHOWN
+    assert scripts(more) == WORLD + ALGORITHMS + ["out/demo/ipo.py", "out/demo/orpo.py"] + SHOWN
+    added = [line for line in more if "/ipo.py" in line or "/orpo.py" in line]
+    assert [line for line in more if line not in added and "evaluate.py" not in line] == (
+        [line for line in plain if "evaluate.py" not in line])
+    ipo, orpo = added
+    assert ipo.replace("/ipo", "/dpo").replace("out/demo/dpo.py", "dpo.py") in plain  # only the loss differs
+    assert "--learning_rate 3e-4" in orpo and orpo.endswith("--beta 0.1")
+    for old, new in zip(plain[-3:-1], more[-3:-1]):
+        assert new == old.replace("compo/final", r"compo/final\,out/demo/ipo\,out/demo/orpo")
+
+def test_the_steps_of_a_demo_are_counted(root):
+    (root / "mine.py").write_text((ROOT / "dpo.py").read_text())
+    for made in (False, True):
+        for flags, trained in [([], 7), (["--also", "ipo,dpop"], 9), (["--only", "mine.py"], 1),
+                               (["--only", "mine.py", "--also", "robust"], 2), (["--also", "robust", "--only", "mine.py"], 2)]:
+            total = trained + 2 + (0 if made and "--only" in flags else 3)
+            steps = [line.split(":")[0] for line in launch(root, "demo", *flags) if re.match(r"\d+ of \d+: ", line)]
+            assert steps == [f"{i + 1} of {total}" for i in range(total)]
+        (root / "data/demo_world/pairs").mkdir(parents=True, exist_ok=True)
+        (root / "data/demo_world/pairs/meta.json").touch()
+
+def test_a_loss_that_is_not_there_is_one_line_with_the_names_of_those_that_are(root):
+    for flags in (["--also", "ipo,dpopp"], ["--also", "dpopp", "--seed", "1"]):
+        line, = launch(root, "demo", *flags, rc=1)
+        assert line.startswith("error: there is no loss dpopp; ") and all(name in line for name in LOSSES)
+    assert "--also" in launch(root, "demo", "--also", rc=1)[0]
 
 def test_plan_gives_its_flags_on(root):
     assert launch(root, "plan", "MODEL", "--ranks", "2")[-1].endswith("tests/plan.py MODEL --ranks 2")
@@ -381,12 +460,12 @@ def test_the_demo_trains_with_every_algorithm_that_is_there(root):
 
 def test_a_recipe_in_stages_begins_where_it_was_left(root):
     name = "compo-mistral-7b"
-    scripts = lambda: [re.search(r"\S+\.py", line)[0] for line in launch(root, "recipe", name, "--run", "--seed", "3")]
-    assert scripts() == ["prepare_data.py", "cache_ref.py", "cache_ref.py", "dpo.py", "compo.py"]
+    command = ["recipe", name, "--run", "--seed", "3"]
+    assert scripts(launch(root, *command)) == ["prepare_data.py", "cache_ref.py", "cache_ref.py", "dpo.py", "compo.py"]
     (root / f"data/{name}/clean").mkdir(parents=True)
-    assert scripts() == ["cache_ref.py", "dpo.py", "compo.py"]
+    assert scripts(launch(root, *command)) == ["cache_ref.py", "dpo.py", "compo.py"]
     (root / f"out/{name}-clean/final").mkdir(parents=True)
-    line, = launch(root, "recipe", name, "--run", "--seed", "3")
+    line, = launch(root, *command)
     assert " compo.py " in line and line.endswith(" --seed 3")
 
 def test_a_term_signal_reaches_the_first_stage_of_a_recipe_and_the_next_does_not_begin(root):

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 import cache_ref
 import dpo
 import dpo_norm
+import prepare_data
 from conftest import ROOT, assert_same_gradients, random_pairs, split_of, tiny_policy, trl_dpo_loss
 from losses.fork import EDITS, LOSSES, NO_REFERENCE, PAGE, with_edit, with_loss
 from test_micro_dpo import run_script
@@ -79,6 +80,19 @@ def test_the_command_of_the_page_prints_a_script_that_differs_from_dpo_in_the_lo
     assert [line[2:] for line in changed if line[0] == "+"] == LOSSES["dpop"].splitlines()
     removed = [line[2:] for line in changed if line[0] == "-"]
     assert len(removed) == 2 and all(line.startswith("    losses = ") for line in removed)
+
+
+def test_the_commands_for_smollm3_are_accepted_by_the_scripts(forks, monkeypatch):
+    section = PAGE.split("### apo_zero")[1].split("\n### ")[0].replace("\\\n", " ")
+    section = section.replace("RATE", "1").replace("SIZE", "8")
+    _, prepare, train = [line.split()[1:] for line in section.splitlines() if line.startswith("    ")
+                         and re.search(r"\w\.(py|sh) ", line)]
+    monkeypatch.setattr(sys, "argv", prepare)
+    data = prepare_data.parse_args(prepare_data.Args)
+    monkeypatch.setattr(sys, "argv", train)
+    args = forks["apo_zero"].parse_args(forks["apo_zero"].Args)
+    assert args.data == data.out and args.max_tokens >= 2 * data.max_length == 2 * 24576
+    assert (args.beta, args.schedule) == (0.05, "cosine")
 
 
 # ---- losses: a loop over the formulas

@@ -41,6 +41,8 @@ def with_edit(name):
     return text
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in LOSSES:
+    if len(sys.argv) != 2:
         raise SystemExit(f"error: give the name of a loss: {' '.join(LOSSES)}")
+    if sys.argv[1] not in LOSSES:
+        raise SystemExit(f"error: there is no loss {sys.argv[1]}; there are: {' '.join(LOSSES)}")
     print(with_loss(sys.argv[1]), end="")
