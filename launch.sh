@@ -134,6 +134,7 @@ script() {  # SCRIPT ARGS
   [ -f cache_ref.py ] || fail "there is no cache_ref.py beside $1"
   reference_flags "${@:2}"
   sketch=$(sed -n 's/^    sketch_dim: int = \([1-9][0-9]*\) .*/\1/p' "$1")  # default, if any
+  case "$* " in *"--geometry"[\ =]"ridge "*) sketch="" ;; esac  # this needs none
   [ -z "$sketch" ] || flags=(--sketch_dim "$sketch" "${flags[@]}")
   if grep -q 'load_reference(' "$1" && [ "$model" ] && [ "$data" ]; then
     if [ "$sketch" ] || ! cached; then first=1; fi

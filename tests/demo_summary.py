@@ -81,11 +81,23 @@ def best_of(folder):
     return found
 
 
+def on_delta(folder):
+    """What AuxDPO can do with these pairs, by the numbers of distinct prompts and responses."""
+    data = json.loads(Path(folder, "evaluation.json").read_text())["args"]["data"]
+    meta = json.loads(Path(data, "meta.json").read_text())
+    pairs, distinct = meta["counts"]["train"], meta["distinct"]["train"]
+    acts = max(0, pairs - (distinct["responses"] - distinct["prompts"]))
+    return (f"AuxDPO's delta can act on {acts:,} of {pairs:,} margins, those of pairs that repeat or close a cycle; "
+            "python tests/misled.py makes a world of such pairs.")
+
+
 def main():
     results = read(sys.argv[1])
     print(f"{table(results)}\n\n{LEGEND}\n\nWhat you just saw:")
     for sentence in sentences(results, best_of(sys.argv[1])):
         print(f"- {sentence}")
+    if "auxdpo" in results:
+        print(on_delta(sys.argv[1]))
     print("One seed is one draw: ./launch.sh demo --seed 1 is another.")
 
 

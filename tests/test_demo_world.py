@@ -207,6 +207,14 @@ def test_the_summary_names_the_winner_and_who_cannot_be_told_apart_from_it():
     assert "training paid" in demo_summary.sentences(results, {4: (1.0, 0.64)})[4]
 
 
+def test_the_summary_says_on_how_many_margins_delta_can_act(tmp_path):
+    """Ten pairs of nine responses to three prompts: six differences are free, so four margins are not."""
+    meta = dict(counts=dict(train=10), distinct=dict(train=dict(prompts=3, responses=9)))
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "evaluation.json").write_text(json.dumps(dict(args=dict(data=str(tmp_path)))))
+    assert demo_summary.on_delta(tmp_path).startswith("AuxDPO's delta can act on 4 of 10 margins, ")
+
+
 def test_the_table_has_at_most_eight_columns_whose_heads_are_explained():
     lines = demo_summary.table(made_up(base=(0.3, 0.05), mine=(1.1, 0.05))).splitlines()
     assert lines[0].count("|") - 1 <= 8 and lines[-1].startswith("| mine ") and "1.10 ± 0.05" in lines[-1]

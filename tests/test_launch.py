@@ -119,6 +119,11 @@ def test_flags_with_dashes_and_empty_or_negative_values_are_passed_on_as_they_ar
         "--sketch_modules '' --seed -1")
     assert second.endswith("--resume --keep 3 --reference ''")
 
+@pytest.mark.parametrize("flags", [["--geometry", "ridge"], ["--geometry=ridge"]])
+def test_a_ridge_has_no_sketches_made(root, flags):
+    first, second = launch(root, "auxdpo.py", "--model", "m", "--data", "d", *flags)
+    assert first.endswith("cache_ref.py --model m --data d") and second.endswith(" ".join(flags))
+
 def test_a_script_that_needs_sketches_has_them_made_with_its_own_default_unless_told_otherwise(root):
     flags = ["--model", "m", "--data", "d", "--train_modules", "norm"]
     first, second = launch(root, "auxdpo.py", *flags)
