@@ -10,13 +10,16 @@ The policy has little capacity: only the parameters that --train_modules matches
 Then, for all orders that were not trained on, the probabilities that the policy gives to the four glove sentences (exactly, no
 samples) make the expected true reward of the gloves. Prints it against the untrained policy's, per seed, and writes a table of
 mean ± standard error over the seeds, with paired differences to DPO, and a figure to --out. IPO and DPOP are
-tests/losses/fork.py's; "not centred" is auxdpo.py without the line that takes off the mean."""
+tests/losses/fork.py's; "not centred" is auxdpo.py without the line that takes off the mean, "orthogonal" has in place of each
+score g - mean of g a direction of its own with the same norm, and "to 1e-3" the directions in which the scores are weak free."""
 
 import argparse
+import importlib
 import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
 import runpy
 import statistics
@@ -26,12 +29,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "losses"), str(ROOT)]
+os.environ["OMP_NUM_THREADS"] = "1"  # a process that has used more must not fork
 import demo_world
 import fork
 
 COUNTS = {("wool", "cotton"): 1, ("wool", "odd"): 1, ("cotton", "odd"): 10}
 REWARDS = dict(wool=2, cotton=1, odd=0)
 CENTRED = "        scores = scores - means[group]  # g - mean of g\n"
+EDITS = {  # forks of auxdpo.py: what stands there, and what is put in its place
+    "not_centred": {CENTRED: ""},
+    "orthogonal": {  # the scores keep their norms and lose their directions
+        CENTRED: "        scores, columns = (scores - means[group]).norm(dim=1).diag(), whole\n",
+        "train[\"sketch\"], size = find_sketch(train, args), args.sketch_dim": "train[\"sketch\"] = find_sketch(train, args)"},
+    "loose": {"values < 1e-5 * values[-1]": "values < 1e-3 * values[-1]"},
+}
 METHODS = {
     "DPO": ["dpo.py"],
     "IPO": ["ipo"],
@@ -40,8 +51,10 @@ METHODS = {
     **{f"shared, λ = {value}": ["auxdpo.py", "--penalty_weight", value] for value in ("1", "10", "100")},
     "shared, not centred, λ = 1": ["not_centred"],
     "shared, exact null space": ["auxdpo.py", "--null", "exact"],
+    "shared, null space to 1e-3": ["loose", "--null", "exact"],
+    "shared, orthogonal, λ = 10": ["orthogonal", "--penalty_weight", "10"],
     **{f"ridge, λ = {value}": ["auxdpo.py", "--geometry", "ridge", "--penalty_weight", value]
-       for value in ("0.001", "0.01", "0.1", "1", "10")},
+       for value in ("0.01", "0.1", "1", "10", "100")},
 }
 
 
@@ -76,7 +89,10 @@ def make_rows(labels, seed):
 
 
 def call(script, *flags):
-    """Run a script in a process of its own that has the packages already."""
+    """Run a script in a process of its own, which does not wait for the packages, as this one has them."""
+    for name in ("datasets", "peft", "torch", "transformers"):
+        importlib.import_module(name)
+
     def child():
         sys.argv = [str(script), *map(str, flags)]
         with open("/dev/null", "w") as nothing:
@@ -93,10 +109,12 @@ def call(script, *flags):
 def script_of(name, folder):
     """The path of a script, or of a fork that is written to `folder`."""
     path = folder / f"{name}.py"
-    if name == "not_centred":
+    if name in EDITS:
         text = (ROOT / "auxdpo.py").read_text()
-        assert text.count(CENTRED) == 1
-        path.write_text(text.replace(CENTRED, ""))
+        for old, new in EDITS[name].items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        path.write_text(text)
     elif not name.endswith(".py"):
         path.write_text(fork.with_loss(name))
     else:
@@ -109,7 +127,6 @@ def expected_reward(folder, unseen):
     import torch
     import transformers
 
-    torch.set_num_threads(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     kinds, total = list(demo_world.GLOVE_REWARDS), 0.0
@@ -131,8 +148,6 @@ def expected_reward(folder, unseen):
 
 def run_world(world, seed, args):
     """-> {method: expected reward} of one world."""
-    import datasets, peft, torch, transformers  # noqa: for the forks that `call` makes
-    import auxdpo, cache_ref, prepare_data  # noqa
     if not (world / "meta.json").exists():
         call(ROOT / "tests" / "demo_world.py", "--out", world, "--seed", seed)
     rows, unseen = make_rows(args.labels, seed)
@@ -149,7 +164,7 @@ def run_world(world, seed, args):
         out = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
         common = ["--model", base, "--data", data, "--out", out, "--train_modules", args.train_modules, "--seed", seed,
                   "--learning_rate", args.learning_rate, "--epochs", args.epochs, "--beta", args.beta, "--eval_every", 0]
-        own = sketch if script in ("auxdpo.py", "not_centred") else []
+        own = sketch if script == "auxdpo.py" or script in EDITS else []
         began = time.time()
         if not (out / "final").exists():
             call(script_of(script, folder), *common, *own, *flags)
