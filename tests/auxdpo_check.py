@@ -24,10 +24,11 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import auxdpo
 import cache_ref
 import dpo
-from sketch_check import CPU, policy_of
+from sketch_check import policy_of
 
 DIM = 4096
 DEFAULTS = {name: value for name, value in vars(auxdpo.Args).items() if name in auxdpo.Args.__dataclass_fields__}
+DEFAULTS |= dict(delta="per_pair", label_smoothing=0.0, sft_weight=0.0)
 
 
 def peak():
@@ -35,9 +36,13 @@ def peak():
 
 
 def with_delta(pairs, sketch, **more):
-    """A split as prepare_delta makes it for the first step."""
-    state = dict(delta=torch.zeros(len(pairs), 2).double(), margins=torch.zeros(len(pairs)).double())
-    return dict(pairs=pairs, sketch=sketch, c=torch.zeros(sketch.shape[2]).double(), **state, **more)
+    """A split as prepare_delta makes it for the first step with --delta per_pair; sketch (2 pairs, K)."""
+    count = len(pairs)
+    state = dict(index=np.arange(2 * count).reshape(-1, 2), prompts=np.arange(count), source=np.arange(2 * count),
+                 delta_prompts=np.arange(2 * count) // 2, weights=torch.ones(count).double())
+    sizes = dict(delta=2 * count, margins=count, c=sketch.shape[1])
+    state |= {name: torch.zeros(size).double() for name, size in sizes.items()}
+    return dict(pairs=pairs, sketch=sketch, **state, **more)
 
 
 def notebook(model, pairs, deltas, weight):
@@ -60,13 +65,13 @@ def penalties(path, pairs):
     policy, state = policy_of(path, DIM)
     cache_ref.sketches(policy, state, pairs[:1])  # the hash tables
     start = time.time()
-    sketch = torch.cat([cache_ref.sketches(policy, state, [pair]) for pair in pairs])
+    sketch = torch.cat([cache_ref.sketches(policy, state, [pair]) for pair in pairs]).flatten(0, 1)  # (2 pairs, K)
     once, before = time.time() - start, peak()
     del policy, state
     split = with_delta(pairs, sketch.numpy())
     rows, args = np.arange(len(pairs)), types.SimpleNamespace(**DEFAULTS)
     start = time.time()
-    scores = sketch.flatten(0, 1).double()
+    scores = sketch.double()
     c = deltas.flatten().double() @ scores
     ours = weight * (c / (2 * len(pairs))).square().sum().item()
     slope = (weight / (2 * len(pairs) ** 2) * scores @ c).view(-1, 2)
@@ -116,8 +121,9 @@ def steps(path, pairs, sketch):
 
 
 def subproblem(sketch, size=32):
-    """A dataset of these sketches (N, 2, K), its first batches one after the other, margins drawn from N(0, 1)."""
-    count = len(sketch)
+    """A dataset of pairs of these sketches (U, K), its first batches one after the other, margins drawn from N(0, 1)."""
+    count = len(sketch) // 2
+    sketch = sketch[:2 * count]
     margins = torch.from_numpy(np.random.default_rng(0).normal(size=count))
     print("\n| lambda | 1 step | 3 | 10 | 30 | norm of delta |\n|---|---|---|---|---|---|")
     for weight in (0.1, 1.0, 10.0, 100.0, 1000.0):
@@ -127,7 +133,7 @@ def subproblem(sketch, size=32):
             args = types.SimpleNamespace(**DEFAULTS | dict(penalty_weight=weight, delta_steps=inner))
 
             def value(batch):
-                delta = split["delta"][batch].numpy()
+                delta = split["delta"].view(-1, 2)[batch].numpy()
                 loss = np.logaddexp(0, -margins[batch].numpy() - delta[:, 0] + delta[:, 1]).sum()
                 return loss + count * weight * (split["c"] / (2 * count)).square().sum().item()
 
@@ -143,14 +149,14 @@ def subproblem(sketch, size=32):
 
 def blind(sketch, count=400, weight=100.0):
     """What a penalty does not see that has fewer numbers than there are delta: the given sketches stand for the truth."""
-    truth = np.array(sketch[:count], np.float64)
-    count = len(truth)
+    count = min(count, len(sketch) // 2)
+    truth = np.array(sketch[:2 * count], np.float64)
     margins = torch.from_numpy(np.random.default_rng(0).normal(size=count))
     print(f"\n{2 * count} delta, lambda {weight:g}\n\n| K | epochs | penalty seen | true | ratio | norm of delta |\n|---|---|---|---|---|---|")
     for dim in (128, 512):
         state = types.SimpleNamespace(dim=dim, salt="")
-        folded = cache_ref.count_sketch(torch.from_numpy(truth).float().flatten(0, 1), state, "fold", 0)
-        split = with_delta([{}] * count, folded.view(count, 2, dim).numpy())
+        folded = cache_ref.count_sketch(torch.from_numpy(truth).float(), state, "fold", 0)
+        split = with_delta([{}] * count, folded.numpy())
         args = types.SimpleNamespace(**DEFAULTS | dict(penalty_weight=weight))
         for epoch in range(1, 21):
             order = np.random.default_rng(epoch).permutation(count)
@@ -159,7 +165,7 @@ def blind(sketch, count=400, weight=100.0):
             if epoch in (1, 20):
                 delta = split["delta"].numpy()
                 seen = weight * (split["c"] / (2 * count)).square().sum().item()
-                true = weight * np.square(np.einsum("ns,nsk->k", delta, truth) / (2 * count)).sum()
+                true = weight * np.square(delta @ truth / (2 * count)).sum()
                 print(f"| {dim} | {epoch} | {seen:.4f} | {true:.4f} | {true / seen:.0f} | {np.linalg.norm(delta):.1f} |")
 
 

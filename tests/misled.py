@@ -11,7 +11,7 @@ Then, for all orders that were not trained on, the probabilities that the policy
 samples) make the expected true reward of the gloves. Prints it against the untrained policy's, per seed, and writes a table of
 mean ± standard error over the seeds, with paired differences to DPO, and a figure to --out. IPO and DPOP are
 tests/losses/fork.py's; "not centred" is auxdpo.py without the line that takes off the mean, "orthogonal" has in place of each
-score g - mean of g a direction of its own with the same norm, and "to 1e-3" the directions in which the scores are weak free."""
+score g - mean of g a direction of its own with the same norm, and "to 0.1" frees all directions in which the scores are weak."""
 
 import argparse
 import importlib
@@ -41,7 +41,7 @@ EDITS = {  # forks of auxdpo.py: what stands there, and what is put in its place
     "orthogonal": {  # the scores keep their norms and lose their directions
         CENTRED: "        scores, columns = (scores - means[group]).norm(dim=1).diag(), whole\n",
         "train[\"sketch\"], size = find_sketch(train, args), args.sketch_dim": "train[\"sketch\"] = find_sketch(train, args)"},
-    "loose": {"values < 1e-5 * values[-1]": "values < 1e-3 * values[-1]"},
+    "loose": {"values < 1e-5 * values[-1]": "values < 0.1 * values[-1]"},
 }
 METHODS = {
     "DPO": ["dpo.py"],
@@ -51,7 +51,7 @@ METHODS = {
     **{f"shared, λ = {value}": ["auxdpo.py", "--penalty_weight", value] for value in ("1", "10", "100")},
     "shared, not centred, λ = 1": ["not_centred"],
     "shared, exact null space": ["auxdpo.py", "--null", "exact"],
-    "shared, null space to 1e-3": ["loose", "--null", "exact"],
+    "shared, null space to 0.1": ["loose", "--null", "exact"],
     "shared, orthogonal, λ = 10": ["orthogonal", "--penalty_weight", "10"],
     **{f"ridge, λ = {value}": ["auxdpo.py", "--geometry", "ridge", "--penalty_weight", value]
        for value in ("0.01", "0.1", "1", "10", "100")},
