@@ -29,7 +29,7 @@ bfloat16, which loses most of a step; here it is float32, and never tied to the 
 code's trial step, --accept_step, is off. 7. Ours: span, exact, --pairs_per_step, --baseline.
 Differs from dpo.py: votes, not a loss and AdamW; no cache.
 
-Read to line 342: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 355: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -235,6 +235,7 @@ def main():
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
     with explain(f"{args.out}/final cannot be written ({{}}): make room, and use --resume"):
         save_head(head, args)
+    check_head(head, val if args.eval_every else train, held_out, dtype, args)
     for kind in ("float32", "bfloat16"):  # what is left of it if final/ is read in this precision
         head.weight.copy_(head.weight.to(getattr(torch, kind)))
         log({"step": steps} | displacement(head, held_out, first, f"export/{kind}"))
@@ -337,9 +338,21 @@ def save_head(head, args):
         (aside / "config.json").write_text(json.dumps(config, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
+    dist.barrier()  # a rank that ended now would end rank 0
+
+def check_head(head, pairs, held_out, dtype, args):
+    """Rank 0 reads final/ back: it must give two short pairs the log-probs of trunk and head."""
+    if dist.get_rank() == 0:
+        shortest = np.argsort([len(each.targets) for each in held_out])[:2]
+        logps = torch.stack([mean_logps(head, held_out[i]) for i in shortest], 1)  # (2, n)
+        pairs = [pairs[int(i)] for i in shortest]
+        lengths = [(0, len(pair["chosen"]), len(pair["rejected"])) for pair in pairs]
+        truth = own_logps(read_model(f"{args.out}/final", args)[1].eval(), pairs)
+        check_same(logps, truth, np.array(lengths), dtype,
+                   f"{args.out}/final gives other log-probs than the head that was trained")
         for path in Path(args.out).glob("step-*") if args.save_every == 0 else []:
             shutil.rmtree(path)  # it was made in case that this goes wrong
-    dist.barrier()  # a rank that ended now would end rank 0
+    dist.barrier()
 
 # ---- helpers, the same in every script (tests/test_copies.py): edit them in dpo.py first ----
 
@@ -766,6 +779,13 @@ def place_weights(model, weights, device):
     state = {} if weights is None else weights.state_dict()
     set_model_state_dict(model, state, options=options)
 
+def check_same(logps, truth, lengths, dtype, trouble):
+    """Stop if log-probs (2, n) or (2, n, k) are not the true ones (2, n), but for rounding."""
+    logps = logps.reshape(*truth.shape, -1)[..., 0].cpu().numpy()
+    errors = np.abs(logps - truth) / (lengths[:, 1:].T + 10)  # (2, n) nats per token
+    if not errors.max() < (1e-4 if dtype == torch.float32 else 0.05):
+        fail(f"{trouble} (they differ by {errors.max():.2g} nats per token)")
+
 # -- the run's folder: log, checkpoints, final model
 # A resumed run may change these: they move files, or change the numbers by rounding only. What the
 # folders of --model and --data hold is compared by its hashes.
@@ -872,6 +892,17 @@ def copy_model_files(folder, args):
         for path in source.iterdir():
             if path.suffix in MODEL_FILES and path.name != "adapter_config.json":
                 shutil.copyfile(path, folder / path.name)
+
+@torch.no_grad()
+def own_logps(model, pairs):
+    """log pi(y|x) (2, n) by the model's own forward pass, one text at a time."""
+    sums = []
+    for side in ("chosen", "rejected"):
+        for pair in pairs:
+            ids = torch.tensor([pair["prompt"] + pair[side]], device=model.device)
+            logits = model(ids, use_cache=False).logits[0, len(pair["prompt"]) - 1:-1].float()
+            sums.append(token_logps(logits, ids[0, len(pair["prompt"]):]).sum().item())
+    return np.array(sums).reshape(2, -1)
 
 if __name__ == "__main__":
     with explain("{}; mend this and run the same command again, a training with --resume",

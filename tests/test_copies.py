@@ -35,7 +35,7 @@ LIMITS = {
     "simpo.py": (951, 215, 30),
     "wpo.py": (973, 220, 20),
     "auxdpo.py": (1150, 385, 160),
-    "compo.py": (880, 345, 250),
+    "compo.py": (910, 357, 250),
     "cache_ref.py": (949, None, None),
     "evaluate.py": (800, None, None),
 }
