@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 ROOT = Path(__file__).parents[1]
-SIZES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary: shapes of Qwen2.5 0.5B to 3B and Llama-3.1 8B
+SIZES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary: shapes of Qwen2.5 0.5B to 7B and Llama-3.1 8B
     "tiny": (64, 128, 2, 4, 2, 1000), "0.5B": (896, 4864, 24, 14, 2, 151936), "1.5B": (1536, 8960, 28, 12, 2, 151936),
-    "3B": (2048, 11008, 36, 16, 2, 151936), "8B": (4096, 14336, 32, 32, 8, 128256)}
+    "3B": (2048, 11008, 36, 16, 2, 151936), "7B": (3584, 18944, 28, 28, 4, 152064), "8B": (4096, 14336, 32, 32, 8, 128256)}
 
 
 PEAKS = dict(A100=312, H100=989, H200=989, B200=2250, MI300X=1307, L40S=362)  # TFLOP/s, bfloat16, dense
@@ -46,7 +46,7 @@ def make_model(folder, size):
     hidden, mlp, layers, heads, kv_heads, vocabulary = SIZES[size]
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=size != "8B",
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=size not in ("7B", "8B"),
         max_position_embeddings=8192, bos_token_id=0, eos_token_id=1, pad_token_id=1)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a GPU draws 8B normals in seconds
@@ -90,11 +90,16 @@ def lines(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def peak_flops():
+    """FLOP/s that a device of this machine could make in bfloat16; None if it is not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((tera * 1e12 for gpu, tera in PEAKS.items() if gpu in name), None)
+
+
 def mfu(line, blocks, head):
     """Model FLOPs of a line of the log / peak FLOPs of the GPUs (arXiv 2204.02311), in per cent; None if the peak is not known.
     The head sees response tokens only; attention's own products and what is computed twice are not counted."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((tera * 1e12 for gpu, tera in PEAKS.items() if gpu in name), None)
+    peak = peak_flops()
     if peak is None:
         return None
     responses = line["pairs"] * (line["lengths/chosen"] + line["lengths/rejected"])
