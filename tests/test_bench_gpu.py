@@ -84,7 +84,7 @@ def test_every_word_of_a_variant_is_known():
             layout, tokens, *how = variant.rstrip("*").split()
             args = gpu.settings([layout, tokens, *how], "folder", False)
             assert layout in ("packed", "concatenated", "separate") and args.max_tokens == int(tokens)
-            assert set(how) <= {"full", "selective", "compile", "zero2", "zero3", "lora", "tables"}
+            assert set(how) <= {"full", "selective", "compile", "zero2", "zero3", "lora", "tables", "head"}
         for variant in trl:
             name, size, *how = variant.rstrip("*").split()
             assert name == "trl" and int(size) > 0 and set(how) <= {"full", "lora"}

@@ -11,7 +11,8 @@ TRL has precomputed log-probs of the reference, no dropout and fused AdamW; its 
 directly under autocast, so that its Trainer's own overhead is not counted. With LoRA its base is bfloat16.
 
 A variant is written in words: a layout and --max_tokens of ours or the pairs of a micro-batch of TRL; full, selective:
-activation checkpointing; compile; zero2, zero3; lora; tables: one table for attention in place of several. Columns:
+activation checkpointing; compile; zero2, zero3; lora; tables: one table for attention in place of several;
+head: the output head and its loss compiled too. Columns:
 
     s fresh      median of the steps on batches never seen before, whose shapes are new to the allocator and to compile
     s repeated   the faster of two steps on one of these batches again
@@ -59,7 +60,7 @@ SLICES = {  # name: (size, lengths, variants of ours, of TRL)
                                             "packed 32768 full", "packed 8192 zero3 full"], ["trl 8 full", "trl 32 full"]),
     "layouts15b": ("1.5B", "ultrafeedback", ["packed 16384", "packed 16384 tables", "concatenated 16384", "separate 16384"], []),
     "compile15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 16384 compile*", "packed 16384 full compile",
-                                             "packed 16384 zero3 compile"], []),
+                                             "packed 16384 zero3 compile", "packed 16384 compile head*"], []),
     "full3b": ("3B", "ultrafeedback", ["packed 16384 selective*", "packed 16384 full", "packed 32768 full"],
                ["trl 4 full", "trl 16 full"]),
     "lora7b": ("7B", "ultrafeedback", ["packed 16384 lora full*", "packed 8192 lora selective"],
@@ -131,10 +132,11 @@ def ours(folder, pairs, tiny):
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
     rows = datasets.Dataset.from_list([pair | dict(id=str(i)) for i, pair in enumerate(pairs)])
     split = dict(pairs=rows, lengths=lengths, ref_logps=np.zeros((len(pairs), 2), np.float32))
-    tables = dpo.attention_tables
+    tables, head_pass = dpo.attention_tables, dpo.head_pass
 
     def make(words):
         args = settings(words, folder, tiny)
+        dpo.head_pass = torch.compile(head_pass, dynamic=True) if "head" in words else head_pass
         dpo.attention_tables = one_table if "tables" in words else tables
         if hasattr(weights, "peft_config"):  # of the variant before
             weights.delete_adapter("default")
