@@ -51,9 +51,13 @@ def test_every_variant_of_ours_that_speed_does_not_have_runs_too(tmp_path):
 
 @pytest.mark.slow
 def test_no_variant_begins_after_the_budget_and_what_there_is_is_written(tmp_path):
-    run(tmp_path, "--slice", "layouts15b", "--budget", "0")
-    rows = rows_of((tmp_path / "layouts15b.md").read_text())
-    assert len(rows) == 4 and {row[0] for row in rows.values()} == {"not reached"}
+    run(tmp_path, "--slice", "layouts15b,hh15b", "--budget", "0")
+    for name, count in ("layouts15b", 4), ("hh15b", 7):
+        rows = rows_of((tmp_path / f"{name}.md").read_text())
+        assert len(rows) == count and {row[0] for row in rows.values()} == {"not reached"}
+    # A process that is running when the time is over says the same of the variants that are left.
+    said = run(tmp_path, "--slice", "layouts15b", "--contender", "ours", "--folder", str(tmp_path), "--until", "1")
+    assert said.count('"trouble": "not reached"') == 4
 
 
 def test_without_trl_it_is_left_out_with_a_line(tmp_path, monkeypatch, capsys):
@@ -64,7 +68,7 @@ def test_without_trl_it_is_left_out_with_a_line(tmp_path, monkeypatch, capsys):
         yield dict(variant=name, trouble="not run")
     monkeypatch.setattr(gpu, "start", start)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    gpu.run_slice(SimpleNamespace(slice="speed15b", size="tiny", only="", rounds=1, out=tmp_path), tmp_path, 0)
+    gpu.run_slice(SimpleNamespace(slice="speed15b", size="tiny", only="", rounds=1, out=tmp_path), tmp_path, float("inf"))
     assert started == ["ours"] and "TRL is not installed: it is left out" in capsys.readouterr().out
 
 

@@ -418,16 +418,21 @@ def run_slice(args, folder, until):
         trl_variants = []
     path = args.out / f"{args.slice}.md"
     command = f"`python tests/bench/gpu.py --slice {args.slice}{' --size ' + args.size if args.size else ''}`"
-    if args.slice == "head":
+    if args.slice == "head" and time.time() < until:
         for result in start("head", args, folder, until):
             path.write_text(f"{result if isinstance(result, str) else result['trouble']}\n{versions()}. {command}\n")
+            print(path.read_text(), flush=True)
     results = []
-    for name in ["ours"] * bool(our_variants) + ["trl"] * bool(trl_variants):
-        for result in start(name, args, folder, until):
+    for name, variants in ("ours", our_variants), ("trl", trl_variants):
+        reports = [dict(variant=variant.rstrip("*"), trouble="not reached") for variant in variants]
+        if variants and time.time() < until:
+            reports = start(name, args, folder, until)
+        for result in reports:
             results.append(result)
             print(f"{args.slice}: {result['variant']} {result.get('trouble', '')}", flush=True)
             path.write_text(f"{report(results, args)}\n{versions()}. {command}\n")
-    print(path.read_text(), flush=True)
+    if results:
+        print(path.read_text(), flush=True)
 
 
 def main():
