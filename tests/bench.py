@@ -163,12 +163,14 @@ def old(folder, model_folder, pairs, max_tokens):
 
 
 def trl(model_folder, pairs, size, how):
-    """how: words; full: gradient checkpointing, lora: adapters of rank 16 on a base in bfloat16. On a GPU bfloat16 by autocast."""
+    """how: words; full: gradient checkpointing; lora: adapters of rank 16 on a base in bfloat16; cudnn: torch may choose cuDNN's
+    attention, which plans each new shape for 0.1 s, as it does by default. On a GPU bfloat16 by autocast."""
     import datasets
     import torch
     import transformers
     from trl import DPOConfig, DPOTrainer
     transformers.utils.logging.set_verbosity_error()
+    torch.backends.cuda.enable_cudnn_sdp("cudnn" in how)
     cuda, lora = torch.cuda.is_available(), None
     if "lora" in how:
         from peft import LoraConfig

@@ -91,7 +91,7 @@ def test_every_word_of_a_variant_is_known():
             assert set(how) <= {"full", "selective", "compile", "zero2", "zero3", "lora", "tables", "head"}
         for variant in trl:
             name, size, *how = variant.rstrip("*").split()
-            assert name == "trl" and int(size) > 0 and set(how) <= {"full", "lora"}
+            assert name == "trl" and int(size) > 0 and set(how) <= {"full", "lora", "cudnn"}
 
 
 def test_time_in_which_several_kernels_ran_counts_once():

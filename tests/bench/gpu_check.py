@@ -291,6 +291,7 @@ def main():
         try:
             check_in_process(model, data, 8 * tokens)
         except RuntimeError as error:
+            torch.cuda.set_sync_debug_mode("default")
             failures.append(f"between micro-batches: {error}")
     shutil.rmtree(folder)
     shape = (32000, 4096, 400, 1800) if cuda else (2000, 256, 40, 200)
