@@ -23,6 +23,7 @@ def test_every_script_passes_the_checks_in_the_tiny_size(tmp_path):
     assert "| exact |" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_script_that_stops_is_named_with_its_last_line():
     assert gpu_check.run("dpo.py", "--beta", "none").startswith("dpo.py ended with status 1: error: ")
 
