@@ -92,7 +92,6 @@ def ours(layout, how, model_folder, pairs, max_tokens):
     """max_tokens holds for each layout, and is more if a pair needs it; how: nothing, compile, selective or full."""
     import dpo
     import numpy as np
-    import torch
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
     max_tokens = max(max_tokens, dpo.pair_tokens(lengths, layout).max())
     args = dpo.Args(model=str(model_folder), data="", layout=layout, max_tokens=int(max_tokens), compile=how == "compile",
@@ -101,21 +100,34 @@ def ours(layout, how, model_folder, pairs, max_tokens):
     _, _, device, dtype = dpo.start_process_group("float32")
     model, weights = dpo.read_model(args.model, args)
     policy = dpo.build_policy(model, weights, dpo.token_logps, device, dtype, args)
-    parameters = list(policy.parameters())
-    optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
     split = dict(pairs=[pair | dict(id=str(i)) for i, pair in enumerate(pairs)], lengths=lengths,
                  ref_logps=np.zeros((len(pairs), 2), np.float32))
+    take = our_step(policy, split, args)
+
+    def step(rows):
+        return dpo.mean_over_pairs(take(rows))["loss"]
+    return step
+
+
+def our_step(policy, split, args):
+    """-> a function that takes an optimiser step on some rows, as main() of dpo.py does, and gives the sums of its metrics."""
+    import dpo
+    import numpy as np
+    import torch
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
 
     def step(rows):
         sums = []
-        for part in dpo.micro_batches(np.array(rows), lengths, args, 1):
+        parts = dpo.micro_batches(np.array(rows), split["lengths"], args, 1)
+        for part in dpo.hold_weights(policy, parts):
             losses, metrics = dpo.pair_losses(policy, part, split, args)
             (losses.sum() / len(rows)).backward()
             sums.append(metrics)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0).full_tensor()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0).full_tensor().item()
         optimizer.step()
         optimizer.zero_grad()
-        return dpo.mean_over_pairs(sums)["loss"]
+        return sums
     return step
 
 
@@ -151,36 +163,49 @@ def old(folder, model_folder, pairs, max_tokens):
 
 
 def trl(model_folder, pairs, size, how):
+    """how: words; full: gradient checkpointing; lora: adapters of rank 16 on a base in bfloat16; cudnn: torch may choose cuDNN's
+    attention, which plans each new shape for 0.1 s, as it does by default. On a GPU bfloat16 by autocast."""
     import datasets
     import torch
     import transformers
     from trl import DPOConfig, DPOTrainer
     transformers.utils.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    torch.backends.cuda.enable_cudnn_sdp("cudnn" in how)
+    cuda, lora = torch.cuda.is_available(), None
+    if "lora" in how:
+        from peft import LoraConfig
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    dtype = torch.bfloat16 if cuda and lora else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
     from tokenizers import Tokenizer, models
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<unk>", pad_token="<unk>")
-    config = DPOConfig(output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True, bf16=False, max_length=None,
+    config = DPOConfig(output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=not cuda, bf16=cuda, max_length=None,
                        gradient_checkpointing=False, disable_dropout=True, precompute_ref_log_probs=True, beta=0.1)
     rows = datasets.Dataset.from_list([dict(prompt="a", chosen="a a", rejected="a a a")] * 2)
-    trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
+    trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     trainer.model.train()
-    if how == "full":
+    if "full" in how:
         trainer.model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), 1e-6, fused=True)
+    if "full" in how and lora:
+        trainer.model.enable_input_require_grads()
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    optimizer, device = torch.optim.AdamW(parameters, 1e-6, fused=True), trainer.model.device
 
     def step(rows, size=size):
         total = 0.0
         for start in range(0, len(rows), size):
             part = [{f"{side}_ids": pairs[row][side] for side in ("prompt", "chosen", "rejected")}
                     | dict(ref_chosen_logps=0.0, ref_rejected_logps=0.0) for row in rows[start:start + size]]
-            loss = trainer.compute_loss(trainer.model, trainer.data_collator(part))
+            batch = {name: tensor.to(device) for name, tensor in trainer.data_collator(part).items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                loss = trainer.compute_loss(trainer.model, batch)
             (loss * len(part) / len(rows)).backward()
-            total += loss.item() * len(part) / len(rows)
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+            total += loss.detach() * len(part) / len(rows)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return total
+        return total.item()
     return step
 
 
@@ -196,7 +221,7 @@ def contender(name, model_folder, folder, max_tokens, old_folder):
     pairs = json.loads((Path(folder) / "pairs.json").read_text())
     way, *how = name.split()
     if way == "trl":
-        step = trl(model_folder, pairs, int(how[0]), how[-1])
+        step = trl(model_folder, pairs, int(how[0]), how[1:])
     elif way == "old":
         step = old(old_folder, model_folder, pairs, max_tokens)
     else:

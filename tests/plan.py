@@ -1,6 +1,7 @@
 """Memory and FLOPs of a rank, before anything is downloaded or started: from a model's config.json alone.
 
     ./launch.sh plan MODEL [--ranks 8] [--max_tokens 8192] [--activation_checkpointing full] ...
+    ./launch.sh plan MODEL --ranks 1 --fit 79.2    the largest --max_tokens of 4096, 8192, ... 65536 that fits so many GiB
 
 The model is built on the meta device, which has shapes and no numbers, and one forward pass of --max_tokens counts what autograd
 keeps for the backward pass. Bytes per rank, c = 2 for bfloat16 and 4 for float32, P parameters, S ranks that share a copy:
@@ -21,6 +22,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GIB = 2**30
+BOUNDS = [4096, 8192, 16384, 32768, 65536]  # values of --max_tokens that --fit chooses from
 
 
 class Attention(torch.autograd.Function):
@@ -96,6 +98,16 @@ def plan(config, ranks=1, group=0, tokens=8192, dtype=torch.bfloat16, checkpoint
     return parts, dict(parameters=parameters, blocks=len(blocks), matmul=parameters - (0 if tied else embedding))
 
 
+def largest_that_fits(gib, config, ranks, group, dtype, checkpointing, lora, zero):
+    """The largest of BOUNDS with which all parts of the plan together take at most so many GiB; 0 if none fits."""
+    fitting = 0
+    for tokens in BOUNDS:
+        parts, _ = plan(config, ranks, group, tokens, dtype, checkpointing, lora, zero)
+        if sum(parts.values()) <= gib * GIB:
+            fitting = tokens
+    return fitting
+
+
 def main():
     parser = argparse.ArgumentParser(prog="launch.sh plan", description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder or hub name; config.json is enough")
@@ -109,19 +121,24 @@ def main():
     parser.add_argument("--pair_tokens", type=int, default=800, help="prompt once, chosen and rejected")
     parser.add_argument("--batch_size", type=int, default=128, help="pairs of a step, over all ranks")
     parser.add_argument("--teraflops", type=float, default=989, help="peak of a device: H100 and H200, bfloat16, dense")
+    parser.add_argument("--fit", type=float, default=0, help="GiB of a device: also print the largest --max_tokens that fits")
     args = parser.parse_args()
+    dtype, how, lora = getattr(torch, args.dtype), args.activation_checkpointing, args.lora_rank > 0
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)
-        parts, about = plan(config, args.ranks, args.shard_group, args.max_tokens, getattr(torch, args.dtype),
-                            args.activation_checkpointing, args.lora_rank > 0, args.zero)
+        parts, about = plan(config, args.ranks, args.shard_group, args.max_tokens, dtype, how, lora, args.zero)
     except Exception as error:
         raise SystemExit(f"error: {args.model} cannot be planned ({str(error).splitlines()[0][:150]}); give a folder with "
                          "config.json of a causal language model") from None
     print(f"{args.model}: {about['parameters'] / 1e9:.3g} billion parameters in {about['blocks']} blocks; {args.ranks} ranks, "
-          f"{args.max_tokens} tokens per forward pass, {args.dtype}, checkpointing {args.activation_checkpointing}")
+          f"{args.max_tokens} tokens per forward pass, {args.dtype}, checkpointing {how}")
     for name, value in (parts | {"in all": sum(parts.values())}).items():
         print(f"  {name:12}{value / GIB:9.2f} GiB per rank")
-    flops = (8 if args.activation_checkpointing == "full" else 6) * about["matmul"] * args.batch_size * args.pair_tokens / args.ranks
+    if args.fit:
+        tokens = largest_that_fits(args.fit, config, args.ranks, args.shard_group, dtype, how, lora, args.zero)
+        answer = f"--max_tokens {tokens} is the largest that fits" if tokens else "no --max_tokens fits"
+        print(f"  {answer} {args.fit:g} GiB")
+    flops = (8 if how == "full" else 6) * about["matmul"] * args.batch_size * args.pair_tokens / args.ranks
     print(f"  a step of {args.batch_size} pairs of {args.pair_tokens} tokens: {flops:.3g} FLOPs per rank, "
           f"{flops / args.teraflops / 0.4e12:.2f} s at 40 % of {args.teraflops:g} TFLOP/s")
 

@@ -55,6 +55,26 @@ def test_predicted_bytes_are_those_of_a_step(folder, process_group):
     np.testing.assert_array_less(plan.plan(config, tokens=tokens)[0]["activations"], parts["activations"])  # bfloat16
 
 
+def test_the_largest_bound_that_fits_is_that_of_the_parts_added_by_hand(folder):
+    """Of one rank in float32, --zero 2, no checkpointing. States and gathered weights do not depend on the tokens; activations are
+    proportional to them; the head has all logits of up to 2^26 / 97 = 691,842 tokens, in float32 and twice more."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    block = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352 + 2 * 128  # q, o; k, v; MLP; two norms
+    parameters = 3 * block + 2 * 97 * 128 + 128
+    fixed = 16 * parameters + 4 * parameters + (4 + 4) * block
+    activations = plan.plan(config, 1, tokens=64, dtype=torch.float32)[0]["activations"] / 64  # bytes of a token
+    head = 97 * 12
+    at = {tokens: (fixed + tokens * (activations + head)) / 2**30 for tokens in plan.BOUNDS}
+    assert list(at) == [4096, 8192, 16384, 32768, 65536]
+
+    def fits(gib):
+        return plan.largest_that_fits(gib, config, 1, 0, torch.float32, "off", False, "auto")
+    assert fits(1.001 * at[16384]) == 16384 and fits(0.999 * at[16384]) == 8192
+    assert fits(1.001 * at[65536]) == 65536 and fits(1000) == 65536
+    assert fits(1.001 * at[4096]) == 4096 and fits(0.999 * at[4096]) == 0
+    assert plan.largest_that_fits(at[16384], config, 1, 0, torch.float32, "full", False, "auto") > 16384
+
+
 @pytest.mark.slow
 def test_the_command_prints_gib_and_flops_and_names_what_is_no_model(folder, tmp_path):
     command = [sys.executable, ROOT / "tests/plan.py"]
@@ -62,6 +82,10 @@ def test_the_command_prints_gib_and_flops_and_names_what_is_no_model(folder, tmp
     assert "in all" in done.stdout and "GiB per rank" in done.stdout, done.stderr
     config = transformers.AutoConfig.from_pretrained(folder)
     flops = 6 * plan.plan(config)[1]["matmul"] * 1000 / 2
-    assert f"{flops:.3g} FLOPs per rank" in done.stdout
+    assert f"{flops:.3g} FLOPs per rank" in done.stdout and "fits" not in done.stdout
+    done = subprocess.run([*command, folder, "--ranks", "1", "--fit", "1000"], capture_output=True, text=True)
+    assert "--max_tokens 65536 is the largest that fits 1000 GiB" in done.stdout and "in all" in done.stdout, done.stderr
+    done = subprocess.run([*command, folder, "--ranks", "1", "--fit", "0.001"], capture_output=True, text=True)
+    assert "no --max_tokens fits 0.001 GiB" in done.stdout and done.returncode == 0, done.stderr
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}")
