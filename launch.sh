@@ -208,11 +208,11 @@ recipe() {  # [NAME [--run [FLAGS]]]
 }
 
 case ${1:-} in
-  demo) . tests/demo.sh; demo "${@:2}" ;;
+  demo) . tests/demo/demo.sh; demo "${@:2}" ;;
   test) environment requirements.txt requirements-dev.txt
     export HF_HUB_OFFLINE=1; run "$python" -m pytest tests "${@:2}" ;;
   recipe) recipe "${@:2}" ;;
-  plan) environment requirements.txt; run "$python" tests/plan.py "${@:2}" ;;
+  plan) environment requirements.txt; run "$python" tests/bench/plan.py "${@:2}" ;;
   install) environment requirements.txt requirements-dev.txt; echo "$python has all packages" ;;
   *.py) script "$@" ;;
   ""|-h|--help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" ;;

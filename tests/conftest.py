@@ -25,7 +25,7 @@ with contextlib.suppress(ModuleNotFoundError):  # test_copies.py and test_readme
     torch.set_num_threads(1)  # tiny matrices; more threads would only wait for each other
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "tests/bench", "tests/demo", "tests/losses")]
 
 VOCAB, WINDOW = 97, 8  # tokens; a sliding window shorter than the test sequences
 SMALL = dict(

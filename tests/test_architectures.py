@@ -10,15 +10,11 @@ The models are those of tests/bench/architectures.py, which takes them the whole
 """
 
 import functools
-import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import dpo
 from architectures import ARCHITECTURES, FIVE, changed, make_model, same_config, tensors_of, unlike

@@ -64,7 +64,7 @@ def test_reward_is_the_sum_of_its_parts():
 
 
 def test_reward_needs_no_torch():
-    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import demo_world; "
+    code = (f"import sys; sys.path.insert(0, {str(Path(demo_summary.__file__).parent)!r}); import demo_world; "
             "assert demo_world.true_reward('two pens', 'Here are two pens.') == 1; "
             "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)

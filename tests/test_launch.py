@@ -30,9 +30,9 @@ def root(tmp_path):
     """A copy of launch.sh and what it reads, without .venv."""
     for path in [ROOT / "launch.sh", *ROOT.glob("requirements*.txt"), *ROOT.glob("*.py")]:
         shutil.copy(path, tmp_path)
-    (tmp_path / "tests").mkdir()
-    for name in ("demo.sh", "recipes.txt"):
-        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    (tmp_path / "tests/demo").mkdir(parents=True)
+    for name in ("demo/demo.sh", "recipes.txt"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     shutil.copytree(ROOT / "tests/losses", tmp_path / "tests/losses", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
@@ -354,7 +354,7 @@ def test_a_fork_of_a_script_is_trained_in_the_same_world_and_shown_beside_the_ot
     (root / "data/demo_world/pairs/meta.json").touch()
     text = launch(root, "demo", "--only", "mine.py")
     assert scripts(line for line in text if "OMP" in line) == [
-        "mine.py", "evaluate.py", "evaluate.py", "tests/demo_summary.py"]
+        "mine.py", "evaluate.py", "evaluate.py", "tests/demo/demo_summary.py"]
     train, = [line for line in text if " mine.py --model" in line]
     assert "--learning_rate 3e-4" in train and "--out out/demo/mine" in train and "rm -rf data" not in "".join(text)
     for name in ("dpo", "compo/final", "mine"):
@@ -362,7 +362,7 @@ def test_a_fork_of_a_script_is_trained_in_the_same_world_and_shown_beside_the_ot
     assert "no script yours.py" in " ".join(launch(root, "demo", "--only", "yours.py", rc=1))
 
 ALGORITHMS = ["dpo.py", "dpo_norm.py", "simpo.py", "wpo.py", "auxdpo.py", "dpo.py", "compo.py"]
-WORLD, SHOWN = ["tests/demo_world.py", "prepare_data.py", "cache_ref.py"], ["evaluate.py"] * 2 + ["tests/demo_summary.py"]
+WORLD, SHOWN = ["tests/demo/demo_world.py", "prepare_data.py", "cache_ref.py"], ["evaluate.py"] * 2 + ["tests/demo/demo_summary.py"]
 
 def test_also_adds_losses_to_the_demo_whose_other_commands_stay_as_they_are(root):
     plain, more = [[line for line in launch(root, "demo", *flags) if line.startswith("OMP") and ".py" in line]
@@ -396,7 +396,7 @@ def test_a_loss_that_is_not_there_is_one_line_with_the_names_of_those_that_are(r
     assert "--also" in launch(root, "demo", "--also", rc=1)[0]
 
 def test_plan_gives_its_flags_on(root):
-    assert launch(root, "plan", "MODEL", "--ranks", "2")[-1].endswith("tests/plan.py MODEL --ranks 2")
+    assert launch(root, "plan", "MODEL", "--ranks", "2")[-1].endswith("tests/bench/plan.py MODEL --ranks 2")
 
 def test_what_is_wrong_is_said_in_one_line(root):
     for args, word, env in [(["dqo.py"], "dpo.py", {}), (["dmeo"], "demo", {}), (["cache_ref.py"], "PYTHON=", dict(PYTHON="no-python")),

@@ -1,4 +1,4 @@
-"""tests/misled.py claims, and this file tests:
+"""tests/bench/misled.py claims, and this file tests:
 
 - each order has its three versions compared 1 : 1 : 10 times, and Bradley-Terry labels weigh both orders of a pair;
 - the orders that are measured on were not trained on;

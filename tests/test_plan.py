@@ -77,7 +77,7 @@ def test_the_largest_bound_that_fits_is_that_of_the_parts_added_by_hand(folder):
 
 @pytest.mark.slow
 def test_the_command_prints_gib_and_flops_and_names_what_is_no_model(folder, tmp_path):
-    command = [sys.executable, ROOT / "tests/plan.py"]
+    command = [sys.executable, ROOT / "tests/bench/plan.py"]
     done = subprocess.run([*command, folder, "--ranks", "2", "--batch_size", "10", "--pair_tokens", "100"], capture_output=True, text=True)
     assert "in all" in done.stdout and "GiB per rank" in done.stdout, done.stderr
     config = transformers.AutoConfig.from_pretrained(folder)

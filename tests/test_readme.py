@@ -45,7 +45,7 @@ def test_every_command_names_a_real_script_and_real_flags():
 
 
 def test_every_flag_that_the_text_names_is_a_flag_of_some_script():
-    scripts = [path.relative_to(ROOT) for folder in (ROOT, ROOT / "tests") for path in folder.glob("*.py")]
+    scripts = [path.relative_to(ROOT) for folder in (ROOT, ROOT / "tests/bench", ROOT / "tests/demo") for path in folder.glob("*.py")]
     known = {"run", "help", "ntasks", "nproc_per_node"}.union(*map(flags_of, scripts))
     named = re.findall(r"--(\w+)", re.sub(r"```.*?```", "", README.read_text(), flags=re.S))
     assert len(named) > 20 and not {flag.removeprefix("no_") for flag in named} - known

@@ -13,12 +13,10 @@ import json
 import os
 import random
 import re
-import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 os.environ["OMP_NUM_THREADS"] = "1"  # a process that has used more must not fork
 from misled import call, mean_and_error
 

@@ -175,7 +175,7 @@ def step_times(vocabulary, width, tokens, perturbations):
 
 
 def jobs_that_fit(model, max_tokens):
-    """How many trainings the GPU holds at once, at most four, by the formula of tests/plan.py and a fifth more; one on a CPU."""
+    """How many trainings the GPU holds at once, at most four, by the formula of tests/bench/plan.py and a fifth more; one on a CPU."""
     if not torch.cuda.is_available():
         return 1
     import plan

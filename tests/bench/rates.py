@@ -1,7 +1,7 @@
 """What a step of each algorithm costs beside one of dpo.py, a token of cache_ref.py beside one of training, a token of
 prepare_data.py beside one of the bare tokenizer, and a step on several ranks beside one on one rank.
 
-    python tests/rates.py [--dataset FILE] [--model FOLDER] [--pairs 32] [--rounds 5] [--copies 8] [--ranks 1,2] [--out results/rates.md]
+    python tests/bench/rates.py [--dataset FILE] [--model FOLDER] [--pairs 32] [--rounds 5] [--copies 8] [--ranks 1,2] [--out results/rates.md]
 
 All in one process, in turns, so that a noisy machine is noisy to all; medians of CPU seconds, ratios of the same round. Steps are
 forward, backward, clipping and AdamW on the same `--pairs` pairs, in one micro-batch and in about four, these with full activation
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 SHARED = ROOT.parent / "shared"
 

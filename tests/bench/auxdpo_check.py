@@ -1,4 +1,4 @@
-"""What AuxDPO costs: python tests/auxdpo_check.py MODEL DATA [PAIRS]; how far its solver gets: ... train-sketch.npy
+"""What AuxDPO costs: python tests/bench/auxdpo_check.py MODEL DATA [PAIRS]; how far its solver gets: ... train-sketch.npy
 
 MODEL a Hugging Face folder, DATA a folder of prepare_data.py for it. Everything in one process, on a batch of PAIRS [16].
 1. The penalty and its gradient in delta by the formula of the public notebook, with two backward passes per pair
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 import auxdpo
 import cache_ref
 import dpo

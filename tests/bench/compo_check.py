@@ -1,6 +1,6 @@
 """compo.py on a real model: votes and time against the definition, and how good its directions are.
 
-    python tests/compo_check.py --model data/SmolLM2-135M-Instruct --data data/polite40/noisy \
+    python tests/bench/compo_check.py --model data/SmolLM2-135M-Instruct --data data/polite40/noisy \
         --out results/compo_cosine
 
 The definition is a loop, `slow_votes`: it adds r z to the weight of the whole model's head, runs
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import compo  # noqa: E402
 
 ESTIMATORS = ["gaussian", "span", "span --baseline"]

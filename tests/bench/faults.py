@@ -1,7 +1,7 @@
 """What clusters do to a job, done to a small one: kills at random moments, a full disk, damaged files, NaN, a rank that stalls.
 Each ends in recovery with the weights of the run that was left alone, or in one line; nothing else is a success.
 
-    python tests/faults.py [--kills 50] [--out results/faults.md]    (a few minutes on two cores)
+    python tests/bench/faults.py [--kills 50] [--out results/faults.md]    (a few minutes on two cores)
 
 It prints a table, and writes it into --out; the exit status is 1 if a row fails. A pair that were lost or repeated
 would change the weights, which are compared bit by bit. The full disk is a limit on the size of files, which fails in
@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import ROOT, random_pairs, tiny_hf_model, tiny_tokenizer, write_tiny_data
 from safetensors.torch import load_file, save_file
 
@@ -192,7 +194,7 @@ def main():
     parser.add_argument("--out", help="file for the table, such as results/faults.md")
     args, failed = parser.parse_args(), 0
     kills = args.kills
-    lines = [f"`python tests/faults.py --kills {kills} --out results/faults.md`, {os.cpu_count()} CPU cores, "
+    lines = [f"`python tests/bench/faults.py --kills {kills} --out results/faults.md`, {os.cpu_count()} CPU cores, "
              f"torch {torch.__version__}, transformers {transformers.__version__}:\n",
              "| fault | ends | how |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as name:

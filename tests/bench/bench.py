@@ -1,9 +1,9 @@
 """One optimiser step of DPO, our three layouts against TRL's DPOTrainer: time, memory, and the distance to the matrix products.
 
-    python tests/bench.py [--work hh,dialogues,...] [--contenders packed,concatenated,separate,trl,trl 8] [--rounds 5] [--out results/bench]
-    python tests/bench.py --work hh --contenders "packed,packed selective,packed full,packed compile,trl 1 full,trl 8 full" --out results/bench_packed
-    python tests/bench.py --work dialogues,response-heavy --contenders packed --rounds 9 --old FOLDER --out results/bench_old
-    python tests/bench.py --work hh --profile
+    python tests/bench/bench.py [--work hh,dialogues,...] [--contenders packed,concatenated,separate,trl,trl 8] [--rounds 5] [--out results/bench]
+    python tests/bench/bench.py --work hh --contenders "packed,packed selective,packed full,packed compile,trl 1 full,trl 8 full" --out results/bench_packed
+    python tests/bench/bench.py --work dialogues,response-heavy --contenders packed --rounds 9 --old FOLDER --out results/bench_old
+    python tests/bench/bench.py --work hh --profile
 
 Each contender is a process of its own with the same model, the same pairs and the same global batch; they take turns, one step
 each, so that a noisy machine is noisy to all. Times are medians over rounds of CPU seconds (wall time in the JSON), ratios are to
@@ -29,7 +29,7 @@ import types
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 SHARED = ROOT.parent / "shared"
 

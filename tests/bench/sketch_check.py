@@ -1,4 +1,4 @@
-"""How well, and how fast, sketches stand for gradients: python tests/sketch_check.py MODEL DATA [PAIRS]
+"""How well, and how fast, sketches stand for gradients: python tests/bench/sketch_check.py MODEL DATA [PAIRS]
 
 MODEL a Hugging Face folder, DATA a folder of prepare_data.py for it. Prints, for several K, the relative Frobenius error
 of the Gram matrix of the gradients of 2 x PAIRS responses, the correlation of their cosines with the exact ones (pairs of
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import cache_ref
 
 

@@ -1,6 +1,6 @@
 """What a demo has shown: one table of seven columns, and five sentences that its numbers make.
 
-    python tests/demo_summary.py out/demo
+    python tests/demo/demo_summary.py out/demo
 
 Reads evaluation.json, and curves/evaluation.json for the best of n answers of the untrained model. All figures are of
 held-out prompts; ± is one standard error over prompts of one seed. `./launch.sh demo` ends with this.
@@ -88,7 +88,7 @@ def on_delta(folder):
     pairs, distinct = meta["counts"]["train"], meta["distinct"]["train"]
     acts = max(0, pairs - (distinct["responses"] - distinct["prompts"]))
     return (f"AuxDPO's delta can act on {acts:,} of {pairs:,} margins, those of pairs that repeat or close a cycle; "
-            "python tests/misled.py makes a world of such pairs.")
+            "python tests/bench/misled.py makes a world of such pairs.")
 
 
 def main():

@@ -6,7 +6,7 @@ The plain computation is that of many trainers: a padded batch of chosen and rej
 model's own forward, log_softmax in float32 over all logits. Each runs in a process of its own; what is
 printed is the highest resident memory of the step minus the resident memory before it.
 
-    python tests/memory_check.py [--pairs 1] [--length 1024] [--vocab 50000]
+    python tests/bench/memory_check.py [--pairs 1] [--length 1024] [--vocab 50000]
 
 Exit status 1 unless packed needs at most half of plain.
 """
@@ -21,7 +21,7 @@ import tempfile
 import types
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 
 def resident():

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # All algorithms on four kinds of real pairs, at equal tokens, SmolLM2-135M-Instruct; ends in results/real_smollm2/table.md.
-#   PYTHON=... tests/real_smollm2.sh SHARED MODEL    (SHARED/data as its README says; MODEL: a folder of SmolLM2-135M-Instruct)
+#   PYTHON=... tests/bench/real_smollm2.sh SHARED MODEL    (SHARED/data as its README says; MODEL: a folder of SmolLM2-135M-Instruct)
 # One mixture, as such models are trained: polite answers, harmless dialogues, ARC and MMLU-Pro with one wrong option each, of
 # at most 384 tokens; 343 pairs to train on, 286 to evaluate, the subset says which. On two cores this takes about two hours.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 shared=$1 model=$2 python=${PYTHON:-python} data=data/real_smollm2 out=out/real_smollm2
 mkdir -p "$data-raw" "$out"
 [ -e "$data/meta.json" ] || "$python" - "$shared/data" "$data-raw" <<'PY'

@@ -1,4 +1,4 @@
-"""The bandit of the AuxDPO paper (Proposition 3), solved: python tests/bandit.py [FIGURE.png]
+"""The bandit of the AuxDPO paper (Proposition 3), solved: python tests/bench/bandit.py [FIGURE.png]
 
 One state, three responses, pi_theta proportional to [e^theta, e^-theta, 1], reference theta = 0, true reward r* = [1, 2, 0],
 preferences of Bradley and Terry, and pair counts n12 : n23 : n31. The policy class is one-dimensional, so it cannot
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import auxdpo
 
 REWARD = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)

@@ -26,7 +26,7 @@ the true reward except in `noise`. The subsets are meant to separate the algorit
                order (equal reward, chosen by coin), or with one number changed (half of them
                labelled the wrong way round)
 
-    python tests/demo_world.py --out data/demo_world [--length_share 0] [--noise_share 0.8] ...
+    python tests/demo/demo_world.py --out data/demo_world [--length_share 0] [--noise_share 0.8] ...
 
 Each of the last three has a share of the pairs, 0 switches it off; the rest is plain. The command
 writes base/ (model and tokenizer for from_pretrained), pairs.jsonl (prompt, chosen, rejected,

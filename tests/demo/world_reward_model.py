@@ -2,7 +2,7 @@
 label, trained on its training pairs by Bradley-Terry, -log sigmoid(r(chosen) - r(rejected)). It sees what the algorithms
 see, so it learns the judge's habits too; the true reward tells how far it can be trusted.
 
-    python tests/world_reward_model.py data/demo_world
+    python tests/demo/world_reward_model.py data/demo_world
     export REWARD_MODEL=data/demo_world/reward_model
     python evaluate.py --models data/demo_world/base,out/demo/dpo,out/demo/simpo --reference data/demo_world/base \\
         --data data/demo_world/pairs --samples 400 --reward tests/bench/reward_model.py:reward

@@ -1,7 +1,7 @@
 # ./launch.sh demo: a world is made, every algorithm is trained in it, and what came out is shown.
 # launch.sh reads this file; say, fail, dry, run and environment are its own.
 
-demo() {  # [--only SCRIPT.py] [--also LOSS,LOSS] [FLAGS of tests/demo_world.py]
+demo() {  # [--only SCRIPT.py] [--also LOSS,LOSS] [FLAGS of tests/demo/demo_world.py]
   local only="" also="" names="dpo dpo_norm simpo wpo auxdpo clean compo" shown name
   local what part script text flags tag seed world out data base log model models curves=""
   local number=0 total began
@@ -36,7 +36,7 @@ demo() {  # [--only SCRIPT.py] [--also LOSS,LOSS] [FLAGS of tests/demo_world.py]
     total=$((total + 3))
     run rm -rf "$world" "$out"; run mkdir -p "$out"
     step "a small world, and a model that knows its language" \
-      tests/demo_world.py --out "$world" "$@"
+      tests/demo/demo_world.py --out "$world" "$@"
     step "pairs of its answers become tokens" prepare_data.py \
       --dataset "$world/pairs.jsonl" --model "$base" --out "$data" --val_fraction 0.2
     step "log-probs and gradient sketches of the untrained model" cache_ref.py \
@@ -73,12 +73,12 @@ demo() {  # [--only SCRIPT.py] [--also LOSS,LOSS] [FLAGS of tests/demo_world.py]
     case $name in clean|compo) models+=,$out/$name/final ;; *) models+=,$out/$name ;; esac
   done
   for name in "$out"/*/step-*; do [ ! -e "$name" ] || curves+=,$name; done  # of short runs: none
-  flags=(--reference "$base" --data "$data" --samples 400 --reward tests/demo_world.py:true_reward)
+  flags=(--reference "$base" --data "$data" --samples 400 --reward tests/demo/demo_world.py:true_reward)
   step "answers on the way are sampled, and curves drawn" evaluate.py --models "$models$curves" \
     --out "$out/curves" "${flags[@]}" --best_of 16 --plot "$out/plot.png"
   step "answers at the end are sampled and judged" evaluate.py --models "$models" --out "$out" \
     --columns all "${flags[@]}"
-  run "$python" tests/demo_summary.py "$out"
+  run "$python" tests/demo/demo_summary.py "$out"
   echo "The picture is $out/plot.png, all figures are in $out/table.md," >&2
   echo "and what was printed is in $log." >&2
 }

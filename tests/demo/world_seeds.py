@@ -1,7 +1,7 @@
 """One table and one figure of several runs of the demo: worlds of the same flags, different seeds.
 
     for s in 0 1 2; do ./launch.sh demo --seed $s; done
-    python tests/world_seeds.py out/demo-seed-* --out results/demo
+    python tests/demo/world_seeds.py out/demo-seed-* --out results/demo
 
 Reads each folder's evaluation.json, samples.jsonl, curves/ and logs. A seed makes another base model, other pairs and
 another order of training, so that a mean over seeds ± its standard error says what would come again. `to DPO` is paired:

@@ -1,4 +1,4 @@
-"""Pair frequencies that mislead DPO, as text: python tests/misled.py [--labels bradley_terry] [--seeds 5] ...
+"""Pair frequencies that mislead DPO, as text: python tests/bench/misled.py [--labels bradley_terry] [--seeds 5] ...
 
 For each seed: a demo world of its own, and orders with gloves, each with one answer in three versions: wool gloves (reward 2),
 cotton (1), odd (0). Each pair of the three is compared 1 : 1 : 10 times, the most often cotton with odd. Labels are
@@ -27,8 +27,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "losses"), str(ROOT)]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests/demo", "tests/losses")]
 os.environ["OMP_NUM_THREADS"] = "1"  # a process that has used more must not fork
 import demo_world
 import fork
@@ -149,7 +149,7 @@ def expected_reward(folder, unseen):
 def run_world(world, seed, args):
     """-> {method: expected reward} of one world."""
     if not (world / "meta.json").exists():
-        call(ROOT / "tests" / "demo_world.py", "--out", world, "--seed", seed)
+        call(ROOT / "tests/demo/demo_world.py", "--out", world, "--seed", seed)
     rows, unseen = make_rows(args.labels, seed)
     folder = world / args.labels
     folder.mkdir(exist_ok=True)
@@ -191,7 +191,7 @@ def write_table(found, args):
     lines.append(f"\nThe untrained policy's expected reward is {untrained[0]:.3f} ± {untrained[1]:.3f}; mean ± standard error over "
                  f"{len(found)} worlds, differences paired. Labels: {args.labels}. {args.epochs} epochs at {args.learning_rate}, "
                  f"beta {args.beta}, trained: `{args.train_modules}`. CPU, torch {torch.__version__}, transformers "
-                 f"{transformers.__version__}. Made by `python tests/misled.py --labels {args.labels} --seeds {args.seeds}`.")
+                 f"{transformers.__version__}. Made by `python tests/bench/misled.py --labels {args.labels} --seeds {args.seeds}`.")
     text = "\n".join(lines) + "\n"
     (args.out / f"{args.labels}.md").write_text(text)
     (args.out / f"{args.labels}.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Do the scripts give the numbers that those of another commit gave?
 
     git worktree add /tmp/old 937b6ad
-    python tests/against_old.py --old /tmp/old --model MODEL --pairs PAIRS.jsonl [--ranks 1,2]
+    python tests/bench/against_old.py --old /tmp/old --model MODEL --pairs PAIRS.jsonl [--ranks 1,2]
 
 Runs every algorithm of both checkouts on the same pairs, in the three layouts and on one and two ranks, and prints a
 table of the largest differences: of the reference's log-probs (nats), of losses and gradient norms of all steps
@@ -25,7 +25,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-NEW = Path(__file__).parents[1]
+NEW = Path(__file__).parents[2]
 LAYOUTS = ["packed", "concatenated", "separate"]
 SCRIPTS = ["dpo", "dpo_norm", "simpo", "wpo", "auxdpo", "compo"]
 STEPS = 4
