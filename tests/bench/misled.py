@@ -52,7 +52,7 @@ METHODS = {
     "shared, not centred, λ = 1": ["not_centred"],
     "shared, exact null space": ["auxdpo.py", "--null", "exact"],
     "shared, null space to 0.1": ["loose", "--null", "exact"],
-    "shared, orthogonal, λ = 10": ["orthogonal", "--penalty_weight", "10"],
+    **{f"shared, orthogonal, λ = {value}": ["orthogonal", "--penalty_weight", value] for value in ("10", "1000")},
     **{f"ridge, λ = {value}": ["auxdpo.py", "--geometry", "ridge", "--penalty_weight", value]
        for value in ("0.01", "0.1", "1", "10", "100")},
 }
