@@ -20,7 +20,7 @@ estimates <g, g'> without bias. Of a linear layer with input x, and d the gradie
 is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
 buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
 
-Read to line 428: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 433: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal
@@ -109,7 +109,7 @@ def fill_folder(folder, splits, kind, shape, dtype, compute, key, args):
     n pairs, and say in meta.json that they are complete."""
     folder.mkdir(exist_ok=True)
     for name, split in splits.items():
-        path, complete, texts = folder / f"{name}-{kind}.npy", False, distinct_texts(split)
+        path, complete, texts = folder / f"{name}-{kind}.npy", False, distinct_texts(split, args)
         while not complete:  # twice, unless another job makes the file at the same moment
             complete = fill_file(path, shape, dtype, texts, compute, args)
     if is_writer() and not (folder / "meta.json").exists():
@@ -118,9 +118,9 @@ def fill_folder(folder, splits, kind, shape, dtype, compute, key, args):
     if dist.get_rank() == 0:
         print(f"{folder} is complete")
 
-def distinct_texts(split):
-    """The U distinct responses as pairs of one prompt, (k, 2) their numbers, so that each is
-    computed once -> these, their lengths (k, 3), and where the text of each response stands."""
+def distinct_texts(split, args):
+    """Deal the U distinct responses into twos of one prompt, so that each is computed once -> their
+    numbers (k, 2), their lengths (k, 3), and where the text of each response stands."""
     _, first = np.unique(split["responses"], return_index=True)  # (U,) in (rows, 2), flattened
     rows, sides = first // 2, first % 2  # (U,) sides: 0 is chosen, 1 rejected
     waiting, twos = {}, []
@@ -129,11 +129,16 @@ def distinct_texts(split):
             twos.append((waiting.pop(prompt), response))
         else:
             waiting[prompt] = response
-    twos += [(response, response) for response in waiting.values()]  # the last of an odd number
-    twos = np.array(twos)
-    lengths = [split["lengths"][rows[twos[:, 0]], 0]]
-    lengths += [split["lengths"][rows[two], 1 + sides[two]] for two in twos.T]
-    return types.SimpleNamespace(twos=twos, lengths=np.stack(lengths, 1), rows=rows, sides=sides,
+    twos = np.array(twos, int).reshape(-1, 2)
+    prompts, responses = split["lengths"][rows, 0], split["lengths"][rows, 1 + sides]  # (U,) tokens
+    lengths = np.column_stack([prompts[twos[:, 0]], responses[twos]])
+    too_long = pair_tokens(lengths, args.layout) > args.max_tokens
+    # The last of an odd number, or of a two that is too long, is computed with the response that it
+    # is compared with, once more.
+    single = [*twos[too_long].flatten(), *waiting.values()]
+    twos = np.concatenate([twos[~too_long], split["responses"][rows[single]]])
+    lengths = np.column_stack([prompts[twos[:, 0]], responses[twos]])
+    return types.SimpleNamespace(twos=twos, lengths=lengths, rows=rows, sides=sides,
                                  pairs=split["pairs"])
 
 def text_pair(texts, two):

@@ -218,12 +218,13 @@ def test_a_response_of_several_pairs_is_computed_once_and_all_pairs_find_its_val
         write_tiny_data(folder, model, pairs, pairs[:2], numbers=numbers)
         run_main(cache_ref, "--model", model, "--data", folder, "--layout", layout)
         run_main(cache_ref, "--model", model, "--data", folder, "--sketch_dim", 48, "--sketch_dtype", "float32")
-        train = cache_ref.load_data(cache_ref.Args(model=model, data=str(folder), layout=layout))["train"]
+        args = cache_ref.Args(model=model, data=str(folder), layout=layout)
+        train = cache_ref.load_data(args)["train"]
         for kind in ("logps", "sketch"):
             path, = folder.glob(f"ref-*/**/train-{kind}.npy")
             found[name, kind] = np.load(path)[train["responses"]]
             assert len(np.load(path)) == dict(shared=11, occurrences=20)[name]
-        found[name] = cache_ref.distinct_texts(train)
+        found[name] = cache_ref.distinct_texts(train, args)
     assert "0 of 11 distinct responses are done; the 10 pairs have 20" in capsys.readouterr().out
     for kind in ("logps", "sketch"):
         once, truth = found["shared", kind], found["occurrences", kind]
@@ -234,3 +235,19 @@ def test_a_response_of_several_pairs_is_computed_once_and_all_pairs_find_its_val
     for two, lengths in zip(texts.twos, texts.lengths):
         pair = cache_ref.text_pair(texts, two)
         assert [len(pair[side]) for side in ("prompt", "chosen", "rejected")] == lengths.tolist()
+
+
+def test_two_responses_that_do_not_fit_into_max_tokens_together_are_computed_with_those_they_are_compared_with(tiny_model, tmp_path):
+    """Short with short, and each of two long ones with a short one: the long ones would go together."""
+    short, other, long, longer = [3, 4], [5, 6], [7] * 20, [8] * 22
+    pairs = [dict(prompt=[9] * 5, chosen=chosen, rejected=rejected, id=f"pair-{i}", source="", subset="")
+             for i, (chosen, rejected) in enumerate([(short, other), (long, short), (longer, short)])]
+    write_tiny_data(tmp_path, tiny_model("llama"), pairs, pairs[:1])
+    for max_tokens, twos in [(47, [[0, 1], [2, 3]]), (46, [[0, 1], [2, 0], [3, 0]])]:
+        args = cache_ref.Args(model=tiny_model("llama"), data=str(tmp_path), max_tokens=max_tokens)
+        train = cache_ref.load_data(args)["train"]
+        texts = cache_ref.distinct_texts(train, args)
+        assert texts.twos.tolist() == twos
+        for two, lengths in zip(texts.twos, texts.lengths):
+            pair = cache_ref.text_pair(texts, two)
+            assert [len(pair[side]) for side in ("prompt", "chosen", "rejected")] == lengths.tolist()
