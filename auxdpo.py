@@ -2,20 +2,22 @@
 
     L(theta, delta) = -1/N sum_i log sigmoid(m_i + delta_w(i) - delta_l(i)) + lambda |c / U|^2  4.2
     m_i = beta [log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)]    margin of pair i of N
-    c = sum_u delta_u (g_u - mean of g over u's prompt)    of U responses to S prompts
-    g = gradient of log pi(y|x), at pi = ref
+    c = sum_u delta_u (g_u - mean of g over u's group)    of U responses in S groups
+    g = gradient of log pi(y|x), at pi = ref;  a group: responses that pairs connect, as of a prompt
 
-A policy can express only some reward functions. DPO fits the one nearest to the true reward, where
-frequent pairs count most, and may so make the policy worse. But rewards that differ by a delta with
-c = 0 have the same best policy. So AuxDPO adds to the reward of each response a delta, which takes
-up what the policy cannot express. The penalty holds c near 0. delta is no part of the policy.
+A policy can express only some rewards. DPO fits the expressible reward nearest to the true one,
+frequent pairs counting most, and this can make the policy worse. Rewards that differ by a delta
+with c = 0 have the same best policy, to first order in 1 / beta. So AuxDPO adds to the reward of
+each response a delta, which takes up what the policy cannot express; the penalty holds c near 0.
+delta is no part of the policy.
 
 All pairs with a response share its delta. (The paper writes two for each pair and takes off no
-mean: --delta per_pair.) In c each response counts once, however often it is compared, as it is the
-weight of frequent pairs that AuxDPO is to avoid. The mean is taken off because a constant added to
-all delta of a prompt changes no margin, and would let c be anything. If the pairs of a prompt
-neither repeat nor close a cycle, every margin has a delta to itself, and this is DPO with a ridge
-on the margins. So delta can act only on N - (U - S) of them; the number is printed at the start.
+mean: --delta per_pair.) In c each response counts once, however often it is compared: how often a
+pair occurs shall not matter. The mean is taken off because a constant added to all delta of a group
+changes no margin, and would let c take any value. Where the pairs of a group neither repeat nor
+close a cycle, delta can shift each margin by itself, nothing is shared, and this is DPO with a
+penalised shift for each pair. N - (U - S) is the number of pairs beyond that. It is printed at the
+start; where it is 0, sharing gains nothing.
 
     python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --sketch_dim 4096
@@ -23,22 +25,25 @@ on the margins. So delta can act only on N - (U - S) of them; the number is prin
 
 Departures from the paper and from its authors' notebook:
 1. delta is not learned, but solved for before each step of theta: once the margins m are known, L
-   is convex in delta. It is renewed for all responses to the prompts of a batch.
-2. c is a running sum over all pairs, as in the paper. cache_ref.py has stored a sketch of each g, K
-   numbers that keep inner products approximately. The notebook has c of a batch only, exactly.
+   is convex in delta. It is renewed for the groups of the pairs in a batch.
+2. c is a running sum over the whole data, of sketches of g, K numbers that keep inner products
+   approximately (cache_ref.py). If U - S > K, some delta have c = 0 in the sketch only, and the
+   solver finds them. The notebook has c of a batch only, exactly.
 3. The notebook has delta inside beta, bounds it and rewards its size. The paper and we do not.
 4. For comparison, --null exact keeps c at 0, and --geometry ridge puts orthogonal unit vectors in
-   place of g. That needs no sketches, and did as well with its lambda tuned (results/README.md).
+   place of g, which needs no sketches (results/README.md).
 
-Differs from dpo.py: delta, its solver, a first pass for the margins, the sketches, delta's files.
-Read to line 383: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Differs from dpo.py: delta, its solver and files, a first pass for the margins, the sketches; no
+label_smoothing, no sft_weight.
+Read to line 404: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
 pairs. A batch is the pairs of an optimiser step, a micro-batch those that a rank computes at once.
-Shapes: N pairs of the data, U distinct responses, K numbers of a sketch; n pairs of a batch or
-micro-batch, L its tokens, M those in responses, T tokens of the longest text, V vocabulary, h
-hidden size, H heads, d head size. A leading dimension of 2 means chosen, rejected.
+Shapes: N pairs of the data, U distinct responses, K numbers of a sketch, q delta that are renewed
+in a step; n pairs of a batch or micro-batch, L its tokens, M those in responses, T tokens of the
+longest text, V vocabulary, h hidden size, H heads, d head size. A leading dimension of 2 means
+chosen, rejected.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, resource, shutil
 import signal, subprocess, sys, threading, time, types
@@ -110,11 +115,12 @@ class Args:
 
 def preference_loss(logps, ref_logps, delta, lengths, args):
     """The algorithm: log-probs logps, ref_logps (2, n) in nats, delta (2, n), lengths (2, n) in
-    tokens -> losses (n,) and metrics of each pair {name: (n,)}."""
+    tokens -> losses (n,) and metrics of each pair {name: (n,)}. The penalty is in update_delta, as
+    it does not depend on theta."""
     rewards = args.beta * (logps - ref_logps)  # (2, n) of the policy, without delta
-    margins = rewards[0] - rewards[1] + (delta[0] - delta[1])  # (n,) 4.2
-    losses = -F.logsigmoid(margins)  # (n,) 4.2
-    correct = reward_metrics(rewards + delta, logps, lengths)["rewards/accuracies"]
+    with_delta = rewards + delta  # (2, n)
+    losses = -F.logsigmoid(with_delta[0] - with_delta[1])  # (n,) 4.2
+    correct = reward_metrics(with_delta, logps, lengths)["rewards/accuracies"]
     metrics = {"delta/chosen": delta[0], "delta/rejected": delta[1], "delta/accuracies": correct}
     return losses, reward_metrics(rewards, logps, lengths) | metrics
 
@@ -124,24 +130,25 @@ def minimise(z, margins, weights, signs, gram, pull, args):
 
         sum_i weights_i loss(margins_i + (signs z)_i) + 1/2 z^T gram z + pull^T z
 
-    A step replaces loss(m) = -log sigmoid(m) by the parabola that touches it at m with curvature
-    tanh(m / 2) / 2m and lies above it (Jaakkola and Jordan 2000). So no step ever leads up."""
+    A step replaces loss(m) = -log sigmoid(m) by the parabola above it that touches it at m, with
+    second derivative tanh(m / 2) / (2 m) (Jaakkola and Jordan 2000). So no step ever leads up."""
     for _ in range(args.delta_steps):
         m = margins + signs @ z  # (n,)
         slopes = weights * (torch.sigmoid(m) - 1)  # (n,) d loss / d m
         bounds = weights * torch.where(m.abs() < 1e-4, 0.25, torch.tanh(m / 2) / (2 * m))  # (n,)
         gradient = signs.T @ slopes + gram @ z + pull  # (q,)
         curvature = signs.T @ (bounds[:, None] * signs) + gram  # (q, q)
-        curvature.diagonal().add_(1e-9 * curvature.diagonal().max() + 1e-30)  # if singular
+        curvature.diagonal().add_(1e-9 * curvature.diagonal().max() + 1e-30)  # if it is singular
         z = z - torch.linalg.solve(curvature, gradient)
     return z
 
 def update_delta(batch, margins, split, args):
-    """Given margins (N,) of the rows `batch`, renew the delta of all responses to their prompts to
-    lower N L of 4.2. All other delta stay, and so does their share `rest` of c. Margins of pairs
-    outside the batch are those last seen. float64 on the CPU, so that all ranks get the same."""
+    """margins (N,) are new in the rows `batch`. Renew the delta of the groups of these pairs, at
+    fixed theta, to lower N L of 4.2. All other delta stay; `rest` is what they add to c. A pair
+    outside the batch has the margin last seen, at first 0. All in float64 on the CPU, so that all
+    ranks get the same."""
     split["margins"][batch] = margins[batch]
-    rows = rows_of_prompts(batch, split, args)
+    rows = rows_of_groups(batch, split, args)
     index, places = np.unique(split["index"][rows], return_inverse=True)  # (q,) of these pairs
     chosen, rejected = places.reshape(-1, 2).T  # (n,) places in index
     one_hot, delta = torch.eye(len(index)).double(), split["delta"][index]
@@ -151,37 +158,48 @@ def update_delta(batch, margins, split, args):
     scale = 2 * args.penalty_weight * len(margins) / len(split["delta"])**2
     # N lambda |c / U|^2 is 1/2 scale |c|^2, and c is rest + scores^T delta.
     gram, pull = scale * scores @ scores.T, scale * scores @ rest  # (q, q), (q,)
-    if args.null == "exact":  # there is no penalty in the null space
+    if args.null == "exact":
+        # Steps within the range of this projection keep c at 0, and need no penalty.
         signs, gram, pull = signs @ split["projection"], 0 * gram, 0 * pull
     delta = minimise(delta, split["margins"][rows], split["weights"][rows], signs, gram, pull, args)
     split["delta"][index] = delta
     split["c"][columns] = rest + scores.T @ delta
 
-def rows_of_prompts(batch, split, args):
-    """The rows of all pairs of the prompts in `batch`, or 2048 of them, itself first. With --null
-    exact all rows, as only together can their delta keep c at 0."""
+def rows_of_groups(batch, split, args):
+    """Rows (n,) of all pairs of the groups that `batch` has pairs of, itself first, cut to 2048 by
+    chance, the same on all ranks. --null exact: all rows, as only all delta together can keep c
+    at 0."""
+    groups = split["groups"][split["index"][:, 0]]  # (N,)
     if args.null == "exact":
-        return np.arange(len(split["index"]))
-    same = np.isin(split["prompts"], split["prompts"][batch])
+        return np.arange(len(groups))
+    same = np.isin(groups, groups[batch])
     same[batch] = False
     others = np.random.default_rng(batch).permutation(np.flatnonzero(same))
     return np.concatenate([batch, others[:max(0, 2048 - len(batch))]])
 
 def centred_scores(index, split, args):
     """What each delta of `index` (q,) adds to c: (q, K), and the places in c of these K numbers."""
-    prompts, columns = split["delta_prompts"], slice(None)
-    whole = np.flatnonzero(np.isin(prompts, prompts[index]))  # (w,) all delta of these prompts
+    groups, columns = split["groups"], slice(None)
+    whole = np.flatnonzero(np.isin(groups, groups[index]))  # (w,) all delta of these groups
     if args.geometry == "scores":
         scores = torch.from_numpy(split["sketch"][split["source"][whole]].astype(float))  # (w, K)
     else:
         scores, columns = torch.eye(len(whole)).double(), whole
     if args.delta == "shared":
-        _, group = np.unique(prompts[whole], return_inverse=True)
+        _, group = np.unique(groups[whole], return_inverse=True)
         group = torch.from_numpy(group)
         means = torch.zeros(group.max() + 1, scores.shape[1]).double()
         means = means.index_add(0, group, scores) / group.bincount()[:, None]
         scores = scores - means[group]  # g - mean of g
     return scores[np.searchsorted(whole, index)], columns
+
+def connected_groups(index):
+    """index (N, 2) of responses 0 .. U - 1 -> (U,), equal for responses that pairs connect."""
+    groups, before = np.arange(index.max() + 1), None
+    while not np.array_equal(groups, before):
+        before, lowest = groups.copy(), groups[index].min(1)  # (N,)
+        np.minimum.at(groups, index, lowest[:, None])
+    return groups
 
 def null_projection(split, args):
     """(U, U), the projection on all delta with c = 0."""
@@ -191,22 +209,24 @@ def null_projection(split, args):
              "use --null soft")
     scores, _ = centred_scores(np.arange(count), split, args)  # (U, K)
     values, vectors = torch.linalg.eigh(scores @ scores.T)  # ascending
-    null = vectors[:, values < 1e-5 * values[-1]]  # (U, q) 0 but for rounding to float16
-    constants = len(np.unique(split["prompts"])) if args.delta == "shared" else 0  # no pair sees
+    null = vectors[:, values < 1e-5 * values[-1]]  # (U, k) c is 0 but for rounding to float16
+    constants = len(np.unique(split["groups"])) if args.delta == "shared" else 0  # one per group
     if count - null.shape[1] >= min(count - constants, scores.shape[1]):
         fail(f"--null exact: the scores of {count} responses, as {scores.shape[1]} numbers, "
              "are independent; train less (--train_modules), raise --sketch_dim, or --null soft")
     return null @ null.T
 
 def first_pass(policy, parts, split, args):
-    """This rank's micro-batches `parts` -> margins (N,) of the batch, without delta, and a list of
-    (rows, log-probs (2, n) or None). A loss needs delta, and delta all margins, so pair_losses
-    computes the log-probs again. Only those of the last part (of four, with full checkpointing, as
-    graphs are small then) are kept, with their graph. The backward pass begins with them."""
+    """This rank's micro-batches `parts` -> margins (N,), without delta, 0 outside the batch, and a
+    list of (rows, log-probs (2, n) or None), last part first. The loss needs delta, and delta needs
+    all margins, so most log-probs are computed twice: here without a graph, and in pair_losses with
+    one. Only the last part (four with full checkpointing, whose graphs are small) keeps its graph
+    for the backward pass, which therefore begins with it."""
     first_kept = len(parts) - (4 if args.activation_checkpointing == "full" else 1)
     margins, computed = torch.zeros(len(split["pairs"]), dtype=torch.float64), []
     for i, rows in enumerate(parts):
-        pairs = [split["pairs"][int(row)] for row in rows] or [split["pairs"][0]]  # see pair_losses
+        some = rows if len(rows) else [0]  # FSDP needs every rank: one without a pair computes one
+        pairs = [split["pairs"][int(row)] for row in some]
         with torch.set_grad_enabled(i >= first_kept):
             logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
         ref_logps = torch.from_numpy(split["ref_logps"][rows].T)  # (2, n)
@@ -217,20 +237,21 @@ def first_pass(policy, parts, split, args):
     return margins, computed[::-1]
 
 def prepare_delta(splits, step, args):
-    """Give train the `index` (N, 2) of the delta of its pairs, and delta (U,), the margins (N,)
-    last seen and c (K,) as they are at this step. The only delta of val is 0."""
+    """Add to train what the solver needs. Of each pair: index (N, 2) of its two delta, weights (N,)
+    and margins (N,) last seen. Of each delta: source (U,) its response, groups (U,), delta (U,).
+    And c (K,), or (U,) with --geometry ridge. All as they are at this step. The only delta of val
+    is 0."""
     train, val = splits["train"], splits["val"]
-    pairs, responses = train["pairs"], train["responses"]
-    index, prompts = responses, np.array(pairs["prompt_id"])
+    pairs, index = train["pairs"], train["responses"]
     if args.delta == "per_pair":
-        index, prompts = np.arange(index.size).reshape(-1, 2), np.arange(len(index))
-    count = index.max() + 1  # U
-    source, delta_prompts = np.zeros((2, count), int)
-    source[index], delta_prompts[index] = responses, prompts[:, None]
-    weights = np.ones(len(pairs))
-    if "weight" in pairs.column_names:
-        weights = np.array(pairs["weight"])
-    train |= dict(index=index, prompts=prompts, source=source, delta_prompts=delta_prompts,
+        index = np.arange(index.size).reshape(-1, 2)
+    groups = connected_groups(index)
+    count = len(groups)  # U
+    source = np.zeros(count, int)
+    source[index] = train["responses"]
+    weighted = "weight" in pairs.column_names
+    weights = np.array(pairs["weight"]) if weighted else np.ones(len(pairs))
+    train |= dict(index=index, groups=groups, source=source,
                   weights=torch.from_numpy(weights).double())
     size = count
     if args.geometry == "scores":
@@ -240,10 +261,9 @@ def prepare_delta(splits, step, args):
     val |= dict(index=np.zeros((len(val["pairs"]), 2), int), delta=torch.zeros(1).double())
     if args.null == "exact":
         train["projection"] = null_projection(train, args)
-    cycles = np.bincount(prompts) - np.bincount(delta_prompts) + 1  # of each prompt
     if dist.get_rank() == 0:
-        print(f"N = {len(pairs)} pairs, U = {count} responses, S = {len(cycles)} prompts: delta "
-              f"can act on {cycles.clip(0).sum()} of N margins")
+        N, U, S = len(pairs), count, len(np.unique(groups))
+        print(f"{N = }, {U = }, {S = }: sharing delta can act on {N - (U - S)} of N margins")
     if step > 0:
         path = Path(args.out, f"delta-{step:06d}.npz")
         with explain(f"{path} is damaged ({{}}): delete it and step-{step:06d}, and try again"):
@@ -258,10 +278,11 @@ def find_sketch(train, args):
             with explain(f"{path.parent} is damaged ({{}}): delete it, and run cache_ref.py again"):
                 return np.load(path.parent / "train-sketch.npy", mmap_mode="r")
     flags = dict(model=args.reference or args.model, data=args.data, dtype=args.dtype)
-    flags = [f"--{name} {value}" for name, value in (flags | sketch_key(args)).items() if value]
+    flags = [f"--{name} '{value}'" for name, value in (flags | sketch_key(args)).items() if value]
     fail(f"{args.data} has no sketches with these settings: run cache_ref.py {' '.join(flags)}")
 
 def delta_metrics(split, args):
+    """{name: number} for the log."""
     penalty = args.penalty_weight * (split["c"] / len(split["delta"])).square().sum()  # 4.2
     return {"delta/norm": split["delta"].norm().item(), "penalty": penalty.item()}
 
@@ -315,8 +336,8 @@ def main():
         began = time.time()
         batch = batch_rows(step, len(train["pairs"]), args)
         parts = micro_batches(batch, train["lengths"], args, world)[rank::world]
-        margins, computed = first_pass(policy, parts, train, args)  # few log-probs are kept
-        update_delta(batch, margins, train, args)  # at fixed theta
+        margins, computed = first_pass(policy, parts, train, args)
+        update_delta(batch, margins, train, args)  # at fixed theta; the penalty acts here
         for rows, logps in hold_weights(policy, computed):
             losses, metrics = pair_losses(policy, rows, train, args, logps)
             loss = losses.sum() / len(batch)

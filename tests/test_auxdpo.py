@@ -177,7 +177,7 @@ def true_c(values, split, delta="shared", geometry="scores"):
     scores = np.eye(size) if geometry == "ridge" else np.array(split["sketch"], float)
     if delta == "per_pair":
         return sum(values[u] * scores[u] for u in range(size))
-    prompt = {u: split["prompts"][i] for i in range(len(rows)) for u in rows[i]}
+    prompt = {u: PROMPTS[i] if len(rows) == len(PROMPTS) else 0 for i in range(len(rows)) for u in rows[i]}
     total = np.zeros(scores.shape[1])
     for u in range(size):
         siblings = [scores[other] for other in range(size) if prompt[other] == prompt[u]]
@@ -258,7 +258,8 @@ def test_a_constant_on_the_delta_of_a_prompt_changes_neither_c_nor_a_margin(geom
     split, margins = make_split(delta="shared", geometry=geometry)
     scores, columns = auxdpo.centred_scores(np.arange(9), split, arguments(geometry=geometry))
     for prompt in range(3):
-        constant = torch.from_numpy(np.where(split["delta_prompts"] == prompt, 3.0, 0.0))
+        of_prompt = {u for pair, own in zip(RESPONSES, PROMPTS) for u in pair if own == prompt}
+        constant = torch.tensor([3.0 if u in of_prompt else 0.0 for u in range(9)]).double()
         assert (scores.T @ constant).abs().max() < 1e-12 and scores.abs().max() > 0.5
         assert (constant[split["index"][:, 0]] == constant[split["index"][:, 1]]).all()
 
@@ -283,19 +284,32 @@ def test_a_batch_of_prompts_with_very_many_pairs_takes_2048_of_them_and_its_own_
     responses = np.column_stack([rng.integers(0, 50, count), rng.integers(50, 100, count)])
     split = state_of(responses, [0] * count, rng.normal(size=(100, 4)))
     batch = np.array([2999, 5, 17])
-    rows = auxdpo.rows_of_prompts(batch, split, arguments())
+    rows = auxdpo.rows_of_groups(batch, split, arguments())
     assert rows[:3].tolist() == batch.tolist() and len(set(rows)) == len(rows) == 2048
-    assert np.array_equal(rows, auxdpo.rows_of_prompts(batch, split, arguments()))  # on any rank
+    assert np.array_equal(rows, auxdpo.rows_of_groups(batch, split, arguments()))  # on any rank
     auxdpo.update_delta(batch, torch.zeros(count).double(), split, arguments())
     np.testing.assert_allclose(split["c"], true_c(split["delta"].numpy(), split, delta="shared"), atol=1e-9)
-    assert len(auxdpo.rows_of_prompts(np.arange(2500), split, arguments())) == 2500
+    assert len(auxdpo.rows_of_groups(np.arange(2500), split, arguments())) == 2500
 
 
 def test_the_run_begins_by_saying_on_how_many_margins_delta_can_act(capsys):
     make_split(delta="shared")  # prompts with 6 pairs of 3 responses, 5 of 4, 1 of 2: cycles 4 + 2 + 0
-    assert "N = 12 pairs, U = 9 responses, S = 3 prompts: delta can act on 6 of N margins" in capsys.readouterr().out
+    assert "N = 12, U = 9, S = 3: sharing delta can act on 6 of N margins" in capsys.readouterr().out
     make_split()
-    assert "N = 12 pairs, U = 24 responses, S = 12 prompts: delta can act on 0 of N margins" in capsys.readouterr().out
+    assert "N = 12, U = 24, S = 12: sharing delta can act on 0 of N margins" in capsys.readouterr().out
+
+
+def test_pairs_of_a_prompt_that_have_no_response_in_common_are_groups_of_their_own():
+    """A constant on either moves no margin, and must not move c; one that connects them makes them one."""
+    responses = [(0, 1), (1, 0), (2, 3)]
+    assert auxdpo.connected_groups(np.array(responses)).tolist() == [0, 0, 2, 2]
+    assert auxdpo.connected_groups(np.array([*responses, (3, 1)])).tolist() == [0, 0, 0, 0]
+    chain = np.column_stack([np.arange(50, 0, -1), np.arange(49, -1, -1)])
+    assert not auxdpo.connected_groups(np.random.default_rng(0).permutation(chain)).any()
+    split = state_of(responses, [0, 0, 0], np.random.default_rng(0).normal(size=(4, 6)))
+    scores, _ = auxdpo.centred_scores(np.arange(4), split, arguments())
+    assert (scores.T @ torch.tensor([1.0, 1.0, -1.0, -1.0]).double()).abs().max() < 1e-12
+    assert auxdpo.rows_of_groups(np.array([2]), split, arguments()).tolist() == [2]
 
 
 def test_ten_steps_are_enough_from_nothing():
@@ -517,10 +531,10 @@ def test_without_sketches_of_these_settings_the_error_is_the_command_that_makes_
     args = arguments(**dict(data=str(folder), model="MODEL", sketch_dim=3) | changes)
     with pytest.raises(SystemExit) as error:
         auxdpo.prepare_delta(splits_of(2), 0, args)
-    command = f"run cache_ref.py --model MODEL --data {folder} --dtype auto --sketch_dim {args.sketch_dim}"
-    rest = "".join(f" --{name} {value}" for name, value in changes.items() if name != "sketch_dim")
+    command = f"run cache_ref.py --model 'MODEL' --data '{folder}' --dtype 'auto' --sketch_dim '{args.sketch_dim}'"
+    rest = "".join(f" --{name} '{value}'" for name, value in changes.items() if name != "sketch_dim")
     assert str(error.value).endswith(command + rest)
-    with pytest.raises(SystemExit, match="--model OTHER --data"):
+    with pytest.raises(SystemExit, match="--model 'OTHER' --data"):
         auxdpo.prepare_delta(splits_of(2), 0, types.SimpleNamespace(**vars(args) | dict(reference="OTHER")))
 
 

@@ -501,9 +501,9 @@ def test_auxdpo_names_pairs_that_are_not_finite(w):
 def test_auxdpo_without_its_sketches_gives_the_command_that_makes_them(w):
     w.cache
     message = error_of(w, "auxdpo", SKETCH | dict(train_modules="norm"))
-    assert all(word in message for word in ("no sketches", "cache_ref.py", "--sketch_dim 16", "--train_modules norm"))
+    assert all(word in message for word in ("no sketches", "cache_ref.py", "--sketch_dim '16'", "--train_modules 'norm'"))
     run(w, "cache_ref", SKETCH)
-    assert "--sketch_dim 8" in error_of(w, "auxdpo", dict(sketch_dim=8))  # there is one, of another size
+    assert "--sketch_dim '8'" in error_of(w, "auxdpo", dict(sketch_dim=8))  # there is one, of another size
     path, = w.data.glob("ref-*/sketch-*/train-sketch.npy")
     cut(path)
     assert "damaged" in error_of(w, "auxdpo", SKETCH)

@@ -34,7 +34,7 @@ LIMITS = {
     "dpo_norm.py": (959, 215, 6),
     "simpo.py": (951, 215, 30),
     "wpo.py": (973, 220, 20),
-    "auxdpo.py": (1150, 385, 160),
+    "auxdpo.py": (1171, 406, 160),
     "compo.py": (910, 357, 250),
     "cache_ref.py": (953, None, None),
     "evaluate.py": (800, None, None),

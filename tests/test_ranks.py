@@ -75,8 +75,7 @@ def make_split(name="dpo"):
         split["ref_logps"] = rng.normal(-20, 5, (len(pairs), 2)).astype(np.float32)
     if name == "auxdpo":  # as prepare_delta makes it, for responses to two prompts that stand in several pairs
         index = np.array([(0, 1), (1, 2), (2, 0), (3, 4), (4, 5), (5, 3), (3, 5)])
-        prompts, delta_prompts = np.array([0, 0, 0, 1, 1, 1, 1]), np.array([0, 0, 0, 1, 1, 1])
-        split |= dict(index=index, prompts=prompts, delta_prompts=delta_prompts, source=np.arange(6))
+        split |= dict(index=index, groups=np.array([0, 0, 0, 3, 3, 3]), source=np.arange(6))
         split["sketch"] = np.random.default_rng(6).normal(size=(6, 24))
         split["weights"] = torch.tensor([pair["weight"] for pair in pairs]).double()
         split |= {name: torch.zeros(size).double() for name, size in dict(delta=6, margins=7, c=24).items()}

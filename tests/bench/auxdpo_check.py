@@ -38,8 +38,8 @@ def peak():
 def with_delta(pairs, sketch, **more):
     """A split as prepare_delta makes it for the first step with --delta per_pair; sketch (2 pairs, K)."""
     count = len(pairs)
-    state = dict(index=np.arange(2 * count).reshape(-1, 2), prompts=np.arange(count), source=np.arange(2 * count),
-                 delta_prompts=np.arange(2 * count) // 2, weights=torch.ones(count).double())
+    state = dict(index=np.arange(2 * count).reshape(-1, 2), source=np.arange(2 * count), groups=np.arange(2 * count) // 2,
+                 weights=torch.ones(count).double())
     sizes = dict(delta=2 * count, margins=count, c=sketch.shape[1])
     state |= {name: torch.zeros(size).double() for name, size in sizes.items()}
     return dict(pairs=pairs, sketch=sketch, **state, **more)

@@ -64,7 +64,7 @@ def shared(counts, penalty=1.0, beta=1.0, often=False):
     """One delta per response, which has its part in c as centred_scores of auxdpo.py gives it, each once. With `often`
     each counts as often as it is compared, in c and in the mean."""
     pairs = [each for i, j in PAIRS for each in ((i, j), (j, i))]
-    split = dict(index=np.array(pairs), delta_prompts=np.zeros(3, int), source=np.arange(3), sketch=FEATURES[:, None].numpy())
+    split = dict(index=np.array(pairs), groups=np.zeros(3, int), source=np.arange(3), sketch=FEATURES[:, None].numpy())
     args = types.SimpleNamespace(geometry="scores", delta="shared")
     scores, _ = auxdpo.centred_scores(np.arange(3), split, args)  # (3, 1)
     if often:
