@@ -7,20 +7,22 @@ constant that the training scripts read, so that the reference is never in memor
 
 Writes data/NAME/ref-<hash>/{train,val}-logps.npy, float32 (U,) in nats, for the U distinct
 responses that prepare_data.py has numbered (chosen_id, rejected_id); the hash is of weights, tokens
-and precision. A response of several pairs is computed once. What is not known yet is NaN, so a
-killed run continues there, with any number of processes. meta.json appears when no NaN is left.
+and precision. A response of several pairs is computed once (the last of an odd number of a prompt
+twice). What is not known yet is NaN, so a killed run continues there, with any number of processes.
+meta.json appears when no NaN is left.
 
 --noise_margin 3 (nats), as in ComPO (Chen et al. 2025, https://arxiv.org/abs/2505.05465): the pairs
 that the reference can hardly tell apart, |log ref(y_w|x) - log ref(y_l|x)| <= 3, go to
 data/NAME/noisy, the others to data/NAME/clean: data folders for every script, with their log-probs.
 
---sketch_dim K, for auxdpo.py: adds ref-<hash>/sketch-<hash>/train-sketch.npy (U, K), of every
-response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x): <sketch(g), sketch(g')>
-estimates <g, g'> without bias. Of a linear layer with input x, and d the gradient of its output, g
-is sum_t d_t x_t^T. It is not formed: CS, a count sketch, sums entries with random signs into K
-buckets, and sketch = IFFT sum_t FFT(CS_out(d_t)) FFT(CS_in(x_t)).
+--sketch_dim K, for auxdpo.py: adds ref-<hash>/sketch-<hash>/train-sketch.npy (U, K): for each
+response a TensorSketch (Pham and Pagh 2013) of g = grad log ref(y|x), so that <sketch(g),
+sketch(g')> estimates <g, g'> without bias. For a linear layer with inputs x_t and output gradients
+d_t at tokens t, g is sum_t d_t x_t^T. This matrix is never formed: sketch(g) is IFFT sum_t
+FFT(CS_out(d_t)) FFT(CS_in(x_t)), where the count sketch CS adds the entries of a vector, with
+random signs, into K buckets.
 
-Read to line 433: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 435: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal
@@ -51,7 +53,7 @@ class Args:
     model: str  # Hugging Face folder or hub name of the reference
     data: str  # folder made by prepare_data.py
     trust_remote_code: bool = False  # run the Python files that come with some models
-    noise_margin: float = 0.0  # delta, nats: also split the data into noisy/ and clean/; 0 = no
+    noise_margin: float = 0.0  # nats, delta of ComPO: also write noisy/ and clean/; 0 = no
     # memory and speed
     layout: Literal["packed", "concatenated", "separate"] = "packed"  # how pairs enter the model
     max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
@@ -61,7 +63,7 @@ class Args:
     # sketches for auxdpo.py
     sketch_dim: int = 0  # K, numbers that stand for the gradient of a response; 0 = no sketches
     sketch_dtype: Literal["float16", "float32"] = "float16"  # of the sketches on disk
-    sketch_modules: str = ""  # sketch only what matches this regex; empty = all that is trained
+    sketch_modules: str = ""  # regex of the parameters to sketch; empty = all that is trained
     lora_rank: int = 0  # as the training will have it, for the sketches; 0 = off
     train_modules: str = ""  # regex of parameter names, as the training will have it; empty = all
     seed: int = 0  # as the training will have it: with --lora_rank, of the initial adapters
@@ -252,7 +254,7 @@ def sketch_key(args):
 
 def sketches(policy, state, pairs):
     """-> float32 (n, 2, K), the sketched gradients of log pi of both responses of n pairs."""
-    batch, = collate(pairs, "concatenated")  # every text is a row of its own
+    batch = collate(pairs, "concatenated")[0]  # every text is a row of its own
     inputs = batch["inputs"]
     rows, width = inputs["input_ids"].shape
     inputs["position_ids"] = inputs["position_ids"].expand(rows, -1)  # GPT-2 has them embedded
@@ -314,7 +316,7 @@ def remember(state, own, add, module, inputs, kwargs, output):
 
 def add_product(state, own, module, x, d):
     """Backward hook of a linear layer or an embedding, whose x are token ids."""
-    if module is state.head:  # a chunk of hidden (M, h): a view, which knows where it begins
+    if module is state.head:  # x is a slice of hidden (M, h), whose offset says which rows it has
         first = x.storage_offset() // x.shape[-1]
         row = state.response_rows[first:first + len(x)]
     else:
