@@ -138,7 +138,8 @@ def one_batch(args, work):
     ref = np.random.default_rng(0).normal(-60, 5, (len(pairs), 2)).astype(np.float32)
     settings = SimpleNamespace(
         model=args.model, beta=0.3, gamma_beta_ratio=0.5, label_smoothing=0.1, sft_weight=0.2, router_aux_coef=0.0,
-        max_tokens=10_000, lora_rank=0, train_modules="", seed=0, activation_checkpointing="off", compile=False, shard_group=0)
+        max_tokens=10_000, lora_rank=0, train_modules="", seed=0, activation_checkpointing="off", compile=False, shard_group=0,
+        trust_remote_code=False, zero="auto")
     device = torch.device("cpu")
     for script in SCRIPTS[:4]:
         old, new = load(args.old, script, "old"), load(NEW, script, "new")
