@@ -4,7 +4,8 @@
 #                                 fork beside the others; --seed 1 and the like make another world
 # ./launch.sh test [PYTEST ARGS]  all tests, the fast ones first
 # ./launch.sh SCRIPT.py [ARGS]    a script on every GPU of this node, or of several nodes (below);
-#                                 cache_ref.py runs before it if it needs the reference's log-probs
+#                                 cache_ref.py runs before it if it needs the reference's log-probs;
+#                                 on GPUs, --max_tokens is the largest that fits, unless it is given
 # ./launch.sh recipe [NAME]       lists published recipes; prints the commands of one; with --run
 #                                 [FLAGS] runs them, FLAGS added to the training
 # ./launch.sh plan MODEL [FLAGS]  GiB and FLOPs per rank, from config.json alone (plan --help)
@@ -92,10 +93,9 @@ spec.loader.exec_module(script)
 del sys.argv[0]; script.parse_args(script.Args)' "$@"
 }
 reference_flags() {  # ARGS: sets model, data, dtype, and flags, which are for cache_ref.py
-  local flag name value words known reference=""
+  local flag name value words settings reference=""
   model="" data="" dtype=auto flags=()
-  # the settings of cache_ref.py
-  known=" $(sed -n '/^class Args/,/^[^ ]/s/^    \([a-z_]*\): .*/\1/p' cache_ref.py | xargs) "
+  settings=" $(sed -n '/^class Args/,/^[^ ]/s/^    \([a-z_]*\): .*/\1/p' cache_ref.py | xargs) "
   while [ $# -gt 0 ]; do
     words=("$1") flag=${1%%=*} value=${1#*=}  # --flag=value
     if [ "$flag" = "$1" ] && [ $# -gt 1 ] && [[ $2 != --* ]]; then  # --flag value
@@ -104,11 +104,10 @@ reference_flags() {  # ARGS: sets model, data, dtype, and flags, which are for c
     shift
     name=${flag#--} name=${name//-/_}  # the scripts take --max-tokens for --max_tokens
     case $name in model|reference|data|dtype) printf -v "$name" %s "$value" ;; esac
-    case $known in *" $name "*) flags+=("${words[@]}") ;; esac
+    case $settings in *" $name "*) flags+=("${words[@]}") ;; esac
   done
   [ -z "$reference" ] || { model=$reference; flags+=(--model "$model"); }  # the last one counts
 }
-
 # cache_ref.py must read the model to know that its cache is complete, so it is left out where there
 # is no doubt: a folder --model has a cache in this precision, younger than it and than the data.
 cached() {  # after reference_flags
@@ -131,7 +130,9 @@ script() {  # SCRIPT ARGS
   # seconds for a checkpoint on SIGTERM; before torch 2.13, torchrun always kills after 30
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else restarted processes hang (torch 2.13)
-  [ -f cache_ref.py ] || fail "there is no cache_ref.py beside $1"
+  if grep -q 'AdamW(' "$1" && [ "$(devices)" != 0 ]; then
+    set -- "$@" $("$python" tests/bench/plan.py --training $((nproc * nnodes)) "${@:2}")
+  fi
   reference_flags "${@:2}"
   sketch=$(sed -n 's/^    sketch_dim: int = \([1-9][0-9]*\) .*/\1/p' "$1")  # default, if any
   case "$* " in *"--geometry"[\ =]"ridge "*) sketch="" ;; esac  # this needs none
@@ -189,8 +190,7 @@ recipe() {  # [NAME [--run [FLAGS]]]
       printf '%-22s %-11s %s <- %s\n' "$name" "$script" \
         "$(field "$name" model)" "$(field "$name" data)"
     done
-    return ;;
-  esac
+    return ;; esac
   name=$1
   grep -qxF -e "$name" <<<"$names" || fail "there is no recipe $name; there are:" $names
   recipe_commands "$name"

@@ -14,7 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+import plan
 import pytest
+import torch
+import transformers
 from conftest import random_pairs
 from losses.fork import LOSSES
 
@@ -33,6 +36,8 @@ def root(tmp_path):
     (tmp_path / "tests/demo").mkdir(parents=True)
     for name in ("demo/demo.sh", "recipes.txt"):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
+    (tmp_path / "tests/bench").mkdir()
+    shutil.copy(ROOT / "tests/bench/plan.py", tmp_path / "tests/bench")
     shutil.copytree(ROOT / "tests/losses", tmp_path / "tests/losses", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
@@ -70,6 +75,26 @@ def torchrun(nproc, python=sys.executable, nnodes=1, meet="--standalone", thread
 
 
 # ---- processes
+
+def test_on_gpus_a_training_and_its_cache_get_the_max_tokens_that_the_plan_finds(root, tmp_path):
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=128, intermediate_size=352, num_hidden_layers=3,
+                                      num_attention_heads=4, num_key_value_heads=2)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "small")
+    words = ["dpo.py", "--model", tmp_path / "small", "--data", "data/pairs", "--dtype", "float32"]
+    on_gpus = dict(PYTHON=gpus(tmp_path, 2), NPROC="", GPU_GIB="1")
+    said, cache, train = launch(root, *words, **on_gpus)
+    bound, = re.findall("^--max_tokens ([0-9]+): the largest of", said)
+    parts = plan.plan(config, 2, tokens=int(bound), dtype=torch.float32)[0]
+    more = plan.plan(config, 2, tokens=2 * int(bound), dtype=torch.float32)[0]
+    assert sum(parts.values()) <= 0.9 * 2**30 < sum(more.values()) and 4096 <= int(bound) < 65536
+    assert cache.endswith(f"--max_tokens {bound}") and train.endswith(f"--dtype float32 --max_tokens {bound}")
+    assert launch(root, *words, "--max-tokens=0", **on_gpus)[-1].endswith(f"--max-tokens=0 --max_tokens {bound}")
+    assert launch(root, *words, "--max-tokens=512", **on_gpus)[-1].endswith("--max-tokens=512")
+    assert launch(root, *words, "--lora_rank", "8", **on_gpus | dict(GPU_GIB="0.01"))[-1].endswith(" --max_tokens 4096")
+    said, train = launch(root, "simpo.py", "--model", "no/model", "--data", "x", **on_gpus)
+    assert "keeps its default" in said and train.endswith("--data x")
+    assert "max_tokens" not in launch(root, "compo.py", *words[1:], **on_gpus)[-1]  # it keeps no activations of the blocks
 
 def test_without_a_gpu_a_script_is_one_plain_process_with_all_cores(root):
     assert launch(root, "cache_ref.py", "--model", "a b", NPROC="", CUDA_VISIBLE_DEVICES="") == [

@@ -2,6 +2,7 @@
 
     ./launch.sh plan MODEL [--ranks 8] [--max_tokens 8192] [--activation_checkpointing full] ...
     ./launch.sh plan MODEL --ranks 1 --fit 79.2    the largest --max_tokens of 4096, 8192, ... 65536 that fits so many GiB
+    ./launch.sh dpo.py ...                         on GPUs, launch.sh asks for that number itself (training_flag)
 
 The model is built on the meta device, which has shapes and no numbers, and one forward pass of --max_tokens counts what autograd
 keeps for the backward pass. Bytes per rank, c = 2 for bfloat16 and 4 for float32, P parameters, S ranks that share a copy:
@@ -16,10 +17,17 @@ keeps for the backward pass. Bytes per rank, c = 2 for bfloat16 and 4 for float3
     FLOPs of a step = 6 x (parameters in matrices) x tokens (8 with full checkpointing), over all ranks; attention itself comes on top.
 """
 import argparse
+import os
+import re
+import sys
+from pathlib import Path
 
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import dpo
 
 GIB = 2**30
 BOUNDS = [4096, 8192, 16384, 32768, 65536]  # values of --max_tokens that --fit chooses from
@@ -108,37 +116,81 @@ def largest_that_fits(gib, config, ranks, group, dtype, checkpointing, lora, zer
     return fitting
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="launch.sh plan", description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="folder or hub name; config.json is enough")
-    parser.add_argument("--ranks", type=int, default=8)
+def add_flags(parser):
+    """The flags that a training has too."""
     parser.add_argument("--shard_group", type=int, default=0, help="ranks that hold one copy; 0 = all")
     parser.add_argument("--max_tokens", type=int, default=8192, help="of one forward pass of one rank")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16")
     parser.add_argument("--activation_checkpointing", default="off", choices=["off", "selective", "full"])
     parser.add_argument("--zero", default="auto", choices=["auto", "2", "3"])
     parser.add_argument("--lora_rank", type=int, default=0)
+
+
+def settings(args):
+    """Arguments of plan() after its first two that the flags say; without the tokens."""
+    dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
+    return dict(group=args.shard_group, dtype=dtype, checkpointing=args.activation_checkpointing, lora=args.lora_rank > 0,
+                zero=args.zero)
+
+
+def training_flag(ranks, words):
+    """What launch.sh adds to the words of a training on GPUs: --max_tokens and the largest number that fits nine tenths of a
+    GPU's memory; or nothing, if the training has a number, or cannot be planned. GPU_GIB=80 plans for another GPU."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", default="")
+    add_flags(parser)
+    parser.set_defaults(max_tokens=0)
+    underscored = [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
+    args, _ = parser.parse_known_args(underscored)
+    if args.max_tokens or not args.model:
+        return ""
+    try:
+        memory = float(os.environ.get("GPU_GIB") or torch.cuda.get_device_properties(0).total_memory / GIB)
+        gib = 0.9 * memory
+        config = transformers.AutoConfig.from_pretrained(dpo.find_model(args.model)[0])
+        tokens = largest_that_fits(gib, config, ranks, **settings(args))
+    except (Exception, SystemExit) as error:
+        print(f"--max_tokens keeps its default: the memory cannot be planned ({str(error).splitlines()[0][:150]})", file=sys.stderr)
+        return ""
+    if tokens:
+        print(f"--max_tokens {tokens}: the largest of {BOUNDS} whose step fits into {gib:.1f} GiB (./launch.sh plan)", file=sys.stderr)
+    else:
+        tokens = BOUNDS[0]
+        print(f"--max_tokens {tokens}: by ./launch.sh plan not even this fits into {gib:.1f} GiB; if it does not, use more ranks, "
+              "--activation_checkpointing full, or --lora_rank", file=sys.stderr)
+    return f"--max_tokens {tokens}"
+
+
+def main():
+    if sys.argv[1:2] == ["--training"]:
+        print(training_flag(int(sys.argv[2]), sys.argv[3:]))
+        return
+    parser = argparse.ArgumentParser(prog="launch.sh plan", description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="folder or hub name; config.json is enough")
+    parser.add_argument("--ranks", type=int, default=8)
+    add_flags(parser)
     parser.add_argument("--pair_tokens", type=int, default=800, help="prompt once, chosen and rejected")
     parser.add_argument("--batch_size", type=int, default=128, help="pairs of a step, over all ranks")
     parser.add_argument("--teraflops", type=float, default=989, help="peak of a device: H100 and H200, bfloat16, dense")
     parser.add_argument("--fit", type=float, default=0, help="GiB of a device: also print the largest --max_tokens that fits")
     args = parser.parse_args()
-    dtype, how, lora = getattr(torch, args.dtype), args.activation_checkpointing, args.lora_rank > 0
+    how = settings(args)
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)
-        parts, about = plan(config, args.ranks, args.shard_group, args.max_tokens, dtype, how, lora, args.zero)
+        parts, about = plan(config, args.ranks, tokens=args.max_tokens, **how)
     except Exception as error:
         raise SystemExit(f"error: {args.model} cannot be planned ({str(error).splitlines()[0][:150]}); give a folder with "
                          "config.json of a causal language model") from None
+    dtype = str(how["dtype"]).removeprefix("torch.")
     print(f"{args.model}: {about['parameters'] / 1e9:.3g} billion parameters in {about['blocks']} blocks; {args.ranks} ranks, "
-          f"{args.max_tokens} tokens per forward pass, {args.dtype}, checkpointing {how}")
+          f"{args.max_tokens} tokens per forward pass, {dtype}, checkpointing {how['checkpointing']}")
     for name, value in (parts | {"in all": sum(parts.values())}).items():
         print(f"  {name:12}{value / GIB:9.2f} GiB per rank")
     if args.fit:
-        tokens = largest_that_fits(args.fit, config, args.ranks, args.shard_group, dtype, how, lora, args.zero)
+        tokens = largest_that_fits(args.fit, config, args.ranks, **how)
         answer = f"--max_tokens {tokens} is the largest that fits" if tokens else "no --max_tokens fits"
         print(f"  {answer} {args.fit:g} GiB")
-    flops = (8 if how == "full" else 6) * about["matmul"] * args.batch_size * args.pair_tokens / args.ranks
+    flops = (8 if how["checkpointing"] == "full" else 6) * about["matmul"] * args.batch_size * args.pair_tokens / args.ranks
     print(f"  a step of {args.batch_size} pairs of {args.pair_tokens} tokens: {flops:.3g} FLOPs per rank, "
           f"{flops / args.teraflops / 0.4e12:.2f} s at 40 % of {args.teraflops:g} TFLOP/s")
 
