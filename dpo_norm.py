@@ -264,7 +264,7 @@ def late_traceback(*error):
     sys.__excepthook__(*error)
 
 def to_device(array):
-    """numpy or list -> torch, where the model computes; the host does not wait for the copy."""
+    """numpy (lists are slow) -> torch, where the model computes; the host does not wait for it."""
     tensor = torch.as_tensor(array)
     return tensor.pin_memory().cuda(non_blocking=True) if torch.cuda.is_available() else tensor
 
@@ -482,9 +482,9 @@ def pack(chosen, rejected):
         places.append(torch.cat([places[i][:len(prompt)], new]))
         ids += response
     # Without a mask of ones, transformers would search the row for texts, and wait for the GPU.
-    inputs = dict(input_ids=to_device([ids]), position_ids=to_device([positions]),
-                  attention_mask=to_device(torch.ones(1, len(ids))),
-                  texts=attention_tables(places, len(ids)))
+    inputs = dict(input_ids=to_device(np.array([ids])), texts=attention_tables(places, len(ids)),
+                  position_ids=to_device(np.array([positions])),
+                  attention_mask=to_device(torch.ones(1, len(ids))))
     return dict(inputs=inputs, **predictions(places, chosen + rejected))
 
 def predictions(places, texts):

@@ -101,7 +101,7 @@ def run_seed(seed, questions, args):
         own = sketch if script == "auxdpo.py" else []
         if not (out / "final").exists():
             call(ROOT / script, *common, *own, *flags, "--out", out, "--seed", seed, "--eval_every", 0,
-                 "--learning_rate", args.learning_rate, "--epochs", args.epochs, "--log_every", 2)
+                 "--learning_rate", args.learning_rate, "--epochs", args.epochs, "--log_every", 2, "--resume")
         found[name] = measure(option_logps(out / "final", held_out), reference)
         print(f"seed {seed}  {name:18s} {'  '.join(f'{value:.1f}' for value in found[name])}  ({time.time() - began:.0f} s)",
               flush=True)

@@ -3,6 +3,7 @@
     python tests/bench/gpu.py --list
     python tests/bench/gpu.py --slice speed15b [--budget 400] [--out results/gpu]
     python tests/bench/gpu.py --slice speed15b --size tiny --out out/gpu    (any machine, less than a minute)
+    python tests/bench/gpu.py --host    what the CPU does before a GPU gets its micro-batches (any machine)
 
 A contender (ours, TRL) is a process of its own, and the variants of a slice take turns in it. All of them see the same
 pairs of random ids, whose lengths are those of UltraFeedback, of hh or 2,000 + 1,000 tokens; the model has random weights
@@ -400,6 +401,47 @@ def report(results, args):
                    f"{args.rounds} fresh batches.\n")
 
 
+def host_times(work, folder, tokens=16384, steps=10):
+    """Milliseconds per step in which the host chooses the micro-batches of a step, reads their pairs and makes the tensors;
+    `first`: all of it up to the first micro-batch, for which a GPU must wait. The others are made while the GPU works."""
+    import datasets
+    import dpo
+    pairs = sum(make_batches(work, steps, PAIRS[work], 151_936, False), [])
+    datasets.Dataset.from_list(pairs).save_to_disk(folder)
+    rows = datasets.load_from_disk(folder)
+    lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
+    args = types.SimpleNamespace(batch_size=PAIRS[work], seed=0, layout="packed", max_tokens=tokens)
+    spent = dict(choose=0.0, read=0.0, tensors=0.0, first=0.0)
+    for step in range(steps):
+        began = time.perf_counter()
+        parts = dpo.micro_batches(dpo.batch_rows(step, len(rows), args), lengths, args, 1)
+        spent["choose"] += time.perf_counter() - began
+        for i, part in enumerate(parts):
+            start = time.perf_counter()
+            batch = [rows[int(row)] for row in part]
+            spent["read"] += time.perf_counter() - start
+            start = time.perf_counter()
+            dpo.collate(batch, "packed")
+            spent["tensors"] += time.perf_counter() - start
+            if i == 0:
+                spent["first"] += time.perf_counter() - began
+    return {name: 1000 * seconds / steps for name, seconds in spent.items()}
+
+
+def host_report(args):
+    """Print the table of host_times, and write it to out/host.md."""
+    lines = ["| lengths | pairs | choose, ms | read, ms | tensors, ms | until the first, ms |", "|---|---:|---:|---:|---:|---:|"]
+    for work in PAIRS:
+        with tempfile.TemporaryDirectory() as folder:
+            times = [host_times(work, f"{folder}/{i}") for i in range(3)]
+        cells = [f"{median(each[name] for each in times):.1f}" for name in times[0]]
+        lines.append(f"| {work} | {PAIRS[work]} | {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n\nPer step, --max_tokens 16384, packed; the median of three times ten steps."
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "host.md").write_text(f"{text}\n{versions()}. `python tests/bench/gpu.py --host`\n")
+    print(text)
+
+
 def versions():
     from importlib.metadata import version
     cuda = torch.cuda.is_available()
@@ -439,6 +481,7 @@ def run_slice(args, folder, until):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--list", action="store_true", help="the slices, and how long they should take on an H100")
+    parser.add_argument("--host", action="store_true", help="only the time in which the CPU makes micro-batches")
     parser.add_argument("--slice", default="", help="one, or several separated by commas")
     parser.add_argument("--size", default="", choices=["", *gpu_check.SIZES], help="of the model, in place of the slice's")
     parser.add_argument("--only", default="", help="only these variants of the slice, separated by commas")
@@ -453,6 +496,8 @@ def main():
         for name, (size, work, *both) in SLICES.items():
             print(f"{name:11} {estimate(name):4.0f} s  {size} {work}: {', '.join(sum(both, [])).replace('*', '')}")
         return
+    if args.host:
+        return host_report(args)
     if args.contender:
         return head_slice(args) if args.contender == "head" else contender(args)
     names, until = args.slice.split(","), time.time() + args.budget
