@@ -137,8 +137,8 @@ def distinct_texts(split, args):
     too_long = pair_tokens(lengths, args.layout) > args.max_tokens
     # The last of an odd number, or of a two that is too long, is computed with the response that it
     # is compared with, once more.
-    single = [*twos[too_long].flatten(), *waiting.values()]
-    twos = np.concatenate([twos[~too_long], split["responses"][rows[single]]])
+    alone = [*twos[too_long].flatten(), *waiting.values()]
+    twos = np.concatenate([twos[~too_long], split["responses"][rows[alone]]])
     lengths = np.column_stack([prompts[twos[:, 0]], responses[twos]])
     return types.SimpleNamespace(twos=twos, lengths=lengths, rows=rows, sides=sides,
                                  pairs=split["pairs"])
@@ -220,7 +220,6 @@ def fill_file(path, shape, dtype, texts, compute, args):
         for twos, values in gathered[:len(plan) - i]:
             write_values(path, twos.flatten(), values, texts)
             bar.update(len(twos))
-    bar.close()
     return False
 
 def write_values(path, responses, values, texts):
@@ -276,7 +275,7 @@ def sketches(policy, state, pairs):
 
 def watch(model, args, salt=""):
     """Freeze all weights, and let every backward pass sketch the gradients of those that would be
-    trained and that --sketch_modules matches -> what its hooks share. salt makes other buckets."""
+    trained and that --sketch_modules matches -> what its hooks share. Tests average over salts."""
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     with explain(f"--sketch_modules {args.sketch_modules}: {{}}"):
         names = {name for name in names if re.search(args.sketch_modules, name)}
@@ -326,12 +325,12 @@ def add_product(state, own, module, x, d):
             fail(f"--sketch_dim cannot tell the texts of {own} apart: leave it out with "
                  "--sketch_modules")
         x, d, row = x[state.cells], d[state.cells], state.rows
-    for x, d, row in zip(x.split(1024), d.split(1024), row.split(1024)):
+    for some_x, some_d, rows in zip(x.split(1024), d.split(1024), row.split(1024)):
         if "bias" in own:
-            state.sums.index_add_(0, row, count_sketch(d, state, own["bias"], 0))
+            state.sums.index_add_(0, rows, count_sketch(some_d, state, own["bias"], 0))
         if "weight" in own:
-            spectrum = product_spectrum(state, own["weight"], module, x, d)
-            state.spectrum.index_add_(0, row, spectrum)
+            spectrum = product_spectrum(state, own["weight"], module, some_x, some_d)
+            state.spectrum.index_add_(0, rows, spectrum)
 
 def product_spectrum(state, name, module, x, d):
     """FFT (t, K // 2 + 1) of the sketches of d_t x_t^T; x (t, in) or token ids (t,), d (t, out)."""
@@ -339,7 +338,8 @@ def product_spectrum(state, name, module, x, d):
         size, scale = module.num_embeddings, getattr(module, "embed_scale", 1)  # Gemma
         signs, buckets = hash_table(state.salt + name, 0, size, state.dim, d.device)
         left = d.new_zeros(len(d), state.dim, dtype=torch.float32)
-        left[torch.arange(len(d)), buckets[x]] = signs[x] * (x != module.padding_idx)
+        trained = x != module.padding_idx  # torch gives this id no gradient
+        left[torch.arange(len(d)), buckets[x]] = signs[x] * trained
         right = count_sketch(scale * d, state, name, 1)
     else:
         sides = (x, d) if type(module).__name__ == "Conv1D" else (d, x)  # GPT-2: (in, out)
