@@ -1,6 +1,7 @@
-"""Claim: the README can be pasted. Every command in it names a script that exists with flags that it has, every flag
-that its text names is one of some script, every link with the name of a function leads to a file that has it, every file
-it links is there, and every table of results is the generated one, or some columns of it.
+"""Claim: the README, and the pages of results that it leads to, can be pasted. Every command names a script that exists
+with flags that it has, every flag that the README's text names is one of some script, every link with the name of a
+function leads to a file that has it, every file and heading that is linked is there, and every table of results is the
+generated one, or some columns of it.
 
 `python tests/test_readme.py --fix` writes the tables anew."""
 import ast
@@ -10,9 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "results/README.md"
+PAGES = [README, RESULTS, ROOT / "results/commands.md", ROOT / "results/auxdpo.md", ROOT / "results/LOG.md"]
 TABLE = re.compile(r"<!-- (results/[\w/]+\.md)(: [^>]*)? -->\n((?:\|.*\n)*)")
 LINK = re.compile(r"\[`(\w+)`\]\(((?:\.\./)?\w+\.py)\)")
-BOTH = README.read_text() + RESULTS.read_text()
+ALL = "".join(page.read_text() for page in PAGES)
 
 
 def flags_of(script):
@@ -26,7 +28,7 @@ def flags_of(script):
 
 def commands():
     """[(script, [flags])] of the code blocks, with continued lines joined."""
-    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", BOTH, re.S)).replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", ALL, re.S)).replace("\\\n", " ")
     lines = [line.split("#")[0] for line in blocks.splitlines()]
     found = []
     for line in lines:
@@ -52,7 +54,7 @@ def test_every_flag_that_the_text_names_is_a_flag_of_some_script():
 
 
 def test_every_link_with_the_name_of_a_function_leads_to_a_file_that_has_it():
-    links = LINK.findall(BOTH)
+    links = LINK.findall(ALL)
     assert len(links) >= 30
     for name, script in links:
         tree = ast.parse((ROOT / script.removeprefix("../")).read_text())
@@ -73,7 +75,7 @@ def table_of(path, columns):
 
 
 def test_every_table_of_results_is_the_generated_one():
-    tables = TABLE.findall(BOTH)
+    tables = TABLE.findall(ALL)
     assert len(tables) >= 4
     for path, columns, text in tables:
         assert text.count("\n") > 3 and text == table_of(path, columns), "run: python tests/test_readme.py --fix"
@@ -90,17 +92,24 @@ def test_every_recipe_of_launch_sh_is_described():
 
 
 def test_every_linked_file_exists():
-    for page in (README, RESULTS):
+    for page in PAGES:
         targets = re.findall(r"\]\(([\w./-]+?)(?:#[\w-]+)?\)", page.read_text())
         assert targets and not [target for target in targets if not (page.parent / target).exists()]
 
 
-def test_every_link_to_a_heading_of_the_results_finds_it():
-    headings = re.findall(r"^#+ (.*)$", RESULTS.read_text(), re.M)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    named = re.findall(r"\(results/README\.md#([\w-]+)\)", README.read_text())
-    named += re.findall(r"\]\(#([\w-]+)\)", RESULTS.read_text())
-    assert len(named) > 5 and not set(named) - anchors
+def anchors_of(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_to_a_heading_finds_it():
+    found = 0
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", page.read_text()):
+            linked = page.parent / target if target else page
+            assert anchor in anchors_of(linked), (page.name, target, anchor)
+            found += 1
+    assert found > 20
 
 
 def test_the_readme_is_at_most_220_lines_of_a_readable_width():
@@ -110,7 +119,7 @@ def test_the_readme_is_at_most_220_lines_of_a_readable_width():
 
 if __name__ == "__main__":
     assert sys.argv[1:] == ["--fix"], "usage: python tests/test_readme.py --fix"
-    for page in (README, RESULTS):
+    for page in PAGES:
         def anew(match):
             return f"<!-- {match[1]}{match[2] or ''} -->\n{table_of(match[1], match[2])}"
         page.write_text(TABLE.sub(anew, page.read_text()))

@@ -182,7 +182,7 @@ def cosine_table(name, found, counts):
     """Lines of Markdown: a row for each estimator, a column for each m."""
     number = len(found["gaussian", counts[0]])
     lines = [f"{name}: mean cosine with the limit in %, {number} pairs (in brackets: theory)", "",
-             f"| estimator | numbers of a z | {' | '.join(f'm = {m}' for m in counts)} |",
+             f"| estimator | numbers drawn per perturbation | {' | '.join(f'm = {m}' for m in counts)} |",
              "|---|---|" + "---|" * len(counts)]
     for estimator in ESTIMATORS:
         cells = []

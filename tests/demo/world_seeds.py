@@ -18,8 +18,8 @@ import numpy as np
 
 NAMES = dict(base="untrained", dpo="DPO", dpo_norm="DPO-norm", simpo="SimPO", wpo="WPO", auxdpo="AuxDPO",
              clean="DPO, clean pairs", compo="+ ComPO, noisy pairs")
-COLUMNS = {"reward": "true reward", "goods": "of it goods", "gloves": "gloves", "rude": "rude", "length": "tokens", "kl": "KL",
-           "accuracy": "accuracy %", "accuracy/ref": "to ref %", "chosen/ref": "chosen, nats", "win": "win %",
+COLUMNS = {"reward": "true reward", "goods": "reward from goods", "gloves": "from gloves", "rude": "from rudeness",
+           "length": "tokens", "kl": "KL", "accuracy": "accuracy %", "accuracy/ref": "to ref %", "chosen/ref": "chosen, nats", "win": "win %",
            "win/length": "equal length %", "seconds": "training s"}
 
 
