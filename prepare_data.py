@@ -31,7 +31,7 @@ dropped; a row that cannot be read counts as one pair. A response ends in exactl
 which is scored: the special token that the template puts after an answer, else the tokenizer's EOS,
 or --eos_token.
 
-Read to line 292: settings, formats, what happens to a row, main. Below the rule stand the helpers:
+Read to line 302: settings, formats, what happens to a row, main. Below the rule stand the helpers:
 files, messages, text and tokens, the folder.
 """
 import bisect, csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
@@ -107,15 +107,20 @@ def read_sharegpt(row, kit):
     return None if is_blank(row["conversations"]) else read_any(row, kit, "conversations")
 
 def read_alpaca(row, kit):
-    """instruction and input are one question, history the turns before it: [[question, answer]]."""
+    """instruction and input are one question, history the turns before it."""
     if is_blank(row["instruction"]) and prompt_column(row):
         return None
     prompt, extra = row.pop("instruction"), text_of(row.pop("input", ""), "input")
     if extra.strip():
         prompt = f"{text_of(prompt, 'instruction')}\n\n{extra}"
     turns = []
-    for question, answer in from_json(row.pop("history", []), "history"):
-        turns += [user_turn(question), {"role": "assistant", "content": answer}]
+    for turn in from_json(row.pop("history", []), "history") or []:
+        if isinstance(turn, list) and len(turn) == 2:
+            turns += [user_turn(turn[0]), {"role": "assistant", "content": turn[1]}]
+        elif isinstance(turn, dict):
+            turns.append(turn)
+        else:
+            drop("malformed", f"history has {turn!r}, no [question, answer] and no message")
     return turns + [user_turn(prompt)] if turns else prompt, *pop_answers(row)
 
 def read_dialogue(row, kit):
@@ -183,7 +188,7 @@ def prepare_chunk(args, chunk):
 
 def prepare_row(kit, args, key, row, counts):
     """A raw row -> [(id, a pair as prepare_pair gives it, or the ValueError that dropped it)]."""
-    rows, results = as_list(attempt(convert_row, args, row)), []
+    rows, results = as_list(attempt(convert_row, args, row, counts)), []
     for i, row in enumerate(rows):
         name = key if len(rows) == 1 else f"{key}-{i}"
         found = attempt(read_row, kit, args, row, key, counts)
@@ -205,11 +210,11 @@ def read_row(kit, args, row, key, counts):
         raise row
     if not isinstance(row, dict):
         drop("malformed", f"no row: {row}")
-    values = {name: value for name, value in row.items() if value is not None}
-    media = [name for name in values if is_media(name) and not is_blank(values[name])]
+    values = {name: value for name, value in row.items() if value is not None and value == value}
+    media = find_media(values)  # a null or NaN is no value
     if media:
-        drop("images", f"column {media[0]}: {values[media[0]]}")
-    name, (prompt, chosen, rejected) = read_format(values, row, kit)
+        drop("images", f"column {media}: {values[media]}")
+    name, (prompt, chosen, rejected) = read_format(values, row, kit, counts)
     if name == "multiple choice" and args.wrong_options == "one":
         rejected = [random.Random(f"{args.seed} {key}").choice(rejected)]
     beyond = ""
@@ -228,12 +233,11 @@ def read_row(kit, args, row, key, counts):
     ties = name == "RewardBench-2" and label == "Ties"
     found = types.SimpleNamespace(
         format=name, prompt=prompt, chosen=chosen, rejected=rejected, beyond=beyond, label=label,
-        ties=ties, weight=weight, tools=from_json(values.pop("tools", []), "tools") or [],
+        ties=ties, weight=weight, tools=read_tools(values.pop("tools", [])),
         suffix=f":{text_of(str(values.pop('id', None)), 'id')}" if ties else "",  # for evaluate.py
         system=text_of(values.pop("system", "") or values.pop("system_prompt", ""), "system"),
         start=text_of(values.pop("initial_reason_steps", ""), "initial_reason_steps"),
         options=from_json(values.pop("chat_template_kwargs", {}), "chat_template_kwargs") or {})
-    counts["format", name] += 1
     counts["order", order] += 1
     if kit.template and isinstance(prompt, str) and RENDERED.search(prompt):
         counts["rendered", True] += 1
@@ -242,14 +246,18 @@ def read_row(kit, args, row, key, counts):
             counts["unused", name] += 1
     return found
 
-def read_format(values, row, kit):
+def read_format(values, row, kit, counts):
     """-> name of the first format that reads the row, its (prompt, chosen, rejected)"""
     for name, (columns, function) in FORMATS.items():
-        found = function(values, kit) if columns <= values.keys() else None
+        found = attempt(function, values, kit) if columns <= values.keys() else None
         if found:
+            counts["format", name] += 1
+            if isinstance(found, ValueError):  # a format that is known, and a row that is bad
+                raise found
             return name, found
     null = [side for side in ("chosen", "rejected") if side in row and side not in values]
     if null and PAIR <= row.keys():
+        counts["format", "no answer"] += 1
         drop("malformed", f"{null[0]} is not valid text: None")
     drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
 
@@ -274,6 +282,8 @@ def main():
     part = Path(f"{out}.partial")
     if args.val_fraction >= 1:
         fail(f"--val_fraction {args.val_fraction} must be below 1")
+    if sys.argv.count("--dataset") > 1:
+        fail("--dataset is given twice: put its files into one, separated by commas")
     check_out(args, out, part)
     kit = load_tokenizer(args)
     if args.convert:
@@ -352,12 +362,15 @@ def load_converter(spec):
     except Exception as error:  # whatever the user's file raises
         fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
 
-def convert_row(args, row):
+def convert_row(args, row, counts):
     """A raw row -> the list of rows that --convert makes of it, or of the row itself."""
     if not args.convert or not isinstance(row, dict):
         return [row]
     made = attempt(load_converter(args.convert), row)
-    if isinstance(made, ValueError) or not made:
+    if isinstance(made, ValueError):
+        drop("convert", made.args[1])
+    if not made:
+        counts["format", "left out by --convert"] += 1
         drop("convert", f"the function gives {made}")
     return as_list(made)
 
@@ -369,7 +382,7 @@ CHUNK_BYTES = 2**23
 def file_names(text):
     """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
     parts = [text] if os.path.isfile(text) else next(csv.reader([text], skipinitialspace=True), [])
-    paths = [Path(part.strip()) for part in parts]
+    paths = [Path(part.strip()) for part in parts if part.strip()]
     return paths if all(FILE.fullmatch(path.name) for path in paths) else []
 
 def kind_of(path):
@@ -409,6 +422,8 @@ def load_rows(args, name, split):
     try:
         if Path(name, "dataset_dict.json").exists() or Path(name, "state.json").exists():
             rows = datasets.load_from_disk(name)
+            if isinstance(rows, dict) and split not in rows:
+                fail(f"{name} has no split '{split}': choose one of {', '.join(rows)}")
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
             rows = datasets.load_dataset(name, args.subset or None, split=split)
@@ -472,7 +487,8 @@ def batch_size(memory, rows):
 def arrow_rows(batches, rows):
     numbers = itertools.count(1)
     for batch in batches:
-        for row, number in zip(without_nulls(batch.to_pylist()), numbers):
+        for row, number in zip(batch.to_pylist(), numbers):
+            row = {name: without_nulls(value) for name, value in row.items()}
             yield number, row, number / rows
 
 def without_nulls(value):
@@ -487,23 +503,28 @@ def csv_rows(text, path):
     delimiter = "\t" if kind_of(path) == "tsv" else max(",;\t", key=header.count)
     for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
         whole = None not in row  # where cells go that have no column
-        yield {name: cell for name, cell in row.items() if cell} if whole else f"too long: {row}"
+        cells = {name.strip(): cell or None for name, cell in row.items()} if whole else row
+        yield cells if whole else f"too long: {row}"
 
 def json_rows(text, path, split):
     """A row per line (... for a blank one); if the file has another layout, it is read whole."""
-    start, first = [], ""
+    start, filled = [], []
     for line in text:
         start.append(line)
-        if first and line.strip():  # the second line that is not blank
+        if line.strip():
+            filled.append(line.strip())
+        if len(filled) == 2:
             break
-        first = first or line.strip()
-    lines = kind_of(path) == "jsonl" and first not in ("[", "{", "[{")
-    if lines or (len(start) > 1 and isinstance(parse(first), dict)):
+    first = filled[0] if filled else ""
+    is_open = first in ("[", "{") or (first.startswith("[{") and isinstance(parse(first), str))
+    is_list = len(filled) == 1 and isinstance(parse(first), list)
+    lines = kind_of(path) == "jsonl" and not is_open and not is_list
+    if lines or (len(filled) == 2 and isinstance(parse(first), dict)):
         return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
     whole = "".join(start) + text.read()
     value = parse(whole)
     if isinstance(value, str) and first.startswith("{"):  # objects one after another
-        return [parse(part.rstrip(", \n")) for part in re.split(r"\n(?=\{)", whole)]
+        return [parse(part) for part in re.split(r"\n(?=\{)", whole)]
     if not isinstance(value, (dict, list)):
         fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
     return rows_in(value, path, split)
@@ -511,19 +532,24 @@ def json_rows(text, path, split):
 def parse(text):
     """JSON -> its value, or a text that says what is wrong, which is no row and dropped as such."""
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip(", \r\n"))
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}: ...{text[-60:]!r}"
 
 def rows_in(value, path, split):
-    """The rows of one JSON value: a list, a list under a key, columns, or a single row."""
+    """The rows of one JSON value: a list, a list under a key, columns, rows by id, or one row."""
     if isinstance(value, dict) and isinstance(value.get(split), (list, dict)):
         return rows_in(value[split], path, "train")
+    if isinstance(value, dict) and isinstance(value.get("data"), dict):
+        return rows_in(value["data"], path, split)
     if split != "train":
         fail(f"{path} has no split {split}: give --val a file, or choose another --split")
     if isinstance(value, list):
         return value
     columns = list(value.values())
+    pairs = [each for each in columns if isinstance(each, dict) and PAIR <= each.keys()]
+    if len(pairs) == len(columns) and not any(is_several(pair["chosen"]) for pair in pairs):
+        return pairs
     if all(isinstance(column, dict) and "0" in column for column in columns):  # as pandas writes
         columns = [list(column.values()) for column in columns]
     lists = all(isinstance(column, list) for column in columns)
@@ -542,11 +568,13 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", 
              function_call="assistant")
 HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
-MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_(path|file|url|id|name|bytes)s?)?", re.I)
-RENDERED = re.compile(
-    r"<\|(im_start|start|start_header_id|user|assistant|system)\|>|<start_of_turn>|<｜User｜>|"
-    r"\[/?INST\]|### ?(Instruction|Human|User|Response)|\nHuman: |USER: ")
-MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:""")  # as text
+ARGUMENTS = ("arguments", "parameters", "input", "args")  # keys of a call
+MEDIA = re.compile(
+    r"(input_)?(image|img|video|audio)s?(_?\d+|_(path|file|url|id|name|bytes)s?)?", re.I)
+RENDERED = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<start_of_turn>|\[/?INST\]|"
+                      r"### ?(Instruction|Human|User|Response)|(^|\n)Human: |USER: ")
+MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["']\w+["']:\s*["']?[\w.-]*["']?,\s*)*"""  # "id": 7,
+                      r"""["'](role|from|content|value)["']\s*:""")  # as text
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SCORES = [(f"{word}_chosen", f"{word}_rejected") for word in ("score", "rating", "reward")]
@@ -558,11 +586,18 @@ def as_list(value):
     return value if isinstance(value, list) else [value]
 
 def is_blank(value):
-    return not value.strip() if isinstance(value, str) else value in ([], {})
+    """Is it null, white space, or a list or dict of such?"""
+    if isinstance(value, (list, dict)):
+        return all(map(is_blank, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, str) and not value.strip()
 
 @functools.lru_cache(4096)
 def is_media(name):
     return bool(MEDIA.fullmatch(str(name)))
+
+def find_media(values):
+    """The first key of a dict that stands for an image, a video or a sound and is not blank."""
+    return next((key for key in values if is_media(key) and not is_blank(values[key])), None)
 
 def text_of(value, name):
     if not isinstance(value, str) or HALF.search(value):
@@ -577,11 +612,9 @@ def number(value):
         return None
 
 def from_json(value, name):
-    """A list or dict that may be given as JSON text."""
-    if not isinstance(value, str) or not value.strip():
-        return value
+    """A list or dict that may be given as JSON text, which may be blank."""
     try:
-        return json.loads(value)
+        return json.loads(value.strip() or "null") if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         drop("malformed", f"{name} is not JSON: {error}: {value}")
 
@@ -594,8 +627,9 @@ def as_messages(value):
         found = attempt(literal_eval, value.strip())
     if isinstance(found, ValueError):
         drop("malformed", f"messages that are not JSON: {value}")
-    roles = [isinstance(each, dict) and {"role", "from"} & each.keys() for each in as_list(found)]
-    return found if all(roles) else value
+    keys = [each.keys() if isinstance(each, dict) else set() for each in as_list(found)]
+    said = {"content", "value", "tool_calls", "function_call"}
+    return found if all({"role", "from"} & each and said & each for each in keys) else value
 
 def prompt_column(row):
     """The column of the prompt, if possible one that is not empty; None if there is none."""
@@ -645,7 +679,6 @@ def read_message(value, name):
     content = value.get("value") if value.get("content") is None else value["content"]
     known = ("role", "from", "content", "value", "function_call", "tool_calls")
     more = {key: each for key, each in value.items() if key not in known and each is not None}
-    kinds = [key for key in more if is_media(key) and more[key]]
     calls = from_json(value.get("tool_calls") or value.get("function_call") or [], "tool_calls")
     if role == "function_call":
         calls, content = from_json(content, "function_call"), None
@@ -655,9 +688,10 @@ def read_message(value, name):
         content = ""
     parts = content if isinstance(content, list) else []
     parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
-    kinds += [part["type"] for part in parts if is_media(part.get("type"))]
-    if kinds:
-        drop("images", f"{name} has a message with {kinds[0]}")
+    for part in [value, *parts]:
+        media = find_media(part)
+        if media or is_media(part.get("type")):
+            drop("images", f"{name} has a message with {media or part['type']}")
     if isinstance(content, list):
         content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts)
     return {"role": ROLES[role.lower()], "content": text_of(content, f"content in {name}")} | more
@@ -665,9 +699,14 @@ def read_message(value, name):
 def read_call(call):
     """A tool call as templates expect it: {type, function: {name, arguments as a dict}}."""
     function = call.get("function", call)
-    arguments = from_json(function.get("arguments", {}), "arguments")
+    given = [function[name] for name in ARGUMENTS if name in function]
+    arguments = from_json(given[0], "arguments") if given else {}
     outer = call if "function" in call else {"type": "function"}
-    return outer | {"function": function | {"arguments": arguments}}
+    return outer | {"function": {"name": function.get("name"), "arguments": arguments or {}}}
+
+def read_tools(value):
+    """A list of tools, or one, of which all or each may be JSON text -> the list."""
+    return [from_json(tool, "a tool") for tool in as_list(from_json(value, "tools") or [])]
 
 def read_answer(value, name):
     """One side of a pair -> messages before the answer, the answer as a message."""
@@ -692,13 +731,20 @@ def read_pair(args, found, pair):
         if turns and turns[-1] in (chosen, rejected):  # the conversation with its answer
             turns.pop()
         messages = overlap(turns, before)
-    elif before:  # beside a conversation, the text of a prompt only repeats its first question
+    elif before:  # beside a conversation, the text of a prompt only repeats some of it
+        text, turns = str(prompt or "").strip(), [turn["content"].strip() for turn in before]
+        if not any(text in turn or turn in text for turn in turns):
+            drop("prompts differ", f"{prompt} / {before}")
         messages = before
     elif prompt is None:
         drop("malformed", f"prompt is not valid text: None, and chosen is no dialogue: {pair[0]}")
     else:
         messages = [user_turn(text_of(prompt, "prompt"))]
-    if found.system and "system" not in [message["role"] for message in messages]:
+    for message in [*messages, chosen, rejected]:
+        tools = read_tools(message.pop("tools", []))
+        found.tools += [tool for tool in tools if tool not in found.tools]
+    systems = [turn["content"].strip() for turn in messages if turn["role"] == "system"]
+    if found.system.strip() not in ["", *systems]:
         messages = [{"role": "system", "content": found.system}, *messages]
     check_order(messages, found.format)
     if args.system == "first_user" and messages[0]["role"] == "system":
@@ -734,17 +780,15 @@ def own_order(values):
     """agree, tie or contradict: what a row's own scores say of its chosen and rejected answer."""
     gaps = []
     for chosen, rejected in SCORES:
-        if chosen in values and rejected in values:
-            scores = number(values[chosen]), number(values[rejected])
-            if None not in scores:
-                gaps.append(scores[0] - scores[1])
-                del values[chosen], values[rejected]
+        scores = number(values.get(chosen)), number(values.get(rejected))
+        if None not in scores:
+            gaps.append(scores[0] - scores[1])
+            del values[chosen], values[rejected]
     for name in {"margin", "score_margin", "preference", "label"} & values.keys():
         value = values[name]
-        gap = VERDICTS.get(value.lower()) if isinstance(value, str) else None
-        gap = number(value) if gap is None else gap
+        gap = number(VERDICTS.get(str(value).strip().lower(), value))
         if gap is not None:
-            values.pop(name)
+            del values[name]
             gaps.append(gap - 0.5 if name == "label" and not isinstance(value, str) else gap)
     if not gaps:
         return "none"
@@ -857,33 +901,27 @@ def render_chat(kit, messages, answers, found):
 
 def check_content(said, text, size):
     """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
-    messages say. Templates leave out thoughts, tools, system turns. Only white space may differ."""
-    if first_missing(said, text, size, str):  # quick; if it fails, the costly search
-        missing = first_missing(said, squeeze(text), len(squeeze(text[:size])), squeeze)
-        if missing:
-            drop(f"{missing[0]} left out by the template", missing[1])
-
-def first_missing(said, text, size, form):
-    """The first (what, piece) of the messages whose form is not in the text, or None. They stand in
-    their order, but tools and a system turn may be anywhere in the prompt. JSON may escape it."""
+    messages say: `said`, the pieces of each. Templates leave out thoughts, tools, system turns.
+    The pieces stand in their order, but tools and a system turn may be anywhere in the prompt."""
     at = 0
     for i, own in enumerate(said):
         begin, end = at, size if i < len(said) - 1 else len(text)
         for what, piece in own:
             anywhere = what in ("tools", "text of system turn")
-            first, sought = 0 if anywhere else begin, form(piece)
-            place = text.find(sought, first, end)
-            if place < 0:
-                sought = form(json.dumps(piece, ensure_ascii=False)[1:-1])
-                place = text.find(sought, first, end)
-            if place < 0:
-                return what, piece
-            if not anywhere:
-                at = max(at, place + len(sought))
-    return None
+            found = find_end(piece, text, 0 if anywhere else begin, end)
+            if found is None:
+                drop(f"{what} left out by the template", piece)
+            at = at if anywhere else max(at, found)
 
-def squeeze(text):
-    return "".join(text.split())
+def find_end(piece, text, begin, end):
+    """Where a piece ends in the text, maybe with other white space or escaped as in JSON."""
+    place = text.find(piece, begin, end)
+    if place >= 0:
+        return place + len(piece)
+    forms = [piece.split(), json.dumps(piece, ensure_ascii=False)[1:-1].split()]
+    pattern = "|".join(r"\s*".join(map(re.escape, words)) for words in forms)
+    found = re.compile(pattern).search(text, begin, end)
+    return found.end() if found else None
 
 def pieces(message):
     """[(what it is, text)] of all that a message says; of the arguments of a call every word."""
@@ -893,7 +931,8 @@ def pieces(message):
         found = [("<think>", thought), (f"text of {message['role']} turn", rest)]
     found += [("reasoning", text_of(message[key], key)) for key in REASONING if message.get(key)]
     for call in message.get("tool_calls", []):
-        said = json.dumps(call["function"]["arguments"], ensure_ascii=False).replace("\\n", " ")
+        said = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        said = re.sub(r"\\(u....|.)", " ", said)  # \n and the like, which a template may not escape
         words = [text_of(call["function"].get("name"), "name of a call"), *re.findall(r"\w+", said)]
         found += [("tool calls", w) for w in words if w not in ("true", "false", "null")]
     return [(what, text.strip()) for what, text in found if text.strip()]
@@ -946,7 +985,8 @@ def encode(kit, args, messages, answers, found):
         drop("empty", f"rendering leaves nothing of a response: {answers}")
     tools = pieces_of_tools(found.tools)
     for own, text in zip(told, texts, strict=True):  # rendering took an end token off the text
-        check_content([tools, *asked, own], text + kit.end_token, len(question))
+        check_content([tools, *asked, own], text_of(text, "the rendered text") + kit.end_token,
+                      len(question))
     start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
         drop("identical", answers[0]["content"])
@@ -979,8 +1019,8 @@ HINTS = {  # reason of a drop: what to do
     "too long": "raise --max_length", "ties": "add --ties", "template": FIRST_USER,
     "special token": "add --plain if the text is rendered already",
     "images": "this trains on text only", "malformed": "mend the rows, or use --convert",
-    "text of system turn left out by the template": FIRST_USER,
-    "tools left out by the template": "choose a --model whose template takes tools"}
+    "convert": "mend the function of --convert",
+    "text of system turn left out by the template": FIRST_USER}
 
 def chunks(rows):
     """Lists of entries of all_rows, bounded by rows and by bytes."""
@@ -1042,6 +1082,10 @@ def write_pairs(args, out, folder):
     check_pairs(args, out, folder, seen)
     return seen
 
+def hint(reason):
+    left_out = "choose a --model whose template takes it, or take it out by --convert"
+    return HINTS.get(reason, left_out if "left out" in reason else "mend the rows")
+
 def is_recognised(seen):
     """Had any row a known format, or pictures?"""
     return "images" in seen.dropped or any(kind == "format" for kind, _ in seen.counts)
@@ -1055,19 +1099,19 @@ def check_pairs(args, out, folder, seen):
         return
     record = f"{out}.dropped.jsonl"
     shutil.copy(folder / "dropped.jsonl", record)
-    reason = max(seen.dropped, key=seen.dropped.get, default="none")
-    mostly = f"mostly '{reason}' ({seen.examples.get(reason, '')})"
+    reason = max(seen.dropped, key=seen.dropped.get, default="")
+    mostly = f", mostly '{reason}' ({seen.examples[reason]})" if reason else ""
     if not is_recognised(seen):
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
-        fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format: "
+        fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format"
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
              f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
-    counts, way = count(seen), HINTS.get(reason, "mend the rows")
-    if counts["pairs_out"]:
+    counts, way = count(seen), hint(reason)
+    if counts["pairs_out"] and not args.val:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
     fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} "
          f"{counts['pairs_out']} pairs with {counts['distinct_prompts']} distinct prompts are kept "
-         f"and {seen.dropped.total()} dropped, {mostly}; {way}; see {record}")
+         f"and {seen.dropped.total()} dropped{mostly}; {way}; see {record}")
 
 def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
@@ -1169,7 +1213,7 @@ def report(args, kit, meta, pair):
         f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
         f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped"]
     for reason, n in counts["dropped"].most_common():
-        lines.append(f"  dropped {n:>7,}  {reason}: {HINTS.get(reason, 'mend the rows')}")
+        lines.append(f"  dropped {n:>7,}  {reason}: {hint(reason)}")
     lines.append(f"prompts   {counts['distinct_prompts']:,} distinct; {counts['repeats']:,} pairs "
                  "are exact repeats of others")
     if counts["prompts_in_both"]:
