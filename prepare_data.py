@@ -1,21 +1,9 @@
 """Raw preference pairs -> cleaned, templated, tokenised and split into a folder all scripts read.
 
     python prepare_data.py --dataset a.jsonl.gz,b.parquet --model MODEL --out data/NAME
-    python prepare_data.py --dataset HuggingFaceH4/ultrafeedback_binarized --split train_prefs \\
-        --model MODEL --out data/ultrafeedback
 
 Input: .jsonl .json .csv .tsv .parquet (also .gz, .zst), a folder, or a hub name. The format of each
-row is recognised by the columns that have a value; --convert reads any other layout.
-
-    plain            prompt (or question, query, input), chosen, rejected: text
-    conversation     chosen, rejected: lists of {role, content}, whose common start is the prompt;
-                     a column prompt or messages may hold a part of it
-    ShareGPT         conversations: list of {from, value}; chosen, rejected: one message each
-    Alpaca           instruction, input, history, chosen, rejected: text
-    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", or such a prompt
-    RewardBench-2    prompt; chosen, rejected: lists of answers; a pair per chosen x rejected
-    multiple choice  question, options or choices, answer (letter, or index from 0); the prompt is
-                     "question\\nA. option\\nB. option\\nAnswer:" and a response is "B. option"
+row is recognised by the columns that have a value (FORMATS, below); --convert reads any other.
 
 Columns of any format: `system` or `system_prompt` opens the conversation; `tools` and
 `chat_template_kwargs` go to the template; `initial_reason_steps` ends the prompt; `subset`,
@@ -31,20 +19,18 @@ dropped; a row that cannot be read counts as one pair. A response ends in exactl
 which is scored: the special token that the template puts after an answer, else the tokenizer's EOS,
 or --eos_token.
 
-Read to line 302: settings, formats, what happens to a row, main. Below the rule stand the helpers:
-files, messages, text and tokens, the folder.
+Read to line 284: settings, formats, what happens to a row, main. The helpers stand below.
 """
 import bisect, csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
 import multiprocessing, os, pickle, platform, random, re, runpy, shutil, signal, sys, time, types
 import zlib
 from ast import literal_eval
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, process
 from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -86,7 +72,7 @@ class Args:
 # are not in the row. drop(reason, value) leaves the row out.
 
 def read_choice(row, kit):
-    """A question with options: the right option is preferred to each wrong one."""
+    """The right option (answer: its letter, or index from 0) is preferred to each wrong one."""
     if "options" not in row and "choices" not in row:
         return None
     options = row.pop("options") if "options" in row else row.pop("choices")
@@ -107,7 +93,7 @@ def read_sharegpt(row, kit):
     return None if is_blank(row["conversations"]) else read_any(row, kit, "conversations")
 
 def read_alpaca(row, kit):
-    """instruction and input are one question, history the turns before it."""
+    """instruction and input are one question, history the turns before it: pairs or messages."""
     if is_blank(row["instruction"]) and prompt_column(row):
         return None
     prompt, extra = row.pop("instruction"), text_of(row.pop("input", ""), "input")
@@ -115,16 +101,14 @@ def read_alpaca(row, kit):
         prompt = f"{text_of(prompt, 'instruction')}\n\n{extra}"
     turns = []
     for turn in from_json(row.pop("history", []), "history") or []:
-        if isinstance(turn, list) and len(turn) == 2:
-            turns += [user_turn(turn[0]), {"role": "assistant", "content": turn[1]}]
-        elif isinstance(turn, dict):
-            turns.append(turn)
-        else:
-            drop("malformed", f"history has {turn!r}, no [question, answer] and no message")
+        if isinstance(turn, list):  # and no message
+            question, answer = turn
+            turn = [user_turn(question), {"role": "assistant", "content": answer}]
+        turns += as_list(turn)
     return turns + [user_turn(prompt)] if turns else prompt, *pop_answers(row)
 
 def read_dialogue(row, kit):
-    """Both answers are whole dialogues, or the prompt is one that the answers go on with."""
+    """Both answers are "\\n\\nHuman: ...\\n\\nAssistant: ...", or go on with such a prompt."""
     column = prompt_column(row)
     prompt, sides = row.get(column, ""), [row["chosen"], row["rejected"]]
     if all(is_dialogue(side) and str(prompt).strip() in side for side in sides):
@@ -176,11 +160,13 @@ def prepare_chunk(args, chunk):
             if isinstance(result, ValueError):
                 reason, value = result.args
                 dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
+                counts["dropped", reason] += 1
                 continue
             point, columns, both = result
             part = split or ("val" if point < args.val_fraction else "train")
             pairs[part].append(columns | {"source": source, "id": one})
             hashes[part].append(both)
+            counts["pairs", part] += 1
             counts["subset", columns["subset"]] += 1
     batches = {part: pa.RecordBatch.from_pylist(rows, SCHEMA) for part, rows in pairs.items()}
     hashes = {part: np.array(rows, "u8").reshape(-1, 4) for part, rows in hashes.items()}
@@ -196,12 +182,15 @@ def prepare_row(kit, args, key, row, counts):
             results.append((name, found))
             continue
         name += found.suffix
-        pairs = list(itertools.product(found.chosen, found.rejected))
+        chosen = found.chosen[:PAIRS_OF_A_ROW]
+        rejected = found.rejected[:PAIRS_OF_A_ROW // len(chosen)]
+        pairs = list(itertools.product(chosen, rejected))
         for k, pair in enumerate(pairs):
             one = f"{name}-{k}" if len(pairs) > 1 else name
             results.append((one, attempt(prepare_pair, kit, args, found, pair)))
-        if found.beyond:
-            results.append((f"{name}-more", ValueError("more pairs of a row", found.beyond)))
+        if len(pairs) < len(found.chosen) * len(found.rejected):
+            product = f"{len(found.chosen)} chosen x {len(found.rejected)} rejected"
+            results.append((f"{name}-more", ValueError("more pairs of a row", product)))
     return results
 
 def read_row(kit, args, row, key, counts):
@@ -213,15 +202,11 @@ def read_row(kit, args, row, key, counts):
     values = {name: value for name, value in row.items() if value is not None and value == value}
     media = find_media(values)  # a null or NaN is no value
     if media:
+        counts["format", "images"] += 1
         drop("images", f"column {media}: {values[media]}")
     name, (prompt, chosen, rejected) = read_format(values, row, kit, counts)
     if name == "multiple choice" and args.wrong_options == "one":
         rejected = [random.Random(f"{args.seed} {key}").choice(rejected)]
-    beyond = ""
-    if len(chosen) * len(rejected) > PAIRS_OF_A_ROW:
-        beyond = f"{len(chosen)} chosen x {len(rejected)} rejected: {PAIRS_OF_A_ROW} pairs at most"
-        chosen = chosen[:PAIRS_OF_A_ROW]
-        rejected = rejected[:PAIRS_OF_A_ROW // len(chosen)]
     order = own_order(values)
     if args.drop_ties and order in ("tie", "contradict"):
         drop(f"scores {order}", {name: row[name] for name in row if name not in values})
@@ -232,8 +217,8 @@ def read_row(kit, args, row, key, counts):
         drop("malformed", f"weight is {row['weight']!r}, not a number from 0")
     ties = name == "RewardBench-2" and label == "Ties"
     found = types.SimpleNamespace(
-        format=name, prompt=prompt, chosen=chosen, rejected=rejected, beyond=beyond, label=label,
-        ties=ties, weight=weight, tools=read_tools(values.pop("tools", [])),
+        format=name, prompt=prompt, chosen=chosen, rejected=rejected, label=label, ties=ties,
+        weight=weight, tools=read_tools(values.pop("tools", [])),
         suffix=f":{text_of(str(values.pop('id', None)), 'id')}" if ties else "",  # for evaluate.py
         system=text_of(values.pop("system", "") or values.pop("system_prompt", ""), "system"),
         start=text_of(values.pop("initial_reason_steps", ""), "initial_reason_steps"),
@@ -241,9 +226,7 @@ def read_row(kit, args, row, key, counts):
     counts["order", order] += 1
     if kit.template and isinstance(prompt, str) and RENDERED.search(prompt):
         counts["rendered", True] += 1
-    for name, value in values.items():
-        if not is_blank(value):
-            counts["unused", name] += 1
+    counts.update(("unused", name) for name in values if not is_blank(values[name]))
     return found
 
 def read_format(values, row, kit, counts):
@@ -255,10 +238,9 @@ def read_format(values, row, kit, counts):
             if isinstance(found, ValueError):  # a format that is known, and a row that is bad
                 raise found
             return name, found
-    null = [side for side in ("chosen", "rejected") if side in row and side not in values]
-    if null and PAIR <= row.keys():
+    if PAIR <= row.keys():
         counts["format", "no answer"] += 1
-        drop("malformed", f"{null[0]} is not valid text: None")
+        drop("malformed", f"{min(PAIR - values.keys())} is not valid text: None")
     drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
 
 def prepare_pair(kit, args, found, pair):
@@ -466,8 +448,7 @@ def text_rows(path, raw, split):
     encoding = json.detect_encoding(stream.peek(4)[:4])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
     text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
-    is_json = kind_of(path).startswith("json")
-    rows = json_rows(text, path, split) if is_json else csv_rows(text, path)
+    rows = json_rows(text, path, split) if "json" in kind_of(path) else csv_rows(text, path)
     for number, row in enumerate(rows, 1):
         share = number / len(rows) if isinstance(rows, list) else raw.closed or raw.tell() / size
         if row is not ...:  # a blank line
@@ -485,11 +466,9 @@ def batch_size(memory, rows):
     return int(max(1, min(CHUNK_ROWS, CHUNK_BYTES * rows / max(1, memory))))
 
 def arrow_rows(batches, rows):
-    numbers = itertools.count(1)
-    for batch in batches:
-        for row, number in zip(batch.to_pylist(), numbers):
-            row = {name: without_nulls(value) for name, value in row.items()}
-            yield number, row, number / rows
+    table = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(table, 1):
+        yield number, {name: without_nulls(row[name]) for name in row}, number / rows
 
 def without_nulls(value):
     """Arrow gives a dict the keys of all rows, null where a row has none; take them out."""
@@ -502,9 +481,8 @@ def csv_rows(text, path):
     header = text.readline()
     delimiter = "\t" if kind_of(path) == "tsv" else max(",;\t", key=header.count)
     for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
-        whole = None not in row  # where cells go that have no column
-        cells = {name.strip(): cell or None for name, cell in row.items()} if whole else row
-        yield cells if whole else f"too long: {row}"
+        cells = {str(name).strip(): cell or None for name, cell in row.items()}
+        yield f"too long: {row}" if None in row else cells  # None has cells without a column
 
 def json_rows(text, path, split):
     """A row per line (... for a blank one); if the file has another layout, it is read whole."""
@@ -516,14 +494,12 @@ def json_rows(text, path, split):
         if len(filled) == 2:
             break
     first = filled[0] if filled else ""
-    is_open = first in ("[", "{") or (first.startswith("[{") and isinstance(parse(first), str))
-    is_list = len(filled) == 1 and isinstance(parse(first), list)
-    lines = kind_of(path) == "jsonl" and not is_open and not is_list
+    lines = kind_of(path) == "jsonl" and first not in ("[", "{") and not first.startswith("[{")
     if lines or (len(filled) == 2 and isinstance(parse(first), dict)):
         return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
     whole = "".join(start) + text.read()
     value = parse(whole)
-    if isinstance(value, str) and first.startswith("{"):  # objects one after another
+    if isinstance(value, str) and first.startswith(("{", "[{")):  # objects one after another
         return [parse(part) for part in re.split(r"\n(?=\{)", whole)]
     if not isinstance(value, (dict, list)):
         fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
@@ -540,8 +516,6 @@ def rows_in(value, path, split):
     """The rows of one JSON value: a list, a list under a key, columns, rows by id, or one row."""
     if isinstance(value, dict) and isinstance(value.get(split), (list, dict)):
         return rows_in(value[split], path, "train")
-    if isinstance(value, dict) and isinstance(value.get("data"), dict):
-        return rows_in(value["data"], path, split)
     if split != "train":
         fail(f"{path} has no split {split}: give --val a file, or choose another --split")
     if isinstance(value, list):
@@ -551,16 +525,17 @@ def rows_in(value, path, split):
     if len(pairs) == len(columns) and not any(is_several(pair["chosen"]) for pair in pairs):
         return pairs
     if all(isinstance(column, dict) and "0" in column for column in columns):  # as pandas writes
-        columns = [list(column.values()) for column in columns]
-    lists = all(isinstance(column, list) for column in columns)
-    records = lists and all(column and isinstance(column[0], dict) for column in columns)
-    if lists and not records and len(columns) > 1 and len(set(map(len, columns))) == 1:
-        return [dict(zip(value, cells)) for cells in zip(*columns)]
-    keys = [key for key, each in value.items() if isinstance(each, list) and each]
-    keys = [key for key in keys if isinstance(value[key][0], dict) and not PAIR <= value.keys()]
+        value = {name: list(column.values()) for name, column in value.items()}
+    lists = {name: each for name, each in value.items() if isinstance(each, list)}
+    keys = [name for name, each in lists.items() if each and isinstance(each[0], dict)]
+    is_table = len(lists) == len(value) > 1 and len(set(map(len, lists.values()))) == 1
+    if is_table and len(keys) < len(value):
+        return [dict(zip(value, cells)) for cells in zip(*lists.values())]
+    if not keys or PAIR <= value.keys():
+        return [value]
     if len(keys) > 1:
         fail(f"{path} has rows under {', '.join(keys)}: choose one with --split")
-    return value[keys[0]] if keys else [value]
+    return value[keys[0]]
 
 # -- columns and messages
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
@@ -568,9 +543,7 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", 
              function_call="assistant")
 HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
-ARGUMENTS = ("arguments", "parameters", "input", "args")  # keys of a call
-MEDIA = re.compile(
-    r"(input_)?(image|img|video|audio)s?(_?\d+|_(path|file|url|id|name|bytes)s?)?", re.I)
+MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_?(\d+|path|file|url|id|name|bytes)s?)?")
 RENDERED = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<start_of_turn>|\[/?INST\]|"
                       r"### ?(Instruction|Human|User|Response)|(^|\n)Human: |USER: ")
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["']\w+["']:\s*["']?[\w.-]*["']?,\s*)*"""  # "id": 7,
@@ -593,7 +566,7 @@ def is_blank(value):
 
 @functools.lru_cache(4096)
 def is_media(name):
-    return bool(MEDIA.fullmatch(str(name)))
+    return bool(MEDIA.fullmatch(str(name).lower()))
 
 def find_media(values):
     """The first key of a dict that stands for an image, a video or a sound and is not blank."""
@@ -634,8 +607,7 @@ def as_messages(value):
 def prompt_column(row):
     """The column of the prompt, if possible one that is not empty; None if there is none."""
     there = [name for name in PROMPTS if name in row]
-    filled = [name for name in there if not is_blank(row[name])]
-    return next(iter(filled + there), None)
+    return next((name for name in there if not is_blank(row[name])), there[0] if there else None)
 
 def is_several(answer):
     return isinstance(answer, list) and bool(answer) and not isinstance(answer[0], dict)
@@ -699,7 +671,7 @@ def read_message(value, name):
 def read_call(call):
     """A tool call as templates expect it: {type, function: {name, arguments as a dict}}."""
     function = call.get("function", call)
-    given = [function[name] for name in ARGUMENTS if name in function]
+    given = [function[name] for name in ("arguments", "parameters", "input") if name in function]
     arguments = from_json(given[0], "arguments") if given else {}
     outer = call if "function" in call else {"type": "function"}
     return outer | {"function": {"name": function.get("name"), "arguments": arguments or {}}}
@@ -732,8 +704,9 @@ def read_pair(args, found, pair):
             turns.pop()
         messages = overlap(turns, before)
     elif before:  # beside a conversation, the text of a prompt only repeats some of it
-        text, turns = str(prompt or "").strip(), [turn["content"].strip() for turn in before]
-        if not any(text in turn or turn in text for turn in turns):
+        text, turns = str(prompt or "").strip(), [turn["content"] for turn in before]
+        same = [find_end(text, turn) or find_end(turn, text) for turn in turns]
+        if text and not any(same):
             drop("prompts differ", f"{prompt} / {before}")
         messages = before
     elif prompt is None:
@@ -749,9 +722,8 @@ def read_pair(args, found, pair):
     check_order(messages, found.format)
     if args.system == "first_user" and messages[0]["role"] == "system":
         system, *messages = messages
-        first = [message["role"] for message in messages].index("user")
-        text = f"{system['content']}\n\n{messages[first]['content']}"
-        messages[first] = messages[first] | {"content": text}
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = f"{system['content']}\n\n{first['content']}"
     return messages, [chosen, rejected]
 
 def overlap(turns, before):
@@ -796,15 +768,11 @@ def own_order(values):
 
 # -- rendering: messages -> text
 def tokenizer_folder(name):
-    """Where the tokenizer of a model lies. A run's folder means its final/, a LoRA adapter without
-    a tokenizer its base, and what is no folder is downloaded from the hub."""
+    """The folder: final/ of a run, the base of a LoRA adapter that has none; or the hub name."""
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
-    if not folder.is_dir():
-        kinds = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-        return huggingface_hub.snapshot_download(name, allow_patterns=kinds, ignore_patterns="*/*")
     adapter = folder / "adapter_config.json"
     if (folder / "tokenizer_config.json").exists() or not adapter.exists():
-        return folder
+        return folder if folder.is_dir() else name
     base = json.loads(adapter.read_text())["base_model_name_or_path"]
     return tokenizer_folder(str(folder / base) if (folder / base).is_dir() else base)
 
@@ -823,8 +791,7 @@ def load_tokenizer(args):
         fail(f"tokenizer or template of --model {args.model}: {short(error)}; check the name, "
              "or --plain if the template is at fault")
     if args.score_header and not template:
-        fail(f"--score_header needs a chat template, and --model {args.model} has none"
-             + ", as --plain is set" * args.plain)
+        fail(f"--score_header needs a chat template: leave out --plain, or change {args.model}")
     tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
     special = one_of(t.content for t in tokens if t.special)
     alone = [t.content for t in tokens if not (t.normalized or t.lstrip or t.single_word)]
@@ -868,7 +835,7 @@ def render(kit, messages, answers, found):
     if start:
         end = texts[0].index(start.strip(), len(prompt)) + len(start.strip())
         bare = os.path.commonprefix([texts[0][:end], texts[1]])
-    return prompt, texts, bare
+    return prompt, [text_of(text, "the rendered text") for text in texts], bare
 
 def render_plain(kit, messages, answers, found):
     """Prompt and answer as they are; several turns as Human: and Assistant:."""
@@ -913,7 +880,7 @@ def check_content(said, text, size):
                 drop(f"{what} left out by the template", piece)
             at = at if anywhere else max(at, found)
 
-def find_end(piece, text, begin, end):
+def find_end(piece, text, begin=0, end=sys.maxsize):
     """Where a piece ends in the text, maybe with other white space or escaped as in JSON."""
     place = text.find(piece, begin, end)
     if place >= 0:
@@ -985,8 +952,7 @@ def encode(kit, args, messages, answers, found):
         drop("empty", f"rendering leaves nothing of a response: {answers}")
     tools = pieces_of_tools(found.tools)
     for own, text in zip(told, texts, strict=True):  # rendering took an end token off the text
-        check_content([tools, *asked, own], text_of(text, "the rendered text") + kit.end_token,
-                      len(question))
+        check_content([tools, *asked, own], text + kit.end_token, len(question))
     start, sides, left = tokenise(kit, prompt, texts)
     if sides[0] == sides[1]:
         drop("identical", answers[0]["content"])
@@ -1016,11 +982,12 @@ SCHEMA = pa.schema({side: pa.list_(pa.int32()) for side in SIDES} | {
 OWN = re.compile(r"(train|val)(\.arrow)?|meta\.json|dropped\.jsonl|ref-.*|clean|noisy")
 FIRST_USER = "if the template takes no system turn: --system first_user"
 HINTS = {  # reason of a drop: what to do
-    "too long": "raise --max_length", "ties": "add --ties", "template": FIRST_USER,
+    "others": "mend the rows, or use --convert", "template": FIRST_USER,
+    "too long": "raise --max_length", "ties": "add --ties",
     "special token": "add --plain if the text is rendered already",
-    "images": "this trains on text only", "malformed": "mend the rows, or use --convert",
-    "convert": "mend the function of --convert",
-    "text of system turn left out by the template": FIRST_USER}
+    "images": "this trains on text only", "more pairs of a row": f"at most {PAIRS_OF_A_ROW}",
+    "text of system turn left out by the template": FIRST_USER,
+    "tools left out by the template": "choose a --model whose template takes tools"}
 
 def chunks(rows):
     """Lists of entries of all_rows, bounded by rows and by bytes."""
@@ -1057,8 +1024,8 @@ def write_pairs(args, out, folder):
     """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> the counts."""
     sources = find_sources(args)
     unit = "B" if isinstance(sources[0][2], Path) else " rows"
-    seen = types.SimpleNamespace(rows=0, counts=Counter(), dropped=Counter(), examples={},
-                                 pairs=Counter(train=0, val=0), hashes=dict(train=[], val=[]))
+    seen = types.SimpleNamespace(
+        rows=0, counts=Counter(), examples={}, hashes=dict(train=[], val=[]))
     with (open(folder / "dropped.jsonl", "w") as log,
           tqdm(total=sum(source[-1] for source in sources), unit=unit, unit_scale=True) as bar,
           pa.ipc.new_stream(f"{folder}/train.arrow", SCHEMA) as train,
@@ -1067,51 +1034,41 @@ def write_pairs(args, out, folder):
         for rows, batches, hashes, dropped, counts, place in in_parallel(args):
             for split, batch in batches.items():
                 writers[split].write_batch(batch)
-                seen.pairs[split] += len(batch)
                 seen.hashes[split].append(hashes[split])
             for record in dropped:
-                seen.dropped[record["reason"]] += 1
                 seen.examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
                 log.write(json.dumps(record) + "\n")
             seen.rows += rows
             seen.counts += counts
-            bar.set_postfix_str(f"{seen.rows:,} rows", refresh=False)
             bar.update(place - bar.n)
-            if not is_recognised(seen):
+            if not any(kind == "format" for kind, _ in seen.counts):  # nothing is recognised
                 break
     check_pairs(args, out, folder, seen)
     return seen
-
-def hint(reason):
-    left_out = "choose a --model whose template takes it, or take it out by --convert"
-    return HINTS.get(reason, left_out if "left out" in reason else "mend the rows")
-
-def is_recognised(seen):
-    """Had any row a known format, or pictures?"""
-    return "images" in seen.dropped or any(kind == "format" for kind, _ in seen.counts)
 
 def check_pairs(args, out, folder, seen):
     """End the program unless both splits have pairs."""
     if not seen.rows:
         fail(f"--dataset {args.dataset} has 0 rows: give others")
-    empty = [split for split in ("train", "val") if not seen.pairs[split]]
+    counts = count(seen)
+    empty = [split for split in ("train", "val") if not counts[split]]
     if not empty:
         return
     record = f"{out}.dropped.jsonl"
     shutil.copy(folder / "dropped.jsonl", record)
-    reason = max(seen.dropped, key=seen.dropped.get, default="")
+    reason = max(counts["dropped"], key=counts["dropped"].get, default="")
     mostly = f", mostly '{reason}' ({seen.examples[reason]})" if reason else ""
-    if not is_recognised(seen):
+    if not counts["formats"]:
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
         fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format"
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
              f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
-    counts, way = count(seen), hint(reason)
+    way = HINTS.get(reason, HINTS["others"])
     if counts["pairs_out"] and not args.val:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
     fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} "
          f"{counts['pairs_out']} pairs with {counts['distinct_prompts']} distinct prompts are kept "
-         f"and {seen.dropped.total()} dropped{mostly}; {way}; see {record}")
+         f"and {counts['dropped'].total()} dropped{mostly}; {way}; see {record}")
 
 def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
@@ -1154,22 +1111,21 @@ def number_texts(rows, hashes):
 
 def first_occurrences(hashes):
     """The number of each hash, in the order in which the distinct ones first occur."""
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    numbers = np.empty(len(first), int)
-    numbers[np.argsort(first)] = np.arange(len(first))
-    return numbers[inverse].reshape(hashes.shape)
+    numbers = pa.array(hashes.ravel()).dictionary_encode().indices
+    return numbers.to_numpy().astype(int).reshape(hashes.shape)
 
 def count(seen):
     """The counts of meta.json and of the summary."""
-    kinds = {kind: Counter() for kind in ("format", "subset", "unused", "order", "rendered")}
+    kinds = defaultdict(Counter)
     for (kind, name), n in seen.counts.items():
-        kinds[kind][name] += n
+        kinds[kind][name] = n
     hashes = {split: np.concatenate(parts) for split, parts in seen.hashes.items()}
     prompts = {split: np.unique(pairs[:, 0]) for split, pairs in hashes.items()}
     both = np.concatenate([hashes["train"], hashes["val"]])
     return dict(
-        rows=seen.rows, formats=kinds["format"], pairs_in=len(both) + seen.dropped.total(),
-        pairs_out=len(both), **seen.pairs, dropped=seen.dropped, subsets=kinds["subset"],
+        rows=seen.rows, formats=kinds["format"], pairs_in=len(both) + kinds["dropped"].total(),
+        pairs_out=len(both), train=kinds["pairs"]["train"], val=kinds["pairs"]["val"],
+        dropped=kinds["dropped"], subsets=kinds["subset"],
         distinct_prompts=len(np.unique(both[:, 0])),
         repeats=len(both) - len(np.unique(both[:, 2:], axis=0)),
         prompts_in_both=len(np.intersect1d(prompts["train"], prompts["val"])),
@@ -1213,7 +1169,7 @@ def report(args, kit, meta, pair):
         f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
         f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped"]
     for reason, n in counts["dropped"].most_common():
-        lines.append(f"  dropped {n:>7,}  {reason}: {hint(reason)}")
+        lines.append(f"  dropped {n:>7,}  {reason}: {HINTS.get(reason, HINTS['others'])}")
     lines.append(f"prompts   {counts['distinct_prompts']:,} distinct; {counts['repeats']:,} pairs "
                  "are exact repeats of others")
     if counts["prompts_in_both"]:

@@ -873,6 +873,8 @@ KINDS = {  # what the row has: (row, prompt)
                                                       chosen="good", rejected="bad"), turns("Why?")),
     "a text prompt that is the last question": (dict(prompt="So?", chosen=[WHY, YES, dict(role="user", content="So?"), YES],
                                                      rejected=[WHY, YES, dict(role="user", content="So?"), NO]), turns("Why?", "good", "So?")),
+    "a text prompt with other white space": (dict(prompt=" Why  so?", chosen=[dict(role="user", content="Why\nso?"), YES],
+                                                  rejected=[dict(role="user", content="Why\nso?"), NO]), turns("Why\nso?")),
     "a text prompt that is rendered": (dict(prompt="<|user|>\nWhy?\n<|assistant|>\n", chosen=[WHY, YES], rejected=[WHY, NO]), turns("Why?")),
 }
 
@@ -979,9 +981,9 @@ DROP_KINDS = {  # what is wrong: (row, reason, words of the value)
     "a sound in a message": (dict(prompt=[WHY | dict(audio="a.wav")], chosen="a", rejected="b"), "images", "audio"),
     "an empty list in a list": (dict(prompt="Why?", chosen=["a"], rejected=[[]]), "malformed", "[]"),
     "messages cut off": (dict(prompt="Why?", chosen='[{"role": "assistant", "content": "go', rejected="b"), "malformed", "JSON"),
-    "history that is none": (dict(instruction="Why?", history=[["a"]], chosen="a", rejected="b"), "malformed", "history has ['a']"),
+    "history that is none": (dict(instruction="Why?", history=[["a"]], chosen="a", rejected="b"), "error", "ValueError"),
     "tools that are no list": (dict(prompt="Why?", chosen="a", rejected="b", tools=7), "template", "Tools should"),
-    "history of texts": (dict(instruction="So?", history=["Hi", "Yo"], chosen="a", rejected="b"), "malformed", "history has 'Hi'"),
+    "history of texts": (dict(instruction="So?", history=["Hi", "Yo"], chosen="a", rejected="b"), "malformed", "'Hi'"),
     "history of other objects": (dict(instruction="So?", history=[dict(human="Hi", bot="Yo")], chosen="a", rejected="b"), "malformed", "role"),
     "a system column and another system turn": (dict(system="Be brief.", prompt=[SYSTEM, WHY], chosen="a", rejected="b"), "malformed", "Be brief."),
     "a text prompt that the conversation lacks": (dict(prompt="Lund is windy.", chosen=[WHY, YES], rejected=[WHY, NO]), "prompts differ", "windy"),
@@ -1103,7 +1105,7 @@ def test_the_hook_may_leave_out_all_rows_of_the_first_chunk_and_finds_null_colum
 
 def test_what_is_left_out_is_said_with_a_way_out_and_nothing_is_said_of_no_drops(cuts_think, chat, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [dict(prompt="Why?", chosen="<think>hm</think>a", rejected="b")] * 3)
-    assert "choose a --model whose template takes it" in fails(capsys, path, cuts_think, tmp_path / "out")
+    assert "or use --convert" in fails(capsys, path, cuts_think, tmp_path / "out")
     message = fails(capsys, path, chat, tmp_path / "out")
     assert "0 dropped; give more prompts" in message
     path = write(tmp_path / "b.jsonl", [dict(prompt="So?", chosen="", rejected="b")])
@@ -1131,7 +1133,6 @@ LAYOUTS = {  # name of the file: its text
     "utf16.jsonl": "\n".join(map(json.dumps, TABLE)), "utf16.json": json.dumps(TABLE, indent=1), "utf16.csv": as_csv(","),
     "one,two.jsonl": "\n".join(map(json.dumps, TABLE)), "commas.jsonl": ",\n".join(map(json.dumps, TABLE)),
     "line.jsonl": json.dumps(TABLE), "bracket.jsonl": "[" + ",\n".join(map(json.dumps, TABLE)) + "]\n", "spaces.csv": " " + as_csv(",").replace(",c", ", c", 1),
-    "nested.json": json.dumps({"data": COLUMNS}), "splits.json": json.dumps({"data": {"train": TABLE, "test": TABLE[:3]}}),
     "by_id.json": json.dumps({f"q{i}": row for i, row in enumerate(TABLE)}), "index.json": json.dumps({str(i): row for i, row in enumerate(TABLE)}),
 }
 
