@@ -499,8 +499,8 @@ def json_rows(text, path, split):
         return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
     whole = "".join(start) + text.read()
     value = parse(whole)
-    if isinstance(value, str) and first.startswith(("{", "[{")):  # objects one after another
-        return [parse(part) for part in re.split(r"\n(?=\{)", whole)]
+    if isinstance(value, str) and (kind_of(path) == "jsonl" or first.startswith("{")):
+        return [parse(part) for part in re.split(r"\n(?=\{)", whole)]  # objects one after another
     if not isinstance(value, (dict, list)):
         fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
     return rows_in(value, path, split)

@@ -1168,6 +1168,12 @@ def test_a_broken_object_among_pretty_printed_ones_is_one_drop(chat, tmp_path):
     assert meta["counts"]["pairs_out"] == 40 and [d["reason"] for d in dropped] == ["malformed"]
 
 
+def test_a_first_line_that_is_a_list_is_one_drop(chat, tmp_path):
+    path = write(tmp_path / "a.jsonl", [[USER, GOOD], *TABLE])
+    meta, _, dropped = run(path, chat, tmp_path / "out")
+    assert meta["counts"]["pairs_out"] == 40 and [d["reason"] for d in dropped] == ["malformed"]
+
+
 def test_a_folder_of_save_to_disk_and_its_splits(chat, tmp_path, capsys):
     rows = datasets.Dataset.from_list(TABLE)
     rows.save_to_disk(str(tmp_path / "one"))
