@@ -1,21 +1,9 @@
 """Raw preference pairs -> cleaned, templated, tokenised and split into a folder all scripts read.
 
     python prepare_data.py --dataset a.jsonl.gz,b.parquet --model MODEL --out data/NAME
-    python prepare_data.py --dataset HuggingFaceH4/ultrafeedback_binarized --split train_prefs \\
-        --model MODEL --out data/ultrafeedback
 
 Input: .jsonl .json .csv .tsv .parquet (also .gz, .zst), a folder, or a hub name. The format of each
-row is recognised by the columns that have a value; --convert reads any other layout.
-
-    plain            prompt (or question, query, input), chosen, rejected: text
-    conversation     chosen, rejected: lists of {role, content}, whose common start is the prompt;
-                     a column prompt or messages may hold a part of it
-    ShareGPT         conversations: list of {from, value}; chosen, rejected: one message each
-    Alpaca           instruction, input, history, chosen, rejected: text
-    hh-rlhf          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ...", or such a prompt
-    RewardBench-2    prompt; chosen, rejected: lists of answers; a pair per chosen x rejected
-    multiple choice  question, options or choices, answer (letter, or index from 0); the prompt is
-                     "question\\nA. option\\nB. option\\nAnswer:" and a response is "B. option"
+row is recognised by the columns that have a value (FORMATS, below); --convert reads any other.
 
 Columns of any format: `system` or `system_prompt` opens the conversation; `tools` and
 `chat_template_kwargs` go to the template; `initial_reason_steps` ends the prompt; `subset`,
@@ -31,20 +19,18 @@ dropped; a row that cannot be read counts as one pair. A response ends in exactl
 which is scored: the special token that the template puts after an answer, else the tokenizer's EOS,
 or --eos_token.
 
-Read to line 292: settings, formats, what happens to a row, main. Below the rule stand the helpers:
-files, messages, text and tokens, the folder.
+Read to line 284: settings, formats, what happens to a row, main. The helpers stand below.
 """
 import bisect, csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
 import multiprocessing, os, pickle, platform, random, re, runpy, shutil, signal, sys, time, types
 import zlib
 from ast import literal_eval
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, process
 from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -86,7 +72,7 @@ class Args:
 # are not in the row. drop(reason, value) leaves the row out.
 
 def read_choice(row, kit):
-    """A question with options: the right option is preferred to each wrong one."""
+    """The right option (answer: its letter, or index from 0) is preferred to each wrong one."""
     if "options" not in row and "choices" not in row:
         return None
     options = row.pop("options") if "options" in row else row.pop("choices")
@@ -107,19 +93,22 @@ def read_sharegpt(row, kit):
     return None if is_blank(row["conversations"]) else read_any(row, kit, "conversations")
 
 def read_alpaca(row, kit):
-    """instruction and input are one question, history the turns before it: [[question, answer]]."""
+    """instruction and input are one question, history the turns before it: pairs or messages."""
     if is_blank(row["instruction"]) and prompt_column(row):
         return None
     prompt, extra = row.pop("instruction"), text_of(row.pop("input", ""), "input")
     if extra.strip():
         prompt = f"{text_of(prompt, 'instruction')}\n\n{extra}"
     turns = []
-    for question, answer in from_json(row.pop("history", []), "history"):
-        turns += [user_turn(question), {"role": "assistant", "content": answer}]
+    for turn in from_json(row.pop("history", []), "history") or []:
+        if isinstance(turn, list):  # and no message
+            question, answer = turn
+            turn = [user_turn(question), {"role": "assistant", "content": answer}]
+        turns += as_list(turn)
     return turns + [user_turn(prompt)] if turns else prompt, *pop_answers(row)
 
 def read_dialogue(row, kit):
-    """Both answers are whole dialogues, or the prompt is one that the answers go on with."""
+    """Both answers are "\\n\\nHuman: ...\\n\\nAssistant: ...", or go on with such a prompt."""
     column = prompt_column(row)
     prompt, sides = row.get(column, ""), [row["chosen"], row["rejected"]]
     if all(is_dialogue(side) and str(prompt).strip() in side for side in sides):
@@ -171,11 +160,13 @@ def prepare_chunk(args, chunk):
             if isinstance(result, ValueError):
                 reason, value = result.args
                 dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
+                counts["dropped", reason] += 1
                 continue
             point, columns, both = result
             part = split or ("val" if point < args.val_fraction else "train")
             pairs[part].append(columns | {"source": source, "id": one})
             hashes[part].append(both)
+            counts["pairs", part] += 1
             counts["subset", columns["subset"]] += 1
     batches = {part: pa.RecordBatch.from_pylist(rows, SCHEMA) for part, rows in pairs.items()}
     hashes = {part: np.array(rows, "u8").reshape(-1, 4) for part, rows in hashes.items()}
@@ -183,7 +174,7 @@ def prepare_chunk(args, chunk):
 
 def prepare_row(kit, args, key, row, counts):
     """A raw row -> [(id, a pair as prepare_pair gives it, or the ValueError that dropped it)]."""
-    rows, results = as_list(attempt(convert_row, args, row)), []
+    rows, results = as_list(attempt(convert_row, args, row, counts)), []
     for i, row in enumerate(rows):
         name = key if len(rows) == 1 else f"{key}-{i}"
         found = attempt(read_row, kit, args, row, key, counts)
@@ -191,12 +182,15 @@ def prepare_row(kit, args, key, row, counts):
             results.append((name, found))
             continue
         name += found.suffix
-        pairs = list(itertools.product(found.chosen, found.rejected))
+        chosen = found.chosen[:PAIRS_OF_A_ROW]
+        rejected = found.rejected[:PAIRS_OF_A_ROW // len(chosen)]
+        pairs = list(itertools.product(chosen, rejected))
         for k, pair in enumerate(pairs):
             one = f"{name}-{k}" if len(pairs) > 1 else name
             results.append((one, attempt(prepare_pair, kit, args, found, pair)))
-        if found.beyond:
-            results.append((f"{name}-more", ValueError("more pairs of a row", found.beyond)))
+        if len(pairs) < len(found.chosen) * len(found.rejected):
+            product = f"{len(found.chosen)} chosen x {len(found.rejected)} rejected"
+            results.append((f"{name}-more", ValueError("more pairs of a row", product)))
     return results
 
 def read_row(kit, args, row, key, counts):
@@ -205,18 +199,14 @@ def read_row(kit, args, row, key, counts):
         raise row
     if not isinstance(row, dict):
         drop("malformed", f"no row: {row}")
-    values = {name: value for name, value in row.items() if value is not None}
-    media = [name for name in values if is_media(name) and not is_blank(values[name])]
+    values = {name: value for name, value in row.items() if value is not None and value == value}
+    media = find_media(values)  # a null or NaN is no value
     if media:
-        drop("images", f"column {media[0]}: {values[media[0]]}")
-    name, (prompt, chosen, rejected) = read_format(values, row, kit)
+        counts["format", "images"] += 1
+        drop("images", f"column {media}: {values[media]}")
+    name, (prompt, chosen, rejected) = read_format(values, row, kit, counts)
     if name == "multiple choice" and args.wrong_options == "one":
         rejected = [random.Random(f"{args.seed} {key}").choice(rejected)]
-    beyond = ""
-    if len(chosen) * len(rejected) > PAIRS_OF_A_ROW:
-        beyond = f"{len(chosen)} chosen x {len(rejected)} rejected: {PAIRS_OF_A_ROW} pairs at most"
-        chosen = chosen[:PAIRS_OF_A_ROW]
-        rejected = rejected[:PAIRS_OF_A_ROW // len(chosen)]
     order = own_order(values)
     if args.drop_ties and order in ("tie", "contradict"):
         drop(f"scores {order}", {name: row[name] for name in row if name not in values})
@@ -227,30 +217,30 @@ def read_row(kit, args, row, key, counts):
         drop("malformed", f"weight is {row['weight']!r}, not a number from 0")
     ties = name == "RewardBench-2" and label == "Ties"
     found = types.SimpleNamespace(
-        format=name, prompt=prompt, chosen=chosen, rejected=rejected, beyond=beyond, label=label,
-        ties=ties, weight=weight, tools=from_json(values.pop("tools", []), "tools") or [],
+        format=name, prompt=prompt, chosen=chosen, rejected=rejected, label=label, ties=ties,
+        weight=weight, tools=read_tools(values.pop("tools", [])),
         suffix=f":{text_of(str(values.pop('id', None)), 'id')}" if ties else "",  # for evaluate.py
         system=text_of(values.pop("system", "") or values.pop("system_prompt", ""), "system"),
         start=text_of(values.pop("initial_reason_steps", ""), "initial_reason_steps"),
         options=from_json(values.pop("chat_template_kwargs", {}), "chat_template_kwargs") or {})
-    counts["format", name] += 1
     counts["order", order] += 1
     if kit.template and isinstance(prompt, str) and RENDERED.search(prompt):
         counts["rendered", True] += 1
-    for name, value in values.items():
-        if not is_blank(value):
-            counts["unused", name] += 1
+    counts.update(("unused", name) for name in values if not is_blank(values[name]))
     return found
 
-def read_format(values, row, kit):
+def read_format(values, row, kit, counts):
     """-> name of the first format that reads the row, its (prompt, chosen, rejected)"""
     for name, (columns, function) in FORMATS.items():
-        found = function(values, kit) if columns <= values.keys() else None
+        found = attempt(function, values, kit) if columns <= values.keys() else None
         if found:
+            counts["format", name] += 1
+            if isinstance(found, ValueError):  # a format that is known, and a row that is bad
+                raise found
             return name, found
-    null = [side for side in ("chosen", "rejected") if side in row and side not in values]
-    if null and PAIR <= row.keys():
-        drop("malformed", f"{null[0]} is not valid text: None")
+    if PAIR <= row.keys():
+        counts["format", "no answer"] += 1
+        drop("malformed", f"{min(PAIR - values.keys())} is not valid text: None")
     drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
 
 def prepare_pair(kit, args, found, pair):
@@ -274,6 +264,8 @@ def main():
     part = Path(f"{out}.partial")
     if args.val_fraction >= 1:
         fail(f"--val_fraction {args.val_fraction} must be below 1")
+    if sys.argv.count("--dataset") > 1:
+        fail("--dataset is given twice: put its files into one, separated by commas")
     check_out(args, out, part)
     kit = load_tokenizer(args)
     if args.convert:
@@ -352,12 +344,15 @@ def load_converter(spec):
     except Exception as error:  # whatever the user's file raises
         fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
 
-def convert_row(args, row):
+def convert_row(args, row, counts):
     """A raw row -> the list of rows that --convert makes of it, or of the row itself."""
     if not args.convert or not isinstance(row, dict):
         return [row]
     made = attempt(load_converter(args.convert), row)
-    if isinstance(made, ValueError) or not made:
+    if isinstance(made, ValueError):
+        drop("convert", made.args[1])
+    if not made:
+        counts["format", "left out by --convert"] += 1
         drop("convert", f"the function gives {made}")
     return as_list(made)
 
@@ -369,7 +364,7 @@ CHUNK_BYTES = 2**23
 def file_names(text):
     """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
     parts = [text] if os.path.isfile(text) else next(csv.reader([text], skipinitialspace=True), [])
-    paths = [Path(part.strip()) for part in parts]
+    paths = [Path(part.strip()) for part in parts if part.strip()]
     return paths if all(FILE.fullmatch(path.name) for path in paths) else []
 
 def kind_of(path):
@@ -409,6 +404,8 @@ def load_rows(args, name, split):
     try:
         if Path(name, "dataset_dict.json").exists() or Path(name, "state.json").exists():
             rows = datasets.load_from_disk(name)
+            if isinstance(rows, dict) and split not in rows:
+                fail(f"{name} has no split '{split}': choose one of {', '.join(rows)}")
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
             rows = datasets.load_dataset(name, args.subset or None, split=split)
@@ -451,8 +448,7 @@ def text_rows(path, raw, split):
     encoding = json.detect_encoding(stream.peek(4)[:4])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
     text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
-    is_json = kind_of(path).startswith("json")
-    rows = json_rows(text, path, split) if is_json else csv_rows(text, path)
+    rows = json_rows(text, path, split) if "json" in kind_of(path) else csv_rows(text, path)
     for number, row in enumerate(rows, 1):
         share = number / len(rows) if isinstance(rows, list) else raw.closed or raw.tell() / size
         if row is not ...:  # a blank line
@@ -470,10 +466,9 @@ def batch_size(memory, rows):
     return int(max(1, min(CHUNK_ROWS, CHUNK_BYTES * rows / max(1, memory))))
 
 def arrow_rows(batches, rows):
-    numbers = itertools.count(1)
-    for batch in batches:
-        for row, number in zip(without_nulls(batch.to_pylist()), numbers):
-            yield number, row, number / rows
+    table = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(table, 1):
+        yield number, {name: without_nulls(row[name]) for name in row}, number / rows
 
 def without_nulls(value):
     """Arrow gives a dict the keys of all rows, null where a row has none; take them out."""
@@ -486,24 +481,26 @@ def csv_rows(text, path):
     header = text.readline()
     delimiter = "\t" if kind_of(path) == "tsv" else max(",;\t", key=header.count)
     for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
-        whole = None not in row  # where cells go that have no column
-        yield {name: cell for name, cell in row.items() if cell} if whole else f"too long: {row}"
+        cells = {str(name).strip(): cell or None for name, cell in row.items()}
+        yield f"too long: {row}" if None in row else cells  # None has cells without a column
 
 def json_rows(text, path, split):
     """A row per line (... for a blank one); if the file has another layout, it is read whole."""
-    start, first = [], ""
+    start, filled = [], []
     for line in text:
         start.append(line)
-        if first and line.strip():  # the second line that is not blank
+        if line.strip():
+            filled.append(line.strip())
+        if len(filled) == 2:
             break
-        first = first or line.strip()
-    lines = kind_of(path) == "jsonl" and first not in ("[", "{", "[{")
-    if lines or (len(start) > 1 and isinstance(parse(first), dict)):
+    first = filled[0] if filled else ""
+    lines = kind_of(path) == "jsonl" and first not in ("[", "{") and not first.startswith("[{")
+    if lines or (len(filled) == 2 and isinstance(parse(first), dict)):
         return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
     whole = "".join(start) + text.read()
     value = parse(whole)
-    if isinstance(value, str) and first.startswith("{"):  # objects one after another
-        return [parse(part.rstrip(", \n")) for part in re.split(r"\n(?=\{)", whole)]
+    if isinstance(value, str) and (kind_of(path) == "jsonl" or first.startswith("{")):
+        return [parse(part) for part in re.split(r"\n(?=\{)", whole)]  # objects one after another
     if not isinstance(value, (dict, list)):
         fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
     return rows_in(value, path, split)
@@ -511,12 +508,12 @@ def json_rows(text, path, split):
 def parse(text):
     """JSON -> its value, or a text that says what is wrong, which is no row and dropped as such."""
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip(", \r\n"))
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}: ...{text[-60:]!r}"
 
 def rows_in(value, path, split):
-    """The rows of one JSON value: a list, a list under a key, columns, or a single row."""
+    """The rows of one JSON value: a list, a list under a key, columns, rows by id, or one row."""
     if isinstance(value, dict) and isinstance(value.get(split), (list, dict)):
         return rows_in(value[split], path, "train")
     if split != "train":
@@ -524,17 +521,21 @@ def rows_in(value, path, split):
     if isinstance(value, list):
         return value
     columns = list(value.values())
+    pairs = [each for each in columns if isinstance(each, dict) and PAIR <= each.keys()]
+    if len(pairs) == len(columns) and not any(is_several(pair["chosen"]) for pair in pairs):
+        return pairs
     if all(isinstance(column, dict) and "0" in column for column in columns):  # as pandas writes
-        columns = [list(column.values()) for column in columns]
-    lists = all(isinstance(column, list) for column in columns)
-    records = lists and all(column and isinstance(column[0], dict) for column in columns)
-    if lists and not records and len(columns) > 1 and len(set(map(len, columns))) == 1:
-        return [dict(zip(value, cells)) for cells in zip(*columns)]
-    keys = [key for key, each in value.items() if isinstance(each, list) and each]
-    keys = [key for key in keys if isinstance(value[key][0], dict) and not PAIR <= value.keys()]
+        value = {name: list(column.values()) for name, column in value.items()}
+    lists = {name: each for name, each in value.items() if isinstance(each, list)}
+    keys = [name for name, each in lists.items() if each and isinstance(each[0], dict)]
+    is_table = len(lists) == len(value) > 1 and len(set(map(len, lists.values()))) == 1
+    if is_table and len(keys) < len(value):
+        return [dict(zip(value, cells)) for cells in zip(*lists.values())]
+    if not keys or PAIR <= value.keys():
+        return [value]
     if len(keys) > 1:
         fail(f"{path} has rows under {', '.join(keys)}: choose one with --split")
-    return value[keys[0]] if keys else [value]
+    return value[keys[0]]
 
 # -- columns and messages
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
@@ -542,11 +543,11 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", 
              function_call="assistant")
 HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
-MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_(path|file|url|id|name|bytes)s?)?", re.I)
-RENDERED = re.compile(
-    r"<\|(im_start|start|start_header_id|user|assistant|system)\|>|<start_of_turn>|<｜User｜>|"
-    r"\[/?INST\]|### ?(Instruction|Human|User|Response)|\nHuman: |USER: ")
-MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:""")  # as text
+MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_?(\d+|path|file|url|id|name|bytes)s?)?")
+RENDERED = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<start_of_turn>|\[/?INST\]|"
+                      r"### ?(Instruction|Human|User|Response)|(^|\n)Human: |USER: ")
+MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["']\w+["']:\s*["']?[\w.-]*["']?,\s*)*"""  # "id": 7,
+                      r"""["'](role|from|content|value)["']\s*:""")  # as text
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SCORES = [(f"{word}_chosen", f"{word}_rejected") for word in ("score", "rating", "reward")]
@@ -558,11 +559,18 @@ def as_list(value):
     return value if isinstance(value, list) else [value]
 
 def is_blank(value):
-    return not value.strip() if isinstance(value, str) else value in ([], {})
+    """Is it null, white space, or a list or dict of such?"""
+    if isinstance(value, (list, dict)):
+        return all(map(is_blank, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, str) and not value.strip()
 
 @functools.lru_cache(4096)
 def is_media(name):
-    return bool(MEDIA.fullmatch(str(name)))
+    return bool(MEDIA.fullmatch(str(name).lower()))
+
+def find_media(values):
+    """The first key of a dict that stands for an image, a video or a sound and is not blank."""
+    return next((key for key in values if is_media(key) and not is_blank(values[key])), None)
 
 def text_of(value, name):
     if not isinstance(value, str) or HALF.search(value):
@@ -577,11 +585,9 @@ def number(value):
         return None
 
 def from_json(value, name):
-    """A list or dict that may be given as JSON text."""
-    if not isinstance(value, str) or not value.strip():
-        return value
+    """A list or dict that may be given as JSON text, which may be blank."""
     try:
-        return json.loads(value)
+        return json.loads(value.strip() or "null") if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         drop("malformed", f"{name} is not JSON: {error}: {value}")
 
@@ -594,14 +600,14 @@ def as_messages(value):
         found = attempt(literal_eval, value.strip())
     if isinstance(found, ValueError):
         drop("malformed", f"messages that are not JSON: {value}")
-    roles = [isinstance(each, dict) and {"role", "from"} & each.keys() for each in as_list(found)]
-    return found if all(roles) else value
+    keys = [each.keys() if isinstance(each, dict) else set() for each in as_list(found)]
+    said = {"content", "value", "tool_calls", "function_call"}
+    return found if all({"role", "from"} & each and said & each for each in keys) else value
 
 def prompt_column(row):
     """The column of the prompt, if possible one that is not empty; None if there is none."""
     there = [name for name in PROMPTS if name in row]
-    filled = [name for name in there if not is_blank(row[name])]
-    return next(iter(filled + there), None)
+    return next((name for name in there if not is_blank(row[name])), there[0] if there else None)
 
 def is_several(answer):
     return isinstance(answer, list) and bool(answer) and not isinstance(answer[0], dict)
@@ -645,7 +651,6 @@ def read_message(value, name):
     content = value.get("value") if value.get("content") is None else value["content"]
     known = ("role", "from", "content", "value", "function_call", "tool_calls")
     more = {key: each for key, each in value.items() if key not in known and each is not None}
-    kinds = [key for key in more if is_media(key) and more[key]]
     calls = from_json(value.get("tool_calls") or value.get("function_call") or [], "tool_calls")
     if role == "function_call":
         calls, content = from_json(content, "function_call"), None
@@ -655,9 +660,10 @@ def read_message(value, name):
         content = ""
     parts = content if isinstance(content, list) else []
     parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
-    kinds += [part["type"] for part in parts if is_media(part.get("type"))]
-    if kinds:
-        drop("images", f"{name} has a message with {kinds[0]}")
+    for part in [value, *parts]:
+        media = find_media(part)
+        if media or is_media(part.get("type")):
+            drop("images", f"{name} has a message with {media or part['type']}")
     if isinstance(content, list):
         content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts)
     return {"role": ROLES[role.lower()], "content": text_of(content, f"content in {name}")} | more
@@ -665,9 +671,14 @@ def read_message(value, name):
 def read_call(call):
     """A tool call as templates expect it: {type, function: {name, arguments as a dict}}."""
     function = call.get("function", call)
-    arguments = from_json(function.get("arguments", {}), "arguments")
+    given = [function[name] for name in ("arguments", "parameters", "input") if name in function]
+    arguments = from_json(given[0], "arguments") if given else {}
     outer = call if "function" in call else {"type": "function"}
-    return outer | {"function": function | {"arguments": arguments}}
+    return outer | {"function": {"name": function.get("name"), "arguments": arguments or {}}}
+
+def read_tools(value):
+    """A list of tools, or one, of which all or each may be JSON text -> the list."""
+    return [from_json(tool, "a tool") for tool in as_list(from_json(value, "tools") or [])]
 
 def read_answer(value, name):
     """One side of a pair -> messages before the answer, the answer as a message."""
@@ -692,20 +703,27 @@ def read_pair(args, found, pair):
         if turns and turns[-1] in (chosen, rejected):  # the conversation with its answer
             turns.pop()
         messages = overlap(turns, before)
-    elif before:  # beside a conversation, the text of a prompt only repeats its first question
+    elif before:  # beside a conversation, the text of a prompt only repeats some of it
+        text, turns = str(prompt or "").strip(), [turn["content"] for turn in before]
+        same = [find_end(text, turn) or find_end(turn, text) for turn in turns]
+        if text and not any(same):
+            drop("prompts differ", f"{prompt} / {before}")
         messages = before
     elif prompt is None:
         drop("malformed", f"prompt is not valid text: None, and chosen is no dialogue: {pair[0]}")
     else:
         messages = [user_turn(text_of(prompt, "prompt"))]
-    if found.system and "system" not in [message["role"] for message in messages]:
+    for message in [*messages, chosen, rejected]:
+        tools = read_tools(message.pop("tools", []))
+        found.tools += [tool for tool in tools if tool not in found.tools]
+    systems = [turn["content"].strip() for turn in messages if turn["role"] == "system"]
+    if found.system.strip() not in ["", *systems]:
         messages = [{"role": "system", "content": found.system}, *messages]
     check_order(messages, found.format)
     if args.system == "first_user" and messages[0]["role"] == "system":
         system, *messages = messages
-        first = [message["role"] for message in messages].index("user")
-        text = f"{system['content']}\n\n{messages[first]['content']}"
-        messages[first] = messages[first] | {"content": text}
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = f"{system['content']}\n\n{first['content']}"
     return messages, [chosen, rejected]
 
 def overlap(turns, before):
@@ -734,17 +752,15 @@ def own_order(values):
     """agree, tie or contradict: what a row's own scores say of its chosen and rejected answer."""
     gaps = []
     for chosen, rejected in SCORES:
-        if chosen in values and rejected in values:
-            scores = number(values[chosen]), number(values[rejected])
-            if None not in scores:
-                gaps.append(scores[0] - scores[1])
-                del values[chosen], values[rejected]
+        scores = number(values.get(chosen)), number(values.get(rejected))
+        if None not in scores:
+            gaps.append(scores[0] - scores[1])
+            del values[chosen], values[rejected]
     for name in {"margin", "score_margin", "preference", "label"} & values.keys():
         value = values[name]
-        gap = VERDICTS.get(value.lower()) if isinstance(value, str) else None
-        gap = number(value) if gap is None else gap
+        gap = number(VERDICTS.get(str(value).strip().lower(), value))
         if gap is not None:
-            values.pop(name)
+            del values[name]
             gaps.append(gap - 0.5 if name == "label" and not isinstance(value, str) else gap)
     if not gaps:
         return "none"
@@ -752,15 +768,11 @@ def own_order(values):
 
 # -- rendering: messages -> text
 def tokenizer_folder(name):
-    """Where the tokenizer of a model lies. A run's folder means its final/, a LoRA adapter without
-    a tokenizer its base, and what is no folder is downloaded from the hub."""
+    """The folder: final/ of a run, the base of a LoRA adapter that has none; or the hub name."""
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
-    if not folder.is_dir():
-        kinds = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-        return huggingface_hub.snapshot_download(name, allow_patterns=kinds, ignore_patterns="*/*")
     adapter = folder / "adapter_config.json"
     if (folder / "tokenizer_config.json").exists() or not adapter.exists():
-        return folder
+        return folder if folder.is_dir() else name
     base = json.loads(adapter.read_text())["base_model_name_or_path"]
     return tokenizer_folder(str(folder / base) if (folder / base).is_dir() else base)
 
@@ -779,8 +791,7 @@ def load_tokenizer(args):
         fail(f"tokenizer or template of --model {args.model}: {short(error)}; check the name, "
              "or --plain if the template is at fault")
     if args.score_header and not template:
-        fail(f"--score_header needs a chat template, and --model {args.model} has none"
-             + ", as --plain is set" * args.plain)
+        fail(f"--score_header needs a chat template: leave out --plain, or change {args.model}")
     tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
     special = one_of(t.content for t in tokens if t.special)
     alone = [t.content for t in tokens if not (t.normalized or t.lstrip or t.single_word)]
@@ -824,7 +835,7 @@ def render(kit, messages, answers, found):
     if start:
         end = texts[0].index(start.strip(), len(prompt)) + len(start.strip())
         bare = os.path.commonprefix([texts[0][:end], texts[1]])
-    return prompt, texts, bare
+    return prompt, [text_of(text, "the rendered text") for text in texts], bare
 
 def render_plain(kit, messages, answers, found):
     """Prompt and answer as they are; several turns as Human: and Assistant:."""
@@ -857,33 +868,27 @@ def render_chat(kit, messages, answers, found):
 
 def check_content(said, text, size):
     """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
-    messages say. Templates leave out thoughts, tools, system turns. Only white space may differ."""
-    if first_missing(said, text, size, str):  # quick; if it fails, the costly search
-        missing = first_missing(said, squeeze(text), len(squeeze(text[:size])), squeeze)
-        if missing:
-            drop(f"{missing[0]} left out by the template", missing[1])
-
-def first_missing(said, text, size, form):
-    """The first (what, piece) of the messages whose form is not in the text, or None. They stand in
-    their order, but tools and a system turn may be anywhere in the prompt. JSON may escape it."""
+    messages say: `said`, the pieces of each. Templates leave out thoughts, tools, system turns.
+    The pieces stand in their order, but tools and a system turn may be anywhere in the prompt."""
     at = 0
     for i, own in enumerate(said):
         begin, end = at, size if i < len(said) - 1 else len(text)
         for what, piece in own:
             anywhere = what in ("tools", "text of system turn")
-            first, sought = 0 if anywhere else begin, form(piece)
-            place = text.find(sought, first, end)
-            if place < 0:
-                sought = form(json.dumps(piece, ensure_ascii=False)[1:-1])
-                place = text.find(sought, first, end)
-            if place < 0:
-                return what, piece
-            if not anywhere:
-                at = max(at, place + len(sought))
-    return None
+            found = find_end(piece, text, 0 if anywhere else begin, end)
+            if found is None:
+                drop(f"{what} left out by the template", piece)
+            at = at if anywhere else max(at, found)
 
-def squeeze(text):
-    return "".join(text.split())
+def find_end(piece, text, begin=0, end=sys.maxsize):
+    """Where a piece ends in the text, maybe with other white space or escaped as in JSON."""
+    place = text.find(piece, begin, end)
+    if place >= 0:
+        return place + len(piece)
+    forms = [piece.split(), json.dumps(piece, ensure_ascii=False)[1:-1].split()]
+    pattern = "|".join(r"\s*".join(map(re.escape, words)) for words in forms)
+    found = re.compile(pattern).search(text, begin, end)
+    return found.end() if found else None
 
 def pieces(message):
     """[(what it is, text)] of all that a message says; of the arguments of a call every word."""
@@ -893,7 +898,8 @@ def pieces(message):
         found = [("<think>", thought), (f"text of {message['role']} turn", rest)]
     found += [("reasoning", text_of(message[key], key)) for key in REASONING if message.get(key)]
     for call in message.get("tool_calls", []):
-        said = json.dumps(call["function"]["arguments"], ensure_ascii=False).replace("\\n", " ")
+        said = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        said = re.sub(r"\\(u....|.)", " ", said)  # \n and the like, which a template may not escape
         words = [text_of(call["function"].get("name"), "name of a call"), *re.findall(r"\w+", said)]
         found += [("tool calls", w) for w in words if w not in ("true", "false", "null")]
     return [(what, text.strip()) for what, text in found if text.strip()]
@@ -976,9 +982,10 @@ SCHEMA = pa.schema({side: pa.list_(pa.int32()) for side in SIDES} | {
 OWN = re.compile(r"(train|val)(\.arrow)?|meta\.json|dropped\.jsonl|ref-.*|clean|noisy")
 FIRST_USER = "if the template takes no system turn: --system first_user"
 HINTS = {  # reason of a drop: what to do
-    "too long": "raise --max_length", "ties": "add --ties", "template": FIRST_USER,
+    "others": "mend the rows, or use --convert", "template": FIRST_USER,
+    "too long": "raise --max_length", "ties": "add --ties",
     "special token": "add --plain if the text is rendered already",
-    "images": "this trains on text only", "malformed": "mend the rows, or use --convert",
+    "images": "this trains on text only", "more pairs of a row": f"at most {PAIRS_OF_A_ROW}",
     "text of system turn left out by the template": FIRST_USER,
     "tools left out by the template": "choose a --model whose template takes tools"}
 
@@ -1017,8 +1024,8 @@ def write_pairs(args, out, folder):
     """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> the counts."""
     sources = find_sources(args)
     unit = "B" if isinstance(sources[0][2], Path) else " rows"
-    seen = types.SimpleNamespace(rows=0, counts=Counter(), dropped=Counter(), examples={},
-                                 pairs=Counter(train=0, val=0), hashes=dict(train=[], val=[]))
+    seen = types.SimpleNamespace(
+        rows=0, counts=Counter(), examples={}, hashes=dict(train=[], val=[]))
     with (open(folder / "dropped.jsonl", "w") as log,
           tqdm(total=sum(source[-1] for source in sources), unit=unit, unit_scale=True) as bar,
           pa.ipc.new_stream(f"{folder}/train.arrow", SCHEMA) as train,
@@ -1027,47 +1034,41 @@ def write_pairs(args, out, folder):
         for rows, batches, hashes, dropped, counts, place in in_parallel(args):
             for split, batch in batches.items():
                 writers[split].write_batch(batch)
-                seen.pairs[split] += len(batch)
                 seen.hashes[split].append(hashes[split])
             for record in dropped:
-                seen.dropped[record["reason"]] += 1
                 seen.examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
                 log.write(json.dumps(record) + "\n")
             seen.rows += rows
             seen.counts += counts
-            bar.set_postfix_str(f"{seen.rows:,} rows", refresh=False)
             bar.update(place - bar.n)
-            if not is_recognised(seen):
+            if not any(kind == "format" for kind, _ in seen.counts):  # nothing is recognised
                 break
     check_pairs(args, out, folder, seen)
     return seen
-
-def is_recognised(seen):
-    """Had any row a known format, or pictures?"""
-    return "images" in seen.dropped or any(kind == "format" for kind, _ in seen.counts)
 
 def check_pairs(args, out, folder, seen):
     """End the program unless both splits have pairs."""
     if not seen.rows:
         fail(f"--dataset {args.dataset} has 0 rows: give others")
-    empty = [split for split in ("train", "val") if not seen.pairs[split]]
+    counts = count(seen)
+    empty = [split for split in ("train", "val") if not counts[split]]
     if not empty:
         return
     record = f"{out}.dropped.jsonl"
     shutil.copy(folder / "dropped.jsonl", record)
-    reason = max(seen.dropped, key=seen.dropped.get, default="none")
-    mostly = f"mostly '{reason}' ({seen.examples.get(reason, '')})"
-    if not is_recognised(seen):
+    reason = max(counts["dropped"], key=counts["dropped"].get, default="")
+    mostly = f", mostly '{reason}' ({seen.examples[reason]})" if reason else ""
+    if not counts["formats"]:
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
-        fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format: "
+        fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format"
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
              f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
-    counts, way = count(seen), HINTS.get(reason, "mend the rows")
-    if counts["pairs_out"]:
+    way = HINTS.get(reason, HINTS["others"])
+    if counts["pairs_out"] and not args.val:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
     fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} "
          f"{counts['pairs_out']} pairs with {counts['distinct_prompts']} distinct prompts are kept "
-         f"and {seen.dropped.total()} dropped, {mostly}; {way}; see {record}")
+         f"and {counts['dropped'].total()} dropped{mostly}; {way}; see {record}")
 
 def save(args, kit, folder, seen):
     """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
@@ -1110,22 +1111,21 @@ def number_texts(rows, hashes):
 
 def first_occurrences(hashes):
     """The number of each hash, in the order in which the distinct ones first occur."""
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    numbers = np.empty(len(first), int)
-    numbers[np.argsort(first)] = np.arange(len(first))
-    return numbers[inverse].reshape(hashes.shape)
+    numbers = pa.array(hashes.ravel()).dictionary_encode().indices
+    return numbers.to_numpy().astype(int).reshape(hashes.shape)
 
 def count(seen):
     """The counts of meta.json and of the summary."""
-    kinds = {kind: Counter() for kind in ("format", "subset", "unused", "order", "rendered")}
+    kinds = defaultdict(Counter)
     for (kind, name), n in seen.counts.items():
-        kinds[kind][name] += n
+        kinds[kind][name] = n
     hashes = {split: np.concatenate(parts) for split, parts in seen.hashes.items()}
     prompts = {split: np.unique(pairs[:, 0]) for split, pairs in hashes.items()}
     both = np.concatenate([hashes["train"], hashes["val"]])
     return dict(
-        rows=seen.rows, formats=kinds["format"], pairs_in=len(both) + seen.dropped.total(),
-        pairs_out=len(both), **seen.pairs, dropped=seen.dropped, subsets=kinds["subset"],
+        rows=seen.rows, formats=kinds["format"], pairs_in=len(both) + kinds["dropped"].total(),
+        pairs_out=len(both), train=kinds["pairs"]["train"], val=kinds["pairs"]["val"],
+        dropped=kinds["dropped"], subsets=kinds["subset"],
         distinct_prompts=len(np.unique(both[:, 0])),
         repeats=len(both) - len(np.unique(both[:, 2:], axis=0)),
         prompts_in_both=len(np.intersect1d(prompts["train"], prompts["val"])),
@@ -1169,7 +1169,7 @@ def report(args, kit, meta, pair):
         f"pairs     {counts['pairs_in']:,} in (of {counts['rows']:,} rows) = {counts['train']:,} "
         f"train + {counts['val']:,} val + {counts['dropped'].total():,} dropped"]
     for reason, n in counts["dropped"].most_common():
-        lines.append(f"  dropped {n:>7,}  {reason}: {HINTS.get(reason, 'mend the rows')}")
+        lines.append(f"  dropped {n:>7,}  {reason}: {HINTS.get(reason, HINTS['others'])}")
     lines.append(f"prompts   {counts['distinct_prompts']:,} distinct; {counts['repeats']:,} pairs "
                  "are exact repeats of others")
     if counts["prompts_in_both"]:

@@ -856,6 +856,26 @@ KINDS = {  # what the row has: (row, prompt)
     "a conversation in numbered columns of null": (dict(prompt=[WHY | dict(name=None, tool_calls=None)], chosen=[YES | dict(tool_calls=None)],
                                                         rejected=[NO]), turns("Why?")),
     "scores beside the answers": (dict(prompt="Why?", chosen="good", rejected="bad", chosen_rating=5, rejected_rating=1), turns("Why?")),
+    "history as messages": (dict(instruction="So?", history=[WHY, YES], chosen="good", rejected="bad"), turns("Why?", "good", "So?")),
+    "history as ShareGPT's messages": (dict(instruction="So?", history=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Hm?"}],
+                                            chosen="good", rejected="bad"), turns("Why?", "Hm?", "So?")),
+    "a system column that the messages repeat": (dict(system="Be kind.", prompt=[SYSTEM, WHY], chosen="good", rejected="bad"),
+                                                 turns("system: Be kind.", "Why?")),
+    "a blank system": (dict(system="  ", prompt="Why?", chosen="good", rejected="bad"), turns("Why?")),
+    "columns of NaN": (dict(system=float("nan"), tools=float("nan"), prompt=float("nan"), question="Why?", chosen="good", rejected="bad"),
+                       turns("Why?")),
+    "blank tools": (dict(tools=" ", prompt="Why?", chosen="good", rejected="bad"), turns("Why?")),
+    "an image column without an image": (dict(prompt="Why?", images=[None], image=dict(bytes=None, path=None), chosen="good", rejected="bad"),
+                                         turns("Why?")),
+    "a text part with a null image": (dict(prompt=[dict(role="user", content=[dict(type="text", text="Why?", image=None)])],
+                                           chosen="good", rejected="bad"), turns("Why?")),
+    "messages as JSON text, another key first": (dict(prompt='[{"id": 7, "name": "x", "role": "user", "content": "Why?"}]',
+                                                      chosen="good", rejected="bad"), turns("Why?")),
+    "a text prompt that is the last question": (dict(prompt="So?", chosen=[WHY, YES, dict(role="user", content="So?"), YES],
+                                                     rejected=[WHY, YES, dict(role="user", content="So?"), NO]), turns("Why?", "good", "So?")),
+    "a text prompt with other white space": (dict(prompt=" Why  so?", chosen=[dict(role="user", content="Why\nso?"), YES],
+                                                  rejected=[dict(role="user", content="Why\nso?"), NO]), turns("Why\nso?")),
+    "a text prompt that is rendered": (dict(prompt="<|user|>\nWhy?\n<|assistant|>\n", chosen=[WHY, YES], rejected=[WHY, NO]), turns("Why?")),
 }
 
 
@@ -872,6 +892,7 @@ def call_answer(call):
 CALL_KINDS = {
     "arguments as JSON text": call_answer(dict(tool_calls=[dict(function=dict(name="look", arguments='{"town": "Lund"}'))])),
     "calls as JSON text": call_answer(dict(tool_calls=json.dumps(CALLS))),
+    "arguments under parameters": call_answer(dict(tool_calls=[dict(name="look", parameters=dict(town="Lund"))])),
     "OpenAI's old function_call": call_answer(dict(function_call=dict(name="look", arguments='{"town": "Lund"}'))),
     "ShareGPT's function_call": dict(conversations=[{"from": "human", "value": "Why?"}], rejected={"from": "gpt", "value": "bad"},
                                      chosen={"from": "function_call", "value": '{"name": "look", "arguments": {"town": "Lund"}}'}),
@@ -892,6 +913,39 @@ def test_tools_as_json_text_and_settings_of_the_template_reach_it(tmp_path):
                chat_template_kwargs=dict(mood="calm"))
     (texts,), dropped = one(row, model, tmp_path)
     assert texts[0].startswith('calm<|im_start|>system\n{"name": "look"') and not dropped
+
+
+TOOL = dict(type="function", function=dict(name="look", description="Looks."))
+
+
+@pytest.mark.parametrize("columns", [
+    dict(tools=TOOL), dict(tools=[json.dumps(TOOL)]), dict(prompt=[SYSTEM | dict(tools=[TOOL]), USER]),
+    dict(prompt=[SYSTEM, USER | dict(tools=json.dumps([TOOL]))])], ids=["one", "list of JSON texts", "of the system turn", "of a turn, JSON text"])
+def test_tools_reach_the_template_wherever_they_stand(columns, with_tools, chat, tmp_path):
+    row = dict(prompt=[SYSTEM, USER], chosen=["good", "fine"], rejected="bad") | columns
+    texts, dropped = one(row, with_tools, tmp_path)
+    assert len(texts) == 2 and not dropped
+    assert all(start.count('"name": "look"') == 1 and start.endswith(WITH_SYSTEM) for start, *_ in texts)
+    assert {reason for reason, _ in one(row, chat, tmp_path)[1]} == {"tools left out by the template"}
+
+
+def test_a_template_may_write_the_arguments_of_a_call_as_they_are_or_as_json(with_tools, tmp_path):
+    bare = make_tokenizer(tmp_path / "model", TOOLS.replace("(c.function | tojson)", "c.function.name + ' code=' + c.function.arguments.code"))
+    row = call_answer(dict(tool_calls=[dict(function=dict(name="run", arguments=dict(code='print("a")\n\treturn\tb, "C:\\new"')))]))
+    assert one(row, bare, tmp_path)[0][0][1] == '<call>run code=print("a")\n\treturn\tb, "C:\\new"</call><|im_end|>'
+    assert "\\treturn" in one(row, with_tools, tmp_path)[0][0][1]
+
+
+def test_a_call_without_arguments_gets_none(with_tools, tmp_path):
+    for arguments in ("", None, {}):
+        row = call_answer(dict(tool_calls=[dict(function=dict(name="now", arguments=arguments))]))
+        assert one(row, with_tools, tmp_path)[0][0][1] == '<call>{"name": "now", "arguments": {}}</call><|im_end|>'
+
+
+@pytest.mark.parametrize("answer", ['{"role": "admin", "level": 1}', '{"from": "Lund", "to": "Oslo"}', '[{"content": "x"}]'])
+def test_an_answer_in_json_that_is_no_message_is_an_answer(answer, chat, tmp_path):
+    row = dict(prompt="Why?", chosen=answer, rejected="bad")
+    assert one(row, chat, tmp_path) == ([(ONE_TURN, answer + "<|im_end|>", "bad<|im_end|>")], [])
 
 
 def test_thoughts_of_an_earlier_turn_that_the_template_cuts_are_a_drop(cuts_think, tmp_path):
@@ -928,7 +982,17 @@ DROP_KINDS = {  # what is wrong: (row, reason, words of the value)
     "an empty list in a list": (dict(prompt="Why?", chosen=["a"], rejected=[[]]), "malformed", "[]"),
     "messages cut off": (dict(prompt="Why?", chosen='[{"role": "assistant", "content": "go', rejected="b"), "malformed", "JSON"),
     "history that is none": (dict(instruction="Why?", history=[["a"]], chosen="a", rejected="b"), "error", "ValueError"),
-    "tools that are no list": (dict(prompt="Why?", chosen="a", rejected="b", tools=7), "template", "TypeError"),
+    "tools that are no list": (dict(prompt="Why?", chosen="a", rejected="b", tools=7), "template", "Tools should"),
+    "history of texts": (dict(instruction="So?", history=["Hi", "Yo"], chosen="a", rejected="b"), "malformed", "'Hi'"),
+    "history of other objects": (dict(instruction="So?", history=[dict(human="Hi", bot="Yo")], chosen="a", rejected="b"), "malformed", "role"),
+    "a system column and another system turn": (dict(system="Be brief.", prompt=[SYSTEM, WHY], chosen="a", rejected="b"), "malformed", "Be brief."),
+    "a text prompt that the conversation lacks": (dict(prompt="Lund is windy.", chosen=[WHY, YES], rejected=[WHY, NO]), "prompts differ", "windy"),
+    "a tool that is no JSON": (dict(prompt="Why?", chosen="a", rejected="b", tools=["look"]), "malformed", "a tool is not JSON"),
+    "a numbered image column": (dict(prompt="Why?", image_0="a.png", chosen="a", rejected="b"), "images", "image_0"),
+    "an image part without a type": (dict(prompt=[dict(role="user", content=[dict(image="a.png"), dict(text="x")])], chosen="a", rejected="b"),
+                                     "images", "image"),
+    "half a surrogate pair in an argument": ('{"prompt": "Why?", "chosen": {"role": "assistant", "content": "x", "tool_calls": [{"function": '
+                                             '{"name": "look", "arguments": {"a": "\\ud83d"}}}]}, "rejected": "b"}', "malformed", "ud83d"),
     "half a surrogate pair in a call": ('{"prompt": "Why?", "chosen": {"role": "assistant", "content": "x", "tool_calls": [{"function": '
                                         '{"name": "\\ud83d"}}]}, "rejected": "b"}', "malformed", "ud83d"),
 }
@@ -965,6 +1029,14 @@ def test_the_system_text_opens_the_first_question_if_the_template_has_no_system_
         assert one(row, model, tmp_path, "--system", "first_user") == ([(turns("Be kind.\n\nWhy?"), *GOOD_BAD)], [])
 
 
+@pytest.mark.parametrize("prompt, rendered", [
+    ("<|USER_TOKEN|>Why?", 1), ("<|begin_of_text|>Why?", 1), ("<｜User｜>Why?", 1), ("Human: Why?\nAssistant:", 1), ("[INST] Why? [/INST]", 1),
+    ("What is a <| b |> c?", 0), ("Is 1 < 2 | 3 > 2? ## Title", 0)])
+def test_a_prompt_with_chat_markers_looks_rendered(prompt, rendered, chat, tmp_path):
+    one(dict(prompt=prompt, chosen="good", rejected="bad"), chat, tmp_path)
+    assert json.loads((tmp_path / "out/meta.json").read_text())["counts"]["looks_rendered"] == rendered
+
+
 def test_a_prompt_that_looks_rendered_and_columns_that_are_not_used_are_said(chat, tmp_path, capsys):
     one(dict(prompt="### Instruction: Why?", chosen="good", rejected="bad", source="x", model="y"), chat, tmp_path)
     text = capsys.readouterr().out
@@ -975,7 +1047,7 @@ def test_a_prompt_that_looks_rendered_and_columns_that_are_not_used_are_said(cha
     (dict(score_chosen=2, score_rejected=1), "agree"), (dict(rating_chosen="1", rating_rejected="1"), "tie"),
     (dict(chosen_score=1, rejected_score=2.5), "contradict"), ({"chosen-rating": 1, "rejected-rating": 1}, "tie"),
     (dict(margin=-0.1), "contradict"), (dict(margin=0), "tie"), (dict(label=1), "agree"), (dict(label=0), "contradict"),
-    (dict(preference="tie"), "tie"), (dict(preference="chosen"), "agree"), (dict(label="rejected"), "contradict"),
+    (dict(preference="tie"), "tie"), (dict(preference="chosen"), "agree"), (dict(label=" Rejected"), "contradict"),
     (dict(label="math"), "none"), (dict(score_chosen="n/a", score_rejected="n/a"), "none"), (dict(score_chosen=None, score_rejected=1), "none")])
 def test_the_scores_of_a_row_agree_tie_or_contradict(columns, order):
     values = {name: value for name, value in columns.items() if value is not None}
@@ -1013,6 +1085,34 @@ def test_the_hook_may_drop_fail_or_make_several_rows_and_errors_in_its_file_are_
         assert word in fails(capsys, path, chat, tmp_path / "x", "--convert", spec)
 
 
+@pytest.mark.parametrize("bad, columns", [
+    ("ties", dict(score_chosen=1, score_rejected=1)), ("a null answer", dict(chosen=None)), ("a weight", dict(weight=-1)),
+    ("an answer out of range", dict(chosen=None, rejected=None, question="Why?", options=["a", "b"], answer="E"))])
+def test_a_first_chunk_of_known_rows_that_are_all_dropped_does_not_end_the_run(bad, columns, chat, tmp_path):
+    rows = [dict(prompt=f"Why {i}?", chosen="good", rejected="bad") for i in range(300)]
+    path = write(tmp_path / "a.jsonl", [row | columns for row in rows[:250]] + rows[250:])
+    meta, _, dropped = run(path, chat, tmp_path / "out", "--drop_ties", "--val_fraction", 0.3)
+    assert meta["counts"]["pairs_out"] == 50 and len(dropped) == 250
+
+
+def test_the_hook_may_leave_out_all_rows_of_the_first_chunk_and_finds_null_columns(chat, tmp_path):
+    (tmp_path / "hook.py").write_text("f = lambda r: r | dict(prompt='Why %d?' % r['n']) if r['note'] is None and r['n'] >= 250 else None\n")
+    rows = [dict(n=i, chosen="good", rejected="bad", note=None if i % 2 else "x") for i in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    meta, _, dropped = run(tmp_path / "a.parquet", chat, tmp_path / "out", "--convert", f"{tmp_path}/hook.py:f", "--val_fraction", 0.3)
+    assert meta["counts"]["pairs_out"] == 25 and {d["reason"] for d in dropped} == {"convert"}
+
+
+def test_what_is_left_out_is_said_with_a_way_out_and_nothing_is_said_of_no_drops(cuts_think, chat, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [dict(prompt="Why?", chosen="<think>hm</think>a", rejected="b")] * 3)
+    assert "or use --convert" in fails(capsys, path, cuts_think, tmp_path / "out")
+    message = fails(capsys, path, chat, tmp_path / "out")
+    assert "0 dropped; give more prompts" in message
+    path = write(tmp_path / "b.jsonl", [dict(prompt="So?", chosen="", rejected="b")])
+    message = fails(capsys, write(tmp_path / "a.jsonl", TABLE), chat, tmp_path / "out", "--val", path)
+    assert "no pair for val" in message and "--val_fraction" not in message and "'empty'" in message
+
+
 # ---- kinds of files ----
 
 TABLE = [dict(prompt=f"Why, {i}?", chosen="good\nday", rejected='"bad"') for i in range(40)]
@@ -1031,7 +1131,9 @@ LAYOUTS = {  # name of the file: its text
     "pretty.json": "\n".join(json.dumps(row, indent=2) for row in TABLE), "pretty.jsonl": "\n".join(json.dumps(row, indent=2) for row in TABLE),
     "array.jsonl": json.dumps(TABLE, indent=1), "a.jsonl.zst": "\n".join(map(json.dumps, TABLE)), "a.json.zst": json.dumps(TABLE),
     "utf16.jsonl": "\n".join(map(json.dumps, TABLE)), "utf16.json": json.dumps(TABLE, indent=1), "utf16.csv": as_csv(","),
-    "one,two.jsonl": "\n".join(map(json.dumps, TABLE)),
+    "one,two.jsonl": "\n".join(map(json.dumps, TABLE)), "commas.jsonl": ",\n".join(map(json.dumps, TABLE)),
+    "line.jsonl": json.dumps(TABLE), "bracket.jsonl": "[" + ",\n".join(map(json.dumps, TABLE)) + "]\n", "spaces.csv": " " + as_csv(",").replace(",c", ", c", 1),
+    "by_id.json": json.dumps({f"q{i}": row for i, row in enumerate(TABLE)}), "index.json": json.dumps({str(i): row for i, row in enumerate(TABLE)}),
 }
 
 
@@ -1051,12 +1153,24 @@ def test_names_with_commas_are_quoted_and_several_files_of_all_kinds_go_together
     (tmp_path / "a.csv").write_text(as_csv(","))
     meta, splits, _ = run(f'"{tmp_path}/one,two.jsonl", {tmp_path}/a.csv', chat, tmp_path / "out")
     assert meta["counts"]["pairs_out"] == 80 and set(splits["train"]["source"]) == {"one,two.jsonl", "a.csv"}
+    assert run(f"{tmp_path}/a.csv,", chat, tmp_path / "b")[0]["counts"]["pairs_out"] == 40
+
+
+def test_two_datasets_are_not_taken_for_one(chat, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", TABLE)
+    assert "--dataset is given twice" in fails(capsys, path, chat, tmp_path / "out", "--dataset", path)
 
 
 def test_a_broken_object_among_pretty_printed_ones_is_one_drop(chat, tmp_path):
     text = "\n".join(json.dumps(row, indent=2) for row in TABLE[:20]) + '\n{\n "prompt": "Wh\n' + "\n".join(json.dumps(row, indent=2) for row in TABLE[20:])
     (tmp_path / "a.json").write_text(text)
     meta, _, dropped = run(tmp_path / "a.json", chat, tmp_path / "out")
+    assert meta["counts"]["pairs_out"] == 40 and [d["reason"] for d in dropped] == ["malformed"]
+
+
+def test_a_first_line_that_is_a_list_is_one_drop(chat, tmp_path):
+    path = write(tmp_path / "a.jsonl", [[USER, GOOD], *TABLE])
+    meta, _, dropped = run(path, chat, tmp_path / "out")
     assert meta["counts"]["pairs_out"] == 40 and [d["reason"] for d in dropped] == ["malformed"]
 
 
@@ -1067,7 +1181,8 @@ def test_a_folder_of_save_to_disk_and_its_splits(chat, tmp_path, capsys):
     assert run(tmp_path / "one", chat, tmp_path / "a")[0]["counts"]["pairs_out"] == 40
     meta, splits, _ = run(tmp_path / "two", chat, tmp_path / "b", "--val", "test")
     assert (len(splits["train"]), len(splits["val"]), meta["counts"]["prompts_in_both"]) == (40, 5, 5)
-    assert "'no'" in fails(capsys, tmp_path / "two", chat, tmp_path / "c", "--split", "no")
+    message = fails(capsys, tmp_path / "two", chat, tmp_path / "c", "--split", "no")
+    assert "'no'" in message and "train, test" in message
 
 
 def test_what_is_not_read_is_one_line_with_the_way_out(chat, tmp_path, capsys):
