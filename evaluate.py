@@ -336,11 +336,15 @@ def load_model(name, args, dtype, device):
         folder, adapter = find_model(source)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map="auto" if args.spread else None,
-            trust_remote_code=args.trust_remote_code, output_loading_info=True)
+            trust_remote_code=args.trust_remote_code, output_loading_info=True,
+            generation_config=transformers.GenerationConfig())  # see generate
         assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
         if adapter:
             from peft import PeftModel
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model = PeftModel.from_pretrained(model, adapter)
+            info = model.load_adapter(adapter, "default")  # again, as this says what does not fit
+            assert not info.missing_keys + info.unexpected_keys, f"{adapter} does not fit {folder}"
+            model = model.merge_and_unload()
             if (adapter / "tokenizer_config.json").exists():
                 folder = adapter
         tokenizer = transformers.AutoTokenizer.from_pretrained(
