@@ -154,8 +154,8 @@ def write_meta(folder, key, args):
     hashes = {}
     for path in folder.glob("*-logps.npy"):
         hashes[path.stem.removesuffix("-logps")] = hashlib.sha256(path.read_bytes()).hexdigest()
-    record = dict(key=key, args=dataclasses.asdict(args), sha256=hashes,
-                  torch=torch.__version__, transformers=transformers.__version__)
+    record = dict(key=key, args=dataclasses.asdict(args), folder=os.path.realpath(args.model),
+                  sha256=hashes, torch=torch.__version__, transformers=transformers.__version__)
     aside = folder / f"{uuid.uuid4().hex}.json"
     aside.write_text(json.dumps(record))
     aside.rename(folder / "meta.json")
@@ -932,7 +932,7 @@ def check_forward(policy, split, dtype, args):
     texts = split["lengths"][:, 0] + split["lengths"][:, 1:].max(1)  # (rows,) the longer one
     rows = texts.argsort()[[-1, 0, len(texts) > 2]]
     pairs = [split["pairs"][int(row)] for row in rows]
-    cause = "try another --layout, or adapt Policy and head_pass to it"
+    cause = "try another --layout or --dtype, or adapt Policy and head_pass to it"
     with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}): {cause}"):
         logps = policy(collate(pairs, args.layout))
         # Before transformers 5.23, Gemma-2's cap was ignored by SDPA.

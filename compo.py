@@ -807,8 +807,8 @@ def check_same(logps, truth, lengths, dtype, trouble):
 
 # -- the run's folder: log, checkpoints, final model
 # A resumed run may change these: they move files, or change the numbers by rounding only. What the
-# folders of --model and --data hold is compared by its hashes.
-MAY_CHANGE = set("""model data out resume save_every keep layout max_tokens compile
+# folders of --model, --data and --reference hold is compared by its hashes.
+MAY_CHANGE = set("""model data reference out resume save_every keep layout max_tokens compile
     activation_checkpointing zero shard_group log_every eval_every wandb""".split())
 
 def open_run(content, args):

@@ -390,7 +390,8 @@ def load_reference(content, splits, args):
             meta = json.loads(path.read_text())
         if args.reference:  # it has other weights, and is found by its name
             meta["key"]["weights"] = content["weights"]
-        if meta["key"] == content and args.reference in ("", meta["args"]["model"]):
+        names = {"", meta["args"]["model"], meta.get("folder")}
+        if meta["key"] == content and names & {args.reference, os.path.realpath(args.reference)}:
             found.append((path.parent, meta["sha256"]))
     if len(found) != 1:
         fail(f"{args.data} has {len(found)} caches, not one, by these weights, of these tokens, in "
@@ -806,8 +807,8 @@ def check_reference(policy, split, dtype, args):
 
 # -- the run's folder: log, checkpoints, final model
 # A resumed run may change these: they move files, or change the numbers by rounding only. What the
-# folders of --model and --data hold is compared by its hashes.
-MAY_CHANGE = set("""model data out resume save_every keep layout max_tokens compile
+# folders of --model, --data and --reference hold is compared by its hashes.
+MAY_CHANGE = set("""model data reference out resume save_every keep layout max_tokens compile
     activation_checkpointing zero shard_group log_every eval_every wandb""".split())
 
 def open_run(content, args):
@@ -964,7 +965,10 @@ def check_final(policy, split, dtype, args):
     pairs = [split["pairs"][int(row)] for row in rows]
     logps = policy(collate(pairs, args.layout))
     if dist.get_rank() == 0:
-        truth = own_logps(read_model(f"{args.out}/final", args)[1].eval(), pairs)
+        model = read_model(f"{args.out}/final", args)[1].eval()
+        for parameter in model.parameters():  # in float32, other experts may be chosen
+            parameter.data = parameter.data.to(dtype)
+        truth = own_logps(model, pairs)
         dtype = dtype if precision == torch.float32 else precision
         check_same(logps, truth, split["lengths"][rows], dtype,
                    f"{args.out}/final gives other log-probs than the weights that were trained")

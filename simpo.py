@@ -773,7 +773,7 @@ def check_forward(policy, split, dtype, args):
     texts = split["lengths"][:, 0] + split["lengths"][:, 1:].max(1)  # (rows,) the longer one
     rows = texts.argsort()[[-1, 0, len(texts) > 2]]
     pairs = [split["pairs"][int(row)] for row in rows]
-    cause = "try another --layout, or adapt Policy and head_pass to it"
+    cause = "try another --layout or --dtype, or adapt Policy and head_pass to it"
     with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}): {cause}"):
         logps = policy(collate(pairs, args.layout))
         # Before transformers 5.23, Gemma-2's cap was ignored by SDPA.
@@ -795,8 +795,8 @@ def check_same(logps, truth, lengths, dtype, trouble):
 
 # -- the run's folder: log, checkpoints, final model
 # A resumed run may change these: they move files, or change the numbers by rounding only. What the
-# folders of --model and --data hold is compared by its hashes.
-MAY_CHANGE = set("""model data out resume save_every keep layout max_tokens compile
+# folders of --model, --data and --reference hold is compared by its hashes.
+MAY_CHANGE = set("""model data reference out resume save_every keep layout max_tokens compile
     activation_checkpointing zero shard_group log_every eval_every wandb""".split())
 
 def open_run(content, args):
@@ -953,7 +953,10 @@ def check_final(policy, split, dtype, args):
     pairs = [split["pairs"][int(row)] for row in rows]
     logps = policy(collate(pairs, args.layout))
     if dist.get_rank() == 0:
-        truth = own_logps(read_model(f"{args.out}/final", args)[1].eval(), pairs)
+        model = read_model(f"{args.out}/final", args)[1].eval()
+        for parameter in model.parameters():  # in float32, other experts may be chosen
+            parameter.data = parameter.data.to(dtype)
+        truth = own_logps(model, pairs)
         dtype = dtype if precision == torch.float32 else precision
         check_same(logps, truth, split["lengths"][rows], dtype,
                    f"{args.out}/final gives other log-probs than the weights that were trained")
