@@ -673,7 +673,8 @@ def in_files(model, state, folder):
     tied = revert_weight_conversion(model, tied)  # which most files leave out
     state = revert_weight_conversion(model, state)
     whole = folder / "model.safetensors"  # if it is there, transformers does not look for parts
-    for path in [whole] if whole.exists() else folder.glob("model*-of-*.safetensors"):
+    parts = [] if whole.exists() else list(folder.glob("model*-of-*.safetensors"))
+    for path in parts or [whole]:
         tensors = safetensors.torch.load_file(path)  # each is read from the disk when it is used
         for name, old in tensors.items():
             own = name if name in state else f"{model.base_model_prefix}.{name}"  # as in gpt2
