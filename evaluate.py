@@ -778,9 +778,7 @@ def late_traceback(*error):
     time.sleep(5)
     sys.__excepthook__(*error)
 
-# -- model
-MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-
+# -- data, stored log-probs, micro-batches
 def most_positions(config):
     """Tokens of the longest text that a model has positions for, in any company in a batch."""
     rope = getattr(config, "rope_parameters", None) or {}
@@ -788,6 +786,9 @@ def most_positions(config):
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     limit = rope.get("original_max_position_embeddings", limit)
     return limit if limit > 0 and kind in ("table", "dynamic", "longrope") else math.inf
+
+# -- model
+MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 
 @functools.cache
 def find_model(name):
