@@ -22,7 +22,7 @@ d_t at tokens t, g is sum_t d_t x_t^T. This matrix is never formed: sketch(g) is
 FFT(CS_out(d_t)) FFT(CS_in(x_t)), where the count sketch CS adds the entries of a vector, with
 random signs, into K buckets.
 
-Read to line 435: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 436: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal
@@ -154,8 +154,8 @@ def write_meta(folder, key, args):
     hashes = {}
     for path in folder.glob("*-logps.npy"):
         hashes[path.stem.removesuffix("-logps")] = hashlib.sha256(path.read_bytes()).hexdigest()
-    record = dict(key=key, args=dataclasses.asdict(args), sha256=hashes,
-                  torch=torch.__version__, transformers=transformers.__version__)
+    record = dict(key=key, args=dataclasses.asdict(args), folder=os.path.realpath(args.model),
+                  sha256=hashes, torch=torch.__version__, transformers=transformers.__version__)
     aside = folder / f"{uuid.uuid4().hex}.json"
     aside.write_text(json.dumps(record))
     aside.rename(folder / "meta.json")
@@ -309,9 +309,10 @@ def remember(state, own, add, module, inputs, kwargs, output):
         if len(tensors) > 1:
             fail(f"--sketch_dim knows layers of one tensor: leave {own}, which are given "
                  f"{len(tensors)}, out with --sketch_modules")
-        if not output.requires_grad:
-            output.requires_grad_()  # the backward pass ends at the first layer that counts
+        if not output.requires_grad:  # the backward pass ends at the first layer that counts
+            output = output.requires_grad_().clone()  # of which CTRL changes the output in place
         output.register_hook(functools.partial(add, state, own, module, tensors[0].detach()))
+    return output
 
 def add_product(state, own, module, x, d):
     """Backward hook of a linear layer or an embedding, whose x are token ids."""
@@ -513,6 +514,8 @@ def load_data(args, names=("train", "val")):
     with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
     folder, trust = find_model(args.model)[0], dict(trust_remote_code=args.trust_remote_code)
+    if not (folder / "config.json").exists():
+        fail(f"--model {args.model} is no model, and no run that has its final/: no config.json")
     config = transformers.AutoConfig.from_pretrained(folder, **trust).get_text_config()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
@@ -532,12 +535,22 @@ def load_data(args, names=("train", "val")):
         if largest >= config.vocab_size:
             fail(f"{args.data}/{name} has the token id {largest}, but --model {args.model} has "
                  f"{config.vocab_size} embeddings: leave out the texts with that token")
-        if "chosen_id" not in pairs.column_names:
-            fail(f"--data {args.data} is of an older version: run prepare_data.py again")
+        longest, limit = pair_tokens(lengths, "separate").max(), most_positions(config)
+        if longest > limit:
+            fail(f"a text of {args.data}/{name} has {longest} tokens, --model {args.model} has "
+                 f"{limit} positions: prepare the data with a smaller --max_length")
         responses = [pairs.data[side].to_numpy() for side in ("chosen_id", "rejected_id")]
         splits[name] = dict(pairs=pairs, lengths=lengths, responses=np.stack(responses, 1),
                             hash=rows_hash(pairs, lengths))
     return splits
+
+def most_positions(config):
+    """Tokens of the longest text that a model has positions for, in any company in a batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "table")  # positions are learned, as in GPT-2
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    limit = rope.get("original_max_position_embeddings", limit)
+    return limit if limit > 0 and kind in ("table", "dynamic", "longrope") else math.inf
 
 def rows_hash(pairs, lengths):
     """-> 16 hex digits that change with anything that log-probs and losses take from the pairs."""
@@ -800,17 +813,21 @@ def read_model(name, args):
         model = auto.from_config(config, dtype=torch.float32, **trust)
     if dist.get_rank() > 0:
         return model, None
-    weights, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
-                                         **trust)
+    weights, info = auto.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **trust,
+        generation_config=transformers.GenerationConfig())  # that of the folder is not judged
     tied = dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
     wrong = info["missing_keys"] | info["unexpected_keys"] | tied  # such as a second output head
-    if wrong:
-        fail(f"--model {name}: config.json and weights do not agree on {sorted(wrong)[:3]}")
     model._weight_conversions = weights._weight_conversions  # for in_files
-    list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
     if adapter:
         from peft import PeftModel
-        weights = PeftModel.from_pretrained(weights, adapter).merge_and_unload()
+        weights = PeftModel.from_pretrained(weights, adapter)
+        info = weights.load_adapter(adapter, "default")  # again, as this says what does not fit
+        wrong |= {*info.missing_keys, *info.unexpected_keys}
+        weights = weights.merge_and_unload()
+    if wrong:
+        fail(f"--model {name}: config and weights do not agree on {sorted(wrong)[:3]}")
+    list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
     return model, weights
 
 def in_files(model, state, folder):
@@ -819,11 +836,15 @@ def in_files(model, state, folder):
     tied = {name: state[name] for name in model.all_tied_weights_keys if name in state}
     tied = revert_weight_conversion(model, tied)  # which most files leave out
     state = revert_weight_conversion(model, state)
-    for path in folder.glob("model*.safetensors"):
+    whole = folder / "model.safetensors"  # if it is there, transformers does not look for parts
+    parts = [] if whole.exists() else list(folder.glob("model*-of-*.safetensors"))
+    for path in parts or [whole]:
         tensors = safetensors.torch.load_file(path)  # each is read from the disk when it is used
-        for name in tensors.keys() & state.keys():
-            assert state[name].shape == tensors[name].shape, name
-            tensors[name] = state.pop(name).to(tensors[name].dtype).contiguous()
+        for name, old in tensors.items():
+            own = name if name in state else f"{model.base_model_prefix}.{name}"  # as in gpt2
+            if own in state:
+                assert state[own].shape == old.shape, name
+                tensors[name] = state.pop(own).to(old.dtype).contiguous()
         yield tensors, path
     missing = state.keys() - tied.keys()
     assert not missing, f"no model*.safetensors of it has {sorted(missing)[:3]}"
@@ -912,12 +933,7 @@ def check_forward(policy, split, dtype, args):
     texts = split["lengths"][:, 0] + split["lengths"][:, 1:].max(1)  # (rows,) the longer one
     rows = texts.argsort()[[-1, 0, len(texts) > 2]]
     pairs = [split["pairs"][int(row)] for row in rows]
-    cause = "try another --layout, or adapt Policy and head_pass to it"
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = rope.get("original_max_position_embeddings", limit)
-    if texts.max() > limit > 0:
-        cause = f"a text has {texts.max()} tokens, the model {limit} positions: see --max_length"
+    cause = "try another --layout or --dtype, or adapt Policy and head_pass to it"
     with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}): {cause}"):
         logps = policy(collate(pairs, args.layout))
         # Before transformers 5.23, Gemma-2's cap was ignored by SDPA.

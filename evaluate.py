@@ -340,7 +340,10 @@ def load_model(name, args, dtype, device):
         assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
         if adapter:
             from peft import PeftModel
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model = PeftModel.from_pretrained(model, adapter)
+            info = model.load_adapter(adapter, "default")  # again, as this says what does not fit
+            assert not info.missing_keys + info.unexpected_keys, f"{adapter} does not fit {folder}"
+            model = model.merge_and_unload()
             if (adapter / "tokenizer_config.json").exists():
                 folder = adapter
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -352,10 +355,14 @@ def load_model(name, args, dtype, device):
     return (model if args.spread else model.to(device)).eval(), tokenizer
 
 # -- log-probs and answers of texts, which the processes share
-def deal(lengths, name, args):
+def deal(lengths, model, name, args):
     """Put texts of these lengths into batches, longest first, as many as fit into --max_tokens when
     they are padded -> the batches of this process, [(number of the batch, numbers of its texts)],
     which show a progress bar."""
+    limit = most_positions(model.config.get_text_config())
+    if max(lengths, default=0) > limit:
+        fail(f"a text has {max(lengths)} tokens, {name} has {limit} positions: prepare the data "
+             "with a smaller --max_length, or lower --max_new_tokens")
     batches, longest = [], 0
     for k in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if not batches or (len(batches[-1]) + 1) * longest > args.max_tokens:
@@ -374,7 +381,7 @@ def score(model, texts, name, args):
     distinct = sorted({(tuple(prompt), tuple(response)) for prompt, response in texts})
     lengths = [len(prompt) + len(response) for prompt, response in distinct]
     sums = torch.zeros(len(distinct), dtype=torch.float64)
-    for _, batch in deal(lengths, name, args):
+    for _, batch in deal(lengths, model, name, args):
         tokens = [torch.tensor(distinct[k][0] + distinct[k][1]) for k in batch]
         ids = pad_sequence(tokens, batch_first=True).to(model.device)  # (texts, width)
         first = min(len(distinct[k][0]) for k in batch) - 1  # logits before it are not needed
@@ -412,7 +419,8 @@ def generate(model, prompts, ends, name, args):
         model.generation_config.update(do_sample=True, temperature=args.temperature, top_k=0,
                                        top_p=1.0)
     answers = {}
-    for number, batch in deal([len(x) + args.max_new_tokens for x in prompts], name, args):
+    lengths = [len(prompt) + args.max_new_tokens for prompt in prompts]
+    for number, batch in deal(lengths, model, name, args):
         tokens = [torch.tensor(prompts[k]) for k in batch]
         real = [torch.ones_like(text) for text in tokens]
         ids = pad_sequence(tokens, True, min(ends), "left").to(model.device)
@@ -769,6 +777,15 @@ def late_traceback(*error):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(5)
     sys.__excepthook__(*error)
+
+# -- data, stored log-probs, micro-batches
+def most_positions(config):
+    """Tokens of the longest text that a model has positions for, in any company in a batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "table")  # positions are learned, as in GPT-2
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    limit = rope.get("original_max_position_embeddings", limit)
+    return limit if limit > 0 and kind in ("table", "dynamic", "longrope") else math.inf
 
 # -- model
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")

@@ -334,6 +334,8 @@ def load_data(args, names=("train", "val")):
     with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
     folder, trust = find_model(args.model)[0], dict(trust_remote_code=args.trust_remote_code)
+    if not (folder / "config.json").exists():
+        fail(f"--model {args.model} is no model, and no run that has its final/: no config.json")
     config = transformers.AutoConfig.from_pretrained(folder, **trust).get_text_config()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
@@ -353,12 +355,22 @@ def load_data(args, names=("train", "val")):
         if largest >= config.vocab_size:
             fail(f"{args.data}/{name} has the token id {largest}, but --model {args.model} has "
                  f"{config.vocab_size} embeddings: leave out the texts with that token")
-        if "chosen_id" not in pairs.column_names:
-            fail(f"--data {args.data} is of an older version: run prepare_data.py again")
+        longest, limit = pair_tokens(lengths, "separate").max(), most_positions(config)
+        if longest > limit:
+            fail(f"a text of {args.data}/{name} has {longest} tokens, --model {args.model} has "
+                 f"{limit} positions: prepare the data with a smaller --max_length")
         responses = [pairs.data[side].to_numpy() for side in ("chosen_id", "rejected_id")]
         splits[name] = dict(pairs=pairs, lengths=lengths, responses=np.stack(responses, 1),
                             hash=rows_hash(pairs, lengths))
     return splits
+
+def most_positions(config):
+    """Tokens of the longest text that a model has positions for, in any company in a batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "table")  # positions are learned, as in GPT-2
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    limit = rope.get("original_max_position_embeddings", limit)
+    return limit if limit > 0 and kind in ("table", "dynamic", "longrope") else math.inf
 
 def rows_hash(pairs, lengths):
     """-> 16 hex digits that change with anything that log-probs and losses take from the pairs."""
@@ -394,7 +406,8 @@ def load_reference(content, splits, args):
             meta = json.loads(path.read_text())
         if args.reference:  # it has other weights, and is found by its name
             meta["key"]["weights"] = content["weights"]
-        if meta["key"] == content and args.reference in ("", meta["args"]["model"]):
+        names = {"", meta["args"]["model"], meta.get("folder")}
+        if meta["key"] == content and names & {args.reference, os.path.realpath(args.reference)}:
             found.append((path.parent, meta["sha256"]))
     if len(found) != 1:
         fail(f"{args.data} has {len(found)} caches, not one, by these weights, of these tokens, in "
@@ -650,17 +663,21 @@ def read_model(name, args):
         model = auto.from_config(config, dtype=torch.float32, **trust)
     if dist.get_rank() > 0:
         return model, None
-    weights, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
-                                         **trust)
+    weights, info = auto.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **trust,
+        generation_config=transformers.GenerationConfig())  # that of the folder is not judged
     tied = dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
     wrong = info["missing_keys"] | info["unexpected_keys"] | tied  # such as a second output head
-    if wrong:
-        fail(f"--model {name}: config.json and weights do not agree on {sorted(wrong)[:3]}")
     model._weight_conversions = weights._weight_conversions  # for in_files
-    list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
     if adapter:
         from peft import PeftModel
-        weights = PeftModel.from_pretrained(weights, adapter).merge_and_unload()
+        weights = PeftModel.from_pretrained(weights, adapter)
+        info = weights.load_adapter(adapter, "default")  # again, as this says what does not fit
+        wrong |= {*info.missing_keys, *info.unexpected_keys}
+        weights = weights.merge_and_unload()
+    if wrong:
+        fail(f"--model {name}: config and weights do not agree on {sorted(wrong)[:3]}")
+    list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
     return model, weights
 
 def in_files(model, state, folder):
@@ -669,11 +686,15 @@ def in_files(model, state, folder):
     tied = {name: state[name] for name in model.all_tied_weights_keys if name in state}
     tied = revert_weight_conversion(model, tied)  # which most files leave out
     state = revert_weight_conversion(model, state)
-    for path in folder.glob("model*.safetensors"):
+    whole = folder / "model.safetensors"  # if it is there, transformers does not look for parts
+    parts = [] if whole.exists() else list(folder.glob("model*-of-*.safetensors"))
+    for path in parts or [whole]:
         tensors = safetensors.torch.load_file(path)  # each is read from the disk when it is used
-        for name in tensors.keys() & state.keys():
-            assert state[name].shape == tensors[name].shape, name
-            tensors[name] = state.pop(name).to(tensors[name].dtype).contiguous()
+        for name, old in tensors.items():
+            own = name if name in state else f"{model.base_model_prefix}.{name}"  # as in gpt2
+            if own in state:
+                assert state[own].shape == old.shape, name
+                tensors[name] = state.pop(own).to(old.dtype).contiguous()
         yield tensors, path
     missing = state.keys() - tied.keys()
     assert not missing, f"no model*.safetensors of it has {sorted(missing)[:3]}"
@@ -803,8 +824,8 @@ def check_reference(policy, split, dtype, args):
 
 # -- the run's folder: log, checkpoints, final model
 # A resumed run may change these: they move files, or change the numbers by rounding only. What the
-# folders of --model and --data hold is compared by its hashes.
-MAY_CHANGE = set("""model data out resume save_every keep layout max_tokens compile
+# folders of --model, --data and --reference hold is compared by its hashes.
+MAY_CHANGE = set("""model data reference out resume save_every keep layout max_tokens compile
     activation_checkpointing zero shard_group log_every eval_every wandb""".split())
 
 def open_run(content, args):
@@ -812,12 +833,14 @@ def open_run(content, args):
     out, last = Path(args.out), [0]
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        steps = [int(path.name.removeprefix("step-")) for path in out.glob("step-*")]
+        steps = [int(path.name.removeprefix("step-")) for path in out.glob("step-*[0-9]")]
         last = [max(steps, default=0)]
         settings = dataclasses.asdict(args)
         settings |= {f"hash of {name}": value for name, value in content.items()}
-        if (out / "log.jsonl").exists():
+        if steps or (out / "log.jsonl").exists():
             check_settings(settings, args)
+            if not steps and (out / "final").exists():
+                fail(f"the run in --out {out} is complete: take {out}/final")
             cut_log(out / "log.jsonl", last[0])
         else:
             write_settings(out / "args.json", settings)
@@ -838,9 +861,9 @@ def check_settings(settings, args):
 
 def cut_log(path, step):
     """Keep the lines up to this step, as a resumed run writes those after its checkpoint again."""
-    lines = path.read_text().splitlines(keepends=True) if step > 0 else []
-    lines = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last one
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.touch()
+    lines = re.findall(r'^(\{"step": (\d+).*\}\n)', path.read_text(), re.MULTILINE)  # whole ones
+    kept = [line for line, number in lines if int(number) <= step and step > 0]
     path.with_suffix(".tmp").write_text("".join(kept))
     path.with_suffix(".tmp").rename(path)
 
@@ -886,7 +909,7 @@ def save_checkpoint(policy, optimizer, step, args):
         dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=out / "new.tmp")
     if dist.get_rank() == 0:
         (out / "new.tmp").rename(out / f"step-{step:06d}")
-        for path in sorted(out.glob("step-*"))[:-args.keep]:
+        for path in sorted(out.glob("step-*[0-9]"))[:-args.keep]:
             shutil.rmtree(path)
     dist.barrier()
 
@@ -950,7 +973,8 @@ def check_final(policy, split, dtype, args):
     """Rank 0 reads final/ back: it must give two short pairs the log-probs of the policy, in the
     precision of final/, which may have lost much of a short training."""
     stored = safetensors.torch.load_file(min(find_model(args.model)[0].glob("model*.safetensors")))
-    precision = max(stored.values(), key=torch.numel).dtype
+    kinds = {tensor.dtype for tensor in stored.values()}
+    precision = next(iter(kinds & {torch.bfloat16, torch.float16}), torch.float32)
     if not args.lora_rank:
         for parameter in policy.parameters():
             parameter.copy_(parameter.to(precision))
@@ -958,11 +982,14 @@ def check_final(policy, split, dtype, args):
     pairs = [split["pairs"][int(row)] for row in rows]
     logps = policy(collate(pairs, args.layout))
     if dist.get_rank() == 0:
-        truth = own_logps(read_model(f"{args.out}/final", args)[1].eval(), pairs)
+        model = read_model(f"{args.out}/final", args)[1].eval()
+        for parameter in model.parameters():  # in float32, other experts may be chosen
+            parameter.data = parameter.data.to(dtype)
+        truth = own_logps(model, pairs)
         dtype = dtype if precision == torch.float32 else precision
         check_same(logps, truth, split["lengths"][rows], dtype,
                    f"{args.out}/final gives other log-probs than the weights that were trained")
-        for path in Path(args.out).glob("step-*") if args.save_every == 0 else []:
+        for path in Path(args.out).glob("step-*[0-9]") if args.save_every == 0 else []:
             shutil.rmtree(path)  # it was made in case that this goes wrong
     dist.barrier()
 

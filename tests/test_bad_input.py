@@ -353,6 +353,10 @@ TABLE = [
     # the model
     ("dpo", "a model that is not there", lambda w: dict(model=w.tmp / "no_model"), "--model no_model"),
     ("dpo", "a hub model without network", lambda w: dict(model="some-one/some-model"), "some-one/some-model"),
+    ("dpo", "a run without final/ as model", lambda w: [earlier_run(w), dict(model=w.out, out=w.tmp / "two")][1],
+     "--model out final/ config.json"),
+    ("dpo", "a checkpoint as model",
+     lambda w: [earlier_run(w), dict(model=w.out / "step-000002", out=w.tmp / "two")][1], "--model step-000002 config.json"),
     ("dpo", "a model without weights", no_weights, "--model model.safetensors"),
     ("dpo", "weights cut off", lambda w: cut(w.model / "model.safetensors"), "--model"),
     ("dpo", "weights that lack a tensor", one_tensor_less, "--model up_proj"),
@@ -402,6 +406,11 @@ TABLE = [
      "reference nats --model delete ref- cache_ref.py"),
     # the folder of the run
     ("dpo", "an --out that holds a run", lambda w: [earlier_run(w), {}][1], "--out out --resume"),
+    ("dpo", "--resume of a run that is complete", lambda w: [run(w, "dpo", {}), dict(resume=True)][1], "complete out/final"),
+    ("dpo", "an --out with checkpoints and no log", lambda w: [earlier_run(w), delete(w.out / "log.jsonl"), {}][2],
+     "--out out --resume"),
+    ("dpo", "--resume with another beta and no log",
+     lambda w: [earlier_run(w), delete(w.out / "log.jsonl"), dict(resume=True, beta=0.5)][2], "beta 0.1 0.5"),
     ("dpo", "--resume with another beta", lambda w: earlier_run(w) | dict(beta=0.5), "--out beta 0.1 0.5 another"),
     ("dpo", "args.json cut off", lambda w: stopped_run(w, lambda out: cut(out / "args.json")), "args.json"),
     ("dpo", "a checkpoint that lacks a file", lambda w: broken_checkpoint(w, lambda step: delete(next(step.glob("*.distcp")))),
@@ -798,6 +807,23 @@ def test_a_log_line_cut_off_is_written_again(w):
     run(w, "dpo", stopped_run(w, lambda out: cut(out / "log.jsonl", 0.9)))
     steps = [json.loads(line)["step"] for line in (w.out / "log.jsonl").read_text().splitlines()]
     assert steps[-1] == 3 and len(set(steps)) == len(steps)
+
+
+def test_a_log_line_that_is_damaged_is_left_out_and_a_log_that_is_missing_begins_again(w):
+    def damage(out):
+        log = out / "log.jsonl"
+        log.write_text(log.read_text().replace('{"step": 1,', "\0" * 11))
+    run(w, "dpo", stopped_run(w, damage))
+    assert [json.loads(line)["step"] for line in (w.out / "log.jsonl").read_text().splitlines()] == [2, 3]
+    for name in ("final", "step-000003", "log.jsonl"):
+        delete(w.out / name)
+    run(w, "dpo", dict(resume=True, save_every=1, max_steps=3))
+    assert [json.loads(line)["step"] for line in (w.out / "log.jsonl").read_text().splitlines()] == [3]
+
+
+def test_a_copy_that_the_user_made_of_a_checkpoint_stays(w):
+    run(w, "dpo", stopped_run(w, lambda out: shutil.copytree(out / "step-000002", out / "step-000002.good")) | dict(keep=1))
+    assert sorted(path.name for path in w.out.glob("step-*")) == ["step-000002.good", "step-000003"]
 
 
 @pytest.mark.parametrize("keep", [0, 0.1, 0.5, 0.9])

@@ -195,6 +195,53 @@ def test_names_of_older_files_come_back(world, program, tmp_path):
     assert_final_is_the_model(tmp_path / "out/final", model, {"language_model.model.embed_tokens.weight"})
 
 
+def test_names_without_the_prefix_of_the_model_come_back(world, program, tmp_path):
+    """As gpt2 and bloom have them on the hub, with masks that transformers does not read."""
+    model, data = world(tiny_hf_model("gpt2"))
+    found = {name.removeprefix("transformer."): tensor for name, tensor in tensors(model).items()}
+    found["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(found, model / "model.safetensors", metadata=dict(format="pt"))
+    train(program, "simpo", model, data, tmp_path / "out")
+    assert_final_is_the_model(tmp_path / "out/final", model, {"wte.weight", "h.1.mlp.c_fc.weight"})
+
+
+def test_parts_beside_a_whole_file_are_not_read(world, program, tmp_path):
+    """transformers takes the whole file; the parts may be what an earlier training left."""
+    model, data = world(tiny_hf_model("llama"))
+    old = tmp_path / "old"
+    tiny_hf_model("llama", seed=1).to(torch.bfloat16).save_pretrained(old, max_shard_size="10KB")
+    for path in old.glob("model-*"):
+        shutil.copy(path, model)
+    train(program, "simpo", model, data, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out/final").glob("*.safetensors")] == ["model.safetensors"]
+    whole, final = load_file(model / "model.safetensors"), tensors(tmp_path / "out/final")
+    assert all(torch.allclose(whole[name].float(), final[name].float(), atol=0.1) for name in whole)
+    assert not torch.equal(whole["lm_head.weight"], final["lm_head.weight"])
+
+
+def test_float32_embeddings_beside_bfloat16_blocks_are_no_fault_of_final(world, program, tmp_path):
+    model, data = world(tiny_hf_model("llama"), dtype=torch.float32)
+
+    def change(found):
+        for name in found:
+            found[name] = found[name] if "embed" in name or "lm_head" in name else found[name].bfloat16()
+    edit_tensors(model, change)
+    train(program, "simpo", model, data, tmp_path / "out")
+    assert_final_is_the_model(tmp_path / "out/final", model, {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"})
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_generation_config_that_transformers_refuses_is_not_judged(world, program, tmp_path, lora_rank):
+    model, data = world(tiny_hf_model("llama"))
+    refused = json.dumps(dict(early_stopping="perhaps", do_sample=False, num_return_sequences=3))
+    (model / "generation_config.json").write_text(refused)
+    with pytest.raises(ValueError):
+        transformers.AutoModelForCausalLM.from_pretrained(model)
+    train(program, "simpo", model, data, tmp_path / "out", lora_rank=lora_rank)
+    if not lora_rank:
+        assert (tmp_path / "out/final/generation_config.json").read_text() == refused
+
+
 def test_tensors_that_transformers_leaves_out_by_name_are_kept(world, program, tmp_path):
     model, data = world(mixture())
     extra = "model.layers.92.eh_proj.weight"  # as GLM-4.5 has for multi-token prediction
@@ -347,6 +394,30 @@ def test_texts_longer_than_the_model_was_made_for_are_refused_with_the_cause(
     assert "42 tokens" in line and f"{limit} positions" in line and "--max_length" in line
 
 
+@pytest.mark.parametrize("family, settings", [
+    ("Phi3Config", longrope()), ("GPT2Config", dict(n_embd=32, n_layer=2, n_head=4, max_position_embeddings=32))])
+@pytest.mark.parametrize("script", ["cache_ref", "simpo", "compo", "dpo", "evaluate"])
+def test_one_long_text_in_val_is_enough(world, program, tmp_path, script, family, settings):
+    """dpo.py with the cache of another model, which takes longer texts."""
+    model, data = world(random_model(getattr(transformers, family)(**SMALL | settings)), PAIRS, torch.float32)
+    for name in ("train", "val"):
+        shutil.rmtree(Path(data, name))
+    write_tiny_data(data, str(model), PAIRS, LONG)
+    flags = {} if script == "cache_ref" else dict(out=tmp_path / "out")
+    if script == "dpo":
+        other = save(tiny_hf_model("llama"), tmp_path / "other", torch.float32)
+        program("cache_ref", model=other, data=data)
+        flags["reference"] = other
+    flags["models" if script == "evaluate" else "model"] = model
+    line = refusal(program, script, data=data, **flags)
+    assert "has 42 tokens" in line and "32 positions" in line and "--max_length" in line
+
+
+def test_plain_ropes_may_be_longer_than_the_model_was_made_for(world, program):
+    model, data = world(tiny_hf_model("llama", max_position_embeddings=32), LONG, torch.float32)
+    assert "is complete" in program("cache_ref", model=model, data=data)
+
+
 def test_dynamic_ropes_are_right_below_their_limit(world, program):
     model, data = world(random_model(transformers.Phi3Config(**SMALL | longrope())), PAIRS, torch.float32)
     assert "is complete" in program("cache_ref", model=model, data=data)
@@ -384,6 +455,29 @@ def test_an_adapter_is_merged_wherever_a_model_is_given(adapter, program, tmp_pa
     assert "adapter" in line and "--lora_rank" in line
 
 
+def other_names(found):
+    return {name.replace("model.layers", "model.language_model.layers"): each for name, each in found.items()}
+
+
+def one_layer_only(found):
+    return {name: each for name, each in found.items() if ".layers.0." in name}
+
+
+def a_third_layer(found):
+    return found | {name.replace(".layers.1.", ".layers.2."): each.clone() for name, each in found.items()}
+
+
+@pytest.mark.parametrize("change", [other_names, one_layer_only, a_third_layer])
+def test_an_adapter_that_does_not_fit_its_base_is_refused(adapter, program, tmp_path, change):
+    """peft takes what fits, and says nothing or warns of the rest."""
+    model, data, run = adapter
+    file = run / "final/adapter_model.safetensors"
+    save_file(change(load_file(file)), file, metadata=dict(format="pt"))
+    line = refusal(train, program, "simpo", run, data, tmp_path / "out")
+    assert "do not agree on" in line and "lora_A" in line and "/lora" in line
+    assert "does not fit" in refusal(program, "evaluate", models=run, data=data, out=tmp_path / "table")
+
+
 @pytest.mark.parametrize("base", ["absolute", "relative to the adapter"])
 def test_an_adapter_finds_its_base_from_anywhere(adapter, program, tmp_path, monkeypatch, base):
     model, data, run = adapter
@@ -410,6 +504,22 @@ def test_a_runs_folder_means_its_final_and_a_slash_at_the_end_nothing(world, pro
     train(program, "dpo", tmp_path / "first/final", data, tmp_path / "second")
     train(program, "dpo", f"{model}/", data, tmp_path / "third", reference=f"{tmp_path}/first")
     assert (tmp_path / "second/final").is_dir() and (tmp_path / "third/final").is_dir()
+
+
+def test_the_reference_is_the_same_folder_by_any_path(world, program, tmp_path, monkeypatch):
+    """Its cache is found by the name that cache_ref.py was given, or by the folder which that was."""
+    model, data = world(tiny_hf_model("llama"))
+    monkeypatch.chdir(tmp_path)
+    program("cache_ref", model="model", data=data)
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    train(program, "dpo", model, data, tmp_path / "out", reference="../model/", save_every=1)
+    train(program, "dpo", model, data, tmp_path / "out", reference=model, save_every=1, resume=True)
+    assert "0 caches" in refusal(train, program, "dpo", model, data, tmp_path / "two", reference=tmp_path)
+    other = save(tiny_hf_model("llama", seed=1), tmp_path / "other")
+    program("cache_ref", model=other, data=data)
+    line = refusal(train, program, "dpo", model, data, tmp_path / "out", reference=other, save_every=1, resume=True)
+    assert "reference ref-" in line
 
 
 MAMBA = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
