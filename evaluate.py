@@ -19,7 +19,7 @@ to answer_metrics (one value per answer), and its heading to COLUMNS. The folder
     samples.jsonl     all answers; samples.md has those to three prompts, all models side by side
     logps.npz         the log-probs of all pairs: a new question about them needs no model
 
-Read to line 246: settings, what is measured, main. Then follow the functions that main calls, in
+Read to line 245: settings, what is measured, main. Then follow the functions that main calls, in
 groups. Below the rule stand the helpers that all scripts share.
 
 Shapes: n pairs (or answers); a second dimension of 2 means (chosen y_w, rejected y_l). Log-probs
@@ -208,28 +208,27 @@ def main():
     answers = {name: [] for name in names if args.samples}  # {model: records, see `answer`}
     for name in order:
         began = time.time()
-        with explain(f"{name} runs out of memory ({{}}): lower --max_tokens {args.max_tokens}, or "
-                     "use --spread", torch.OutOfMemoryError):
+        with explain(f"{name} lacks memory or positions ({{}}): lower --max_tokens "
+                     f"{args.max_tokens}, use --spread, or take shorter texts",
+                     (torch.OutOfMemoryError, IndexError)):
             model, tokenizer = load_model(name, args, dtype, device)
             logps[name] = score_pairs(model, tokenizer, data, name, args)
             if args.samples:
                 answer_prompts(model, tokenizer, data, answers, name, args)
         del model
         seconds[name] = time.time() - began
-    rewards = None
+    rewards = None  # (n, 2)
     if args.reward:
-        rewards = reward_everything(data, answers, tokenizer, args)  # (n, 2)
+        rewards = reward_everything(data, answers, tokenizer, args)
 
     results, values = summarise(names, data, logps, answers, rewards, args)
     if rank == 0:
-        hardware = f"{torch.get_num_threads()} CPU threads"
-        if device.type == "cuda":
-            hardware = torch.cuda.get_device_name()
+        threads = f"{torch.get_num_threads()} CPU threads"
+        hardware = torch.cuda.get_device_name() if device.type == "cuda" else threads
         precision = str(dtype).removeprefix("torch.")
         record = dict(args=dataclasses.asdict(args), ranks=world, hardware=hardware,
-                      dtype=precision, torch=torch.__version__, numpy=np.__version__,
-                      transformers=transformers.__version__, datasets=datasets.__version__,
-                      seconds=seconds, results=results)
+                      dtype=precision, torch=torch.__version__, seconds=seconds, results=results,
+                      transformers=transformers.__version__)
         note = (f"\n{args.data}/{args.split}: mean ± standard error, log-probs in nats; "
                 f"{len(data['asked'])} samples per model at temperature {args.temperature:g}; "
                 f"{world} x {hardware}, {precision}, torch {torch.__version__}, transformers "
@@ -359,19 +358,16 @@ def deal(lengths, model, name, args):
     """Put texts of these lengths into batches, longest first, as many as fit into --max_tokens when
     they are padded -> the batches of this process, [(number of the batch, numbers of its texts)],
     which show a progress bar."""
-    limit = most_positions(model.config.get_text_config())
-    if max(lengths, default=0) > limit:
-        fail(f"a text has {max(lengths)} tokens, {name} has {limit} positions: prepare the data "
-             "with a smaller --max_length, or lower --max_new_tokens")
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    alone = rope.get("rope_type") in ("dynamic", "longrope")  # it follows the longest of a batch
     batches, longest = [], 0
     for k in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * longest > args.max_tokens:
+        if alone or not batches or (len(batches[-1]) + 1) * longest > args.max_tokens:
             batches.append([])
             longest = lengths[k]
         batches[-1].append(k)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    ours = list(enumerate(batches))[rank::world]
-    return tqdm(ours, desc=name, unit=" batches", disable=rank > 0)
+    ours = list(enumerate(batches))[dist.get_rank()::dist.get_world_size()]
+    return tqdm(ours, desc=name, unit=" batches", disable=dist.get_rank() > 0)
 
 @torch.no_grad()
 def score(model, texts, name, args):
@@ -416,11 +412,9 @@ def generate(model, prompts, ends, name, args):
     model.generation_config = transformers.GenerationConfig(  # instead of the model's own
         max_new_tokens=args.max_new_tokens, eos_token_id=sorted(ends), pad_token_id=min(ends))
     if args.temperature > 0:
-        model.generation_config.update(do_sample=True, temperature=args.temperature, top_k=0,
-                                       top_p=1.0)
+        model.generation_config.update(do_sample=True, temperature=args.temperature, top_k=0)
     answers = {}
-    lengths = [len(prompt) + args.max_new_tokens for prompt in prompts]
-    for number, batch in deal(lengths, model, name, args):
+    for number, batch in deal([len(x) + args.max_new_tokens for x in prompts], model, name, args):
         tokens = [torch.tensor(prompts[k]) for k in batch]
         real = [torch.ones_like(text) for text in tokens]
         ids = pad_sequence(tokens, True, min(ends), "left").to(model.device)
@@ -443,8 +437,8 @@ def answer(model, tokenizer, prompts, end, name, args):
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end} - {None}
     records = []
     for prompt, response in zip(prompts, generate(model, prompts, ends, name, args)):
-        record = as_text(tokenizer, prompt, response)
-        records.append(record | dict(model=name, tokens=len(response), ended=response[-1] in ends))
+        own = dict(model=name, tokens=len(response), ended=response[-1] in ends)
+        records.append(as_text(tokenizer, prompt, response) | own)
     return records
 
 def as_text(tokenizer, prompt, response):
@@ -777,15 +771,6 @@ def late_traceback(*error):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(5)
     sys.__excepthook__(*error)
-
-# -- data, stored log-probs, micro-batches
-def most_positions(config):
-    """Tokens of the longest text that a model has positions for, in any company in a batch."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "table")  # positions are learned, as in GPT-2
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    limit = rope.get("original_max_position_embeddings", limit)
-    return limit if limit > 0 and kind in ("table", "dynamic", "longrope") else math.inf
 
 # -- model
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
