@@ -959,8 +959,8 @@ def check_final(policy, split, dtype, args):
     """Rank 0 reads final/ back: it must give two short pairs the log-probs of the policy, in the
     precision of final/, which may have lost much of a short training."""
     stored = safetensors.torch.load_file(min(find_model(args.model)[0].glob("model*.safetensors")))
-    kinds = {tensor.dtype for tensor in stored.values()}
-    precision = next(iter(kinds & {torch.bfloat16, torch.float16}), torch.float32)
+    half = [t.dtype for t in stored.values() if t.dtype in (torch.bfloat16, torch.float16)]
+    precision = half[0] if half else torch.float32
     if not args.lora_rank:
         for parameter in policy.parameters():
             parameter.copy_(parameter.to(precision))
