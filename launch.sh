@@ -120,7 +120,7 @@ cached() {  # after reference_flags
 } 2>/dev/null
 script() {  # SCRIPT ARGS
   local first=0 cores sketch
-  [ -f "$1" ] || fail "there is no script $1; there are: $(echo *.py)"
+  [[ -f $1 && -f cache_ref.py ]] || fail "there is no script $1 or cache_ref.py in: $(echo *.py)"
   nodes
   case "$* " in prepare_data.py*|*" -h "*|*" --help "*) nnodes=1 NPROC=1 ;; esac
   environment requirements.txt
