@@ -188,6 +188,7 @@ def test_cache_ref_is_left_out_only_while_neither_model_nor_data_is_touched(root
 
 RECIPES = {  # METHODS: learning rate, schedule, tokens of a pair, beta, gamma / beta; and the script
     "tulu3-8b": ("dpo_norm", 5e-7, "linear", 2048, 5.0, None),
+    "olmo2-1b": ("dpo_norm", 2.5e-6, "linear", 2048, 5.0, None),
     "olmo2-7b": ("dpo_norm", 1e-6, "linear", 2048, 5.0, None),
     "olmo2-13b": ("dpo_norm", 8e-7, "linear", 2048, 5.0, None),
     "olmo3-7b-instruct": ("dpo_norm", 1e-6, "linear", 16384, 5.0, None),
@@ -218,6 +219,7 @@ COMPO = {  # METHODS 6: r, m, lambda_g (lambda and gamma are the defaults); pair
 ULTRA = "ultrafeedback_binarized"
 SOURCES = {  # METHODS: model, data
     "tulu3-8b": ("Llama-3.1-Tulu-3-8B-SFT", "llama-3.1-tulu-3-8b-preference-mixture"),
+    "olmo2-1b": ("OLMo-2-0425-1B-SFT", "olmo-2-0425-1b-preference-mix"),
     "olmo2-7b": ("OLMo-2-1124-7B-SFT", "olmo-2-1124-7b-preference-mix"),
     "olmo2-13b": ("OLMo-2-1124-13B-SFT", "olmo-2-1124-13b-preference-mix"),
     "olmo3-7b-instruct": ("Olmo-3-7B-Instruct-SFT", "Dolci-Instruct-DPO"),
