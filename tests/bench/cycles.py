@@ -125,7 +125,7 @@ def write_table(found, args):
                  f"{args.held_out} held out; {args.epochs} epochs at {args.learning_rate}, beta 0.1, trained: "
                  f"`{args.train_modules}`, K = {args.sketch_dim}; mean ± standard error over {len(found)} seeds, each with other "
                  f"questions. CPU, torch {torch.__version__}, transformers {transformers.__version__}. Made by "
-                 f"`python tests/bench/cycles.py MODEL {Path(args.questions).name}`.")
+                 f"`python tests/bench/cycles.py MODEL {Path(args.questions).name} --learning_rate {args.learning_rate}`.")
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text)
     print(f"\n{text}")
@@ -139,7 +139,7 @@ def main():
     parser.add_argument("--train", type=int, default=32, help="questions to train on")
     parser.add_argument("--held_out", type=int, default=60, help="other questions to measure on")
     parser.add_argument("--train_modules", default=r"layers\.(26|27|28|29)\.")
-    parser.add_argument("--learning_rate", default="1e-4")
+    parser.add_argument("--learning_rate", default="5e-4")
     parser.add_argument("--epochs", default="2")
     parser.add_argument("--sketch_dim", default="1024")
     parser.add_argument("--out", type=Path, default=Path("out/cycles"))
