@@ -351,9 +351,9 @@ def load_data(args, names=("train", "val")):
     return splits
 
 def most_positions(config):
-    """Tokens of the longest text that a model has positions for, in any company in a batch."""
+    """How many tokens a text may have; beyond that, some ropes follow the batch's longest text."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "table")  # positions are learned, as in GPT-2
+    kind = rope.get("rope_type", "table")  # a table of positions, as in GPT-2
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     limit = rope.get("original_max_position_embeddings", limit)
     return limit if limit > 0 and kind in ("table", "dynamic", "longrope") else math.inf
