@@ -310,7 +310,7 @@ def remember(state, own, add, module, inputs, kwargs, output):
             fail(f"--sketch_dim knows layers of one tensor: leave {own}, which are given "
                  f"{len(tensors)}, out with --sketch_modules")
         if not output.requires_grad:  # the backward pass ends at the first layer that counts
-            output = output.requires_grad_().clone()  # of which CTRL changes the output in place
+            output = output.requires_grad_().clone()  # a copy, as CTRL changes it in place
         output.register_hook(functools.partial(add, state, own, module, tensors[0].detach()))
     return output
 
