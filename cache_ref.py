@@ -611,7 +611,7 @@ def micro_batches(rows, lengths, args, world):
     return [rows[np.array(part, int)] for part in parts]
 
 def give_back(policy):
-    """With --zero 2, end what a forward pass began that no backward pass follows."""
+    """With --zero 2, free the gathered weights, which stay from one micro-batch to the next."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -892,9 +892,9 @@ def blocks_of(model):
 
 def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
-    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
+    the gathered weights back at once, 2 keeps them until give_back: no copies in between."""
     world = dist.get_world_size()
-    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
+    gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -903,7 +903,7 @@ def shard(policy, device, dtype, args):
     if group == world:
         mesh = mesh["shards"]
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-                 reshard_after_forward=policy.gives_back)
+                 reshard_after_forward=gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -913,6 +913,7 @@ def shard(policy, device, dtype, args):
         fully_shard(table, **rules)
         table.set_unshard_in_backward(False)
     fully_shard(policy, **rules)
+    policy.set_reshard_after_backward(gives_back)
 
 def place_weights(model, weights, device):
     """Send the weights from rank 0 to where they belong, one tensor after another."""

@@ -766,9 +766,9 @@ def blocks_of(model):
 
 def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
-    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
+    the gathered weights back at once, 2 keeps them until give_back: no copies in between."""
     world = dist.get_world_size()
-    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
+    gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -777,7 +777,7 @@ def shard(policy, device, dtype, args):
     if group == world:
         mesh = mesh["shards"]
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-                 reshard_after_forward=policy.gives_back)
+                 reshard_after_forward=gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -787,6 +787,7 @@ def shard(policy, device, dtype, args):
         fully_shard(table, **rules)
         table.set_unshard_in_backward(False)
     fully_shard(policy, **rules)
+    policy.set_reshard_after_backward(gives_back)
 
 def place_weights(model, weights, device):
     """Send the weights from rank 0 to where they belong, one tensor after another."""
@@ -814,20 +815,22 @@ MAY_CHANGE = set("""model data reference out resume save_every keep layout max_t
 
 def open_run(content, args):
     """Make the folder --out, or find the run that is in it -> step of its last checkpoint, or 0."""
-    out, last = Path(args.out), [0]
+    out, log, last = Path(args.out), Path(args.out, "log.jsonl"), [0]
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         steps = [int(path.name.removeprefix("step-")) for path in out.glob("step-*[0-9]")]
         last = [max(steps, default=0)]
         settings = dataclasses.asdict(args)
         settings |= {f"hash of {name}": value for name, value in content.items()}
-        if steps or (out / "log.jsonl").exists():
+        if steps or log.exists():
             check_settings(settings, args)
             if not steps and (out / "final").exists():
                 fail(f"the run in --out {out} is complete: take {out}/final")
-            cut_log(out / "log.jsonl", last[0])
         else:
             write_settings(out / "args.json", settings)
+        log.write_text("")
+        if last[0] > 0:  # each checkpoint has the log as it then was; what came after is done again
+            shutil.copyfile(out / f"step-{last[0]:06d}" / "log.jsonl", log)
         copy_model_files(out / "final.tmp", args)  # if this fails, then now and not at the end
     dist.broadcast_object_list(last, 0)
     return last[0]
@@ -842,14 +845,6 @@ def check_settings(settings, args):
         if settings[name] != old.get(name):
             fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not {settings[name]}: "
                  "repeat its settings, or choose another --out")
-
-def cut_log(path, step):
-    """Keep the lines up to this step, as a resumed run writes those after its checkpoint again."""
-    path.touch()
-    lines = re.findall(r'^(\{"step": (\d+).*\}\n)', path.read_text(), re.MULTILINE)  # whole ones
-    kept = [line for line, number in lines if int(number) <= step and step > 0]
-    path.with_suffix(".tmp").write_text("".join(kept))
-    path.with_suffix(".tmp").rename(path)
 
 def write_settings(path, settings):
     """args.json: what is needed to repeat the run."""
@@ -892,6 +887,7 @@ def save_checkpoint(policy, optimizer, step, args):
     with explain(f"{out}/new.tmp cannot be written ({{}}): make room, and continue with --resume"):
         dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=out / "new.tmp")
     if dist.get_rank() == 0:
+        shutil.copyfile(out / "log.jsonl", out / "new.tmp" / "log.jsonl")
         (out / "new.tmp").rename(out / f"step-{step:06d}")
         for path in sorted(out.glob("step-*[0-9]"))[:-args.keep]:
             shutil.rmtree(path)

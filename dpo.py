@@ -11,7 +11,7 @@ trained and nothing is sampled. The reference is not in memory: cache_ref.py sto
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME    (or python, or ./launch.sh)
 
 Departures from the paper: the label_smoothing of cDPO and the sft_weight of RPO, both 0 by default.
-Read to line 195: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 196: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -131,11 +131,12 @@ def main():
         began = time.time()
         batch = batch_rows(step, len(train["pairs"]), args)
         parts = micro_batches(batch, train["lengths"], args, world)[rank::world]
-        for rows in hold_weights(policy, parts):
+        for rows in parts:
             losses, metrics = pair_losses(policy, rows, train, args)
             loss = losses.sum() / len(batch)
             (loss * world).backward()  # FSDP takes the mean over ranks, we want the sum
             sums.append(metrics)
+        give_back(policy)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         grad_norm = grad_norm.full_tensor().item()  # of all ranks; the CPU waits for the GPU here
         if not math.isfinite(grad_norm):  # a loss that is not finite ends here too
@@ -438,14 +439,8 @@ def micro_batches(rows, lengths, args, world):
     parts += [[]] * (count - len(parts))
     return [rows[np.array(part, int)] for part in parts]
 
-def hold_weights(policy, parts):
-    """Yields the parts of a step. With --zero 2, the gathered weights stay until the last one."""
-    for i, part in enumerate(parts):
-        policy.set_reshard_after_backward(policy.gives_back or i == len(parts) - 1)
-        yield part
-
 def give_back(policy):
-    """With --zero 2, end what a forward pass began that no backward pass follows."""
+    """With --zero 2, free the gathered weights, which stay from one micro-batch to the next."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -756,9 +751,9 @@ def checkpoint_blocks(model, how):
 
 def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
-    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
+    the gathered weights back at once, 2 keeps them until give_back: no copies in between."""
     world = dist.get_world_size()
-    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
+    gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -767,7 +762,7 @@ def shard(policy, device, dtype, args):
     if group == world:
         mesh = mesh["shards"]
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-                 reshard_after_forward=policy.gives_back)
+                 reshard_after_forward=gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -777,6 +772,7 @@ def shard(policy, device, dtype, args):
         fully_shard(table, **rules)
         table.set_unshard_in_backward(False)
     fully_shard(policy, **rules)
+    policy.set_reshard_after_backward(gives_back)
 
 def place_weights(model, weights, device):
     """Send the weights from rank 0 to where they belong, one tensor after another."""
@@ -814,20 +810,22 @@ MAY_CHANGE = set("""model data reference out resume save_every keep layout max_t
 
 def open_run(content, args):
     """Make the folder --out, or find the run that is in it -> step of its last checkpoint, or 0."""
-    out, last = Path(args.out), [0]
+    out, log, last = Path(args.out), Path(args.out, "log.jsonl"), [0]
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         steps = [int(path.name.removeprefix("step-")) for path in out.glob("step-*[0-9]")]
         last = [max(steps, default=0)]
         settings = dataclasses.asdict(args)
         settings |= {f"hash of {name}": value for name, value in content.items()}
-        if steps or (out / "log.jsonl").exists():
+        if steps or log.exists():
             check_settings(settings, args)
             if not steps and (out / "final").exists():
                 fail(f"the run in --out {out} is complete: take {out}/final")
-            cut_log(out / "log.jsonl", last[0])
         else:
             write_settings(out / "args.json", settings)
+        log.write_text("")
+        if last[0] > 0:  # each checkpoint has the log as it then was; what came after is done again
+            shutil.copyfile(out / f"step-{last[0]:06d}" / "log.jsonl", log)
         copy_model_files(out / "final.tmp", args)  # if this fails, then now and not at the end
     dist.broadcast_object_list(last, 0)
     return last[0]
@@ -842,14 +840,6 @@ def check_settings(settings, args):
         if settings[name] != old.get(name):
             fail(f"--out {args.out} holds a run with {name} {old.get(name)}, not {settings[name]}: "
                  "repeat its settings, or choose another --out")
-
-def cut_log(path, step):
-    """Keep the lines up to this step, as a resumed run writes those after its checkpoint again."""
-    path.touch()
-    lines = re.findall(r'^(\{"step": (\d+).*\}\n)', path.read_text(), re.MULTILINE)  # whole ones
-    kept = [line for line, number in lines if int(number) <= step and step > 0]
-    path.with_suffix(".tmp").write_text("".join(kept))
-    path.with_suffix(".tmp").rename(path)
 
 def write_settings(path, settings):
     """args.json: what is needed to repeat the run."""
@@ -892,6 +882,7 @@ def save_checkpoint(policy, optimizer, step, args):
     with explain(f"{out}/new.tmp cannot be written ({{}}): make room, and continue with --resume"):
         dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=out / "new.tmp")
     if dist.get_rank() == 0:
+        shutil.copyfile(out / "log.jsonl", out / "new.tmp" / "log.jsonl")
         (out / "new.tmp").rename(out / f"step-{step:06d}")
         for path in sorted(out.glob("step-*[0-9]"))[:-args.keep]:
             shutil.rmtree(path)

@@ -152,13 +152,14 @@ script() {  # SCRIPT ARGS
 }
 
 # ---- published recipes: tests/recipes.txt
-field() { sed -n "/^recipe *$1\$/,/^\$/s/^$2  *//p" tests/recipes.txt; }  # NAME KEY: its value
+field() { sed -n "/^recipe *$1\$/,/^\$/{/^$2 /s/^.\{8\}//p}" tests/recipes.txt; }  # NAME KEY: value
 recipe_commands() {  # NAME: sets prepare and train, as text
-  local name=$1 model compo key=train data=data/$1 out=out/$1
-  model=$(field "$name" model) compo=$(field "$name" compo)
+  local name=$1 first model compo key=train data=data/$1 out=out/$1
+  first=$(field "$name" first) model=$(field "$name" model) compo=$(field "$name" compo)
   [ -z "$(field "$name" clean)" ] || key=clean data=data/$name/clean
   [ -z "$compo" ] || out=out/$name-$key
-  prepare="[ -d data/$name ] ||
+  prepare="${first:+$first
+}[ -d data/$name ] ||
   ./launch.sh prepare_data.py --model $model \\
     --dataset $(field "$name" data) --out data/$name \\
     $(field "$name" prepare)"
@@ -180,15 +181,12 @@ recipe_commands() {  # NAME: sets prepare and train, as text
     $compo --save_every 10 --resume"
 }
 recipe() {  # [NAME [--run [FLAGS]]]
-  local name names script prepare train
+  local name names prepare train
   names=$(sed -n 's/^recipe  *//p' tests/recipes.txt)
   case ${1:-} in ""|-*)
     for name in $names; do
-      script=$(field "$name" train)$(field "$name" clean)  # it has one of the two
-      script=${script%%.py*}
-      [ -z "$(field "$name" compo)" ] || script+=+compo
-      printf '%-22s %-11s %s <- %s\n' "$name" "$script" \
-        "$(field "$name" model)" "$(field "$name" data)"
+      printf '%-22s %s <- %s: %s\n' "$name" "$(field "$name" model)" "$(field "$name" data)" \
+        "$(field "$name" train)$(field "$name" clean)"  # it has one of the two
     done
     return ;; esac
   name=$1
@@ -196,7 +194,8 @@ recipe() {  # [NAME [--run [FLAGS]]]
   recipe_commands "$name"
   case ${2:-} in
     "") echo "$prepare"; echo "$train" ;;
-    --run) nodes
+    --run) nodes; environment requirements.txt; PATH=$(dirname "$python"):$PATH  # for hf
+      if dry; then hf() { echo hf "$@"; }; export -f hf; fi
       [ "$nnodes" = 1 ] || [ -d "data/$name" ] || fail "first, on one node:" ${prepare//\\/}
       set -m  # the stages before the last are a process group, so that SIGTERM reaches all of it
       bash -euc "trap : TERM; $prepare" &

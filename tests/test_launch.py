@@ -192,6 +192,7 @@ RECIPES = {  # METHODS: learning rate, schedule, tokens of a pair, beta, gamma /
     "olmo2-7b": ("dpo_norm", 1e-6, "linear", 2048, 5.0, None),
     "olmo2-13b": ("dpo_norm", 8e-7, "linear", 2048, 5.0, None),
     "olmo3-7b-instruct": ("dpo_norm", 1e-6, "linear", 16384, 5.0, None),
+    "smollm3": ("apo_zero", 1e-6, "cosine", 24576, 0.05, None),
     "zephyr-7b": ("dpo", 5e-7, "cosine", 1024, 0.01, None),
     "simpo-mistral-7b": ("simpo", 3e-7, "cosine", 1024, 2.0, 0.8),
     "simpo-llama3-8b": ("simpo", 1e-6, "cosine", 2048, 2.5, 0.55),
@@ -223,6 +224,7 @@ SOURCES = {  # METHODS: model, data
     "olmo2-7b": ("OLMo-2-1124-7B-SFT", "olmo-2-1124-7b-preference-mix"),
     "olmo2-13b": ("OLMo-2-1124-13B-SFT", "olmo-2-1124-13b-preference-mix"),
     "olmo3-7b-instruct": ("Olmo-3-7B-Instruct-SFT", "Dolci-Instruct-DPO"),
+    "smollm3": ("smollm3-sft", "smoltalk2"),
     "zephyr-7b": ("zephyr-7b-sft-full", ULTRA),
     "simpo-mistral-7b": ("zephyr-7b-sft-full", ULTRA),
     "simpo-llama3-8b": ("Meta-Llama-3-8B-Instruct", "llama3-ultrafeedback"),
@@ -242,7 +244,8 @@ SOURCES = {  # METHODS: model, data
 def parsed(command, monkeypatch):
     """The arguments that the real script makes of a printed command."""
     words = shlex.split(command)
-    script = importlib.import_module(words[words.index("./launch.sh") + 1].removesuffix(".py"))
+    name = words[words.index("./launch.sh") + 1].removesuffix(".py")
+    script = importlib.import_module({"apo_zero": "dpo"}.get(name, name))  # a fork with the settings of dpo.py
     monkeypatch.setattr(sys, "argv", words[words.index("./launch.sh") + 1:])
     return script, script.parse_args(script.Args)
 
@@ -265,18 +268,20 @@ def test_every_line_of_the_recipes_has_a_key_that_their_head_explains():
     assert len(blocks) == len(RECIPES) and all(line.startswith("#") for line in head.splitlines())
     for block in blocks:
         assert [line.split()[0] for line in block.splitlines()] in (
-            [key for key in keys if key not in ("clean", "compo")],
-            [key for key in keys if key != "clean"], [key for key in keys if key != "train"])
+            [key for key in keys if key not in ("first", "clean", "compo")],
+            [key for key in keys if key not in ("first", "clean")], [key for key in keys if key not in ("first", "train")],
+            ["recipe", *["first"] * 3, "model", "data", *["prepare"] * 2, "train", "steps"])  # smollm3
 
 def commands(root, name):
     """The commands that a recipe prints, one line each."""
     text = "\n".join(launch(root, "recipe", name))
-    return text.replace("\\\n", " ").replace("||\n", "|| ").splitlines()
+    lines = text.replace("\\\n", " ").replace("||\n", "|| ").splitlines()
+    return [" ".join(line.split()) for line in lines]
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_prints_commands_that_the_scripts_take_with_the_published_numbers(root, name, monkeypatch):
     script, rate, schedule, length, beta, ratio = RECIPES[name]
-    prepare, *middle, train = commands(root, name)
+    prepare, *middle, train = commands(root, name)[2 if name == "smollm3" else 0:]  # after the model and the fork
     first = script.split("+")[0]
     pairs = COMPO[name][-1] if name in COMPO else ""
     out = f"out/{name}"
@@ -291,15 +296,17 @@ def test_a_recipe_prints_commands_that_the_scripts_take_with_the_published_numbe
     assert prepare.startswith(f"[ -d {data.out} ] || ./launch.sh prepare_data.py ")  # done once, if preempted
     assert data.max_length == length and data.score_header == (first in ("simpo", "wpo"))
     assert data.split == ("train_prefs" if "ultrafeedback_binarized" in data.dataset else
+                          "llama_3.1_tulu_3_8b_preference_mixture_no_think" if name == "smollm3" else
                           "train" if script != "auxdpo" else "test")
     module, args = parsed(train, monkeypatch)
-    assert module.__name__ == first and Path(args.data) == Path(data.out, pairs) and args.model == data.model
+    assert f"./launch.sh {first}.py" in train and Path(args.data) == Path(data.out, pairs) and args.model == data.model
     assert (data.model.split("/")[1], data.dataset.split("/")[1]) == SOURCES[name]
     assert args.max_tokens >= 2 * length  # the longest pair that is kept fits
     assert args.activation_checkpointing == "full" and "--beta" in train  # published, so said
     assert script == "auxdpo" or "--schedule" in train
     assert (data.val_fraction, args.batch_size) == (
-        (0.2, 4) if script == "auxdpo" else (0.05, 128) if name in COMPO else (0.01, 128))
+        (0.2, 4) if script == "auxdpo" else (0.05, 128) if name in COMPO else (0.01, 32 if name == "smollm3" else 128))
+    assert args.max_grad_norm == (0.2 if name == "smollm3" else 1)
     assert (args.learning_rate, args.schedule, args.beta) == (rate, schedule, beta)
     assert (args.epochs, args.warmup, getattr(args, "label_smoothing", 0)) == (1, 0.1, 0)
     assert getattr(args, "gamma_beta_ratio", None) == ratio
@@ -328,6 +335,14 @@ def test_a_recipe_runs_the_commands_that_it_prints(root):
     assert launch(root, "recipe", "simpo-llama3-8b", "--run", NPROC="8") == lines[1:]
     line, = launch(root, "recipe", "simpo-llama3-8b", "--run", "--learning_rate", "1 e-7", NPROC="8")
     assert line == lines[1] + " --learning_rate 1\\ e-7"  # the last one counts
+
+def test_the_recipe_of_a_loss_that_no_script_has_makes_the_fork_and_fetches_its_revision_first(root):
+    model, fork, *_ = commands(root, "smollm3")
+    assert model == "hf download HuggingFaceTB/SmolLM3-3B-checkpoints --revision it-SFT --local-dir out/smollm3-sft"
+    assert fork == "[ -e apo_zero.py ] || python3 tests/losses/fork.py apo_zero > apo_zero.py"
+    first, *lines = launch(root, "recipe", "smollm3", "--run")
+    assert first == model and scripts(lines) == ["prepare_data.py", "cache_ref.py", "apo_zero.py"]
+    assert "1 - torch.sigmoid(rewards[0])  # (n,) eq. 7" in (root / "apo_zero.py").read_text()
 
 def test_several_nodes_do_not_prepare_the_data_of_a_recipe_at_once(root):
     nodes = dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="n0", NPROC="8")
