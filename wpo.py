@@ -837,11 +837,11 @@ def open_run(content, args):
             check_settings(settings, args)
             if not steps and (out / "final").exists():
                 fail(f"the run in --out {out} is complete: take {out}/final")
+            log.unlink(missing_ok=True)
+            if steps:  # a checkpoint has the log as it then was; what came after is done again
+                shutil.copyfile(out / f"step-{last[0]:06d}" / "log.jsonl", log)
         else:
             write_settings(out / "args.json", settings)
-        log.write_text("")
-        if last[0] > 0:  # each checkpoint has the log as it then was; what came after is done again
-            shutil.copyfile(out / f"step-{last[0]:06d}" / "log.jsonl", log)
         copy_model_files(out / "final.tmp", args)  # if this fails, then now and not at the end
     dist.broadcast_object_list(last, 0)
     return last[0]
