@@ -35,7 +35,7 @@ Departures from the paper and from its authors' notebook:
 
 Differs from dpo.py: delta, its solver and files, a first pass for the margins, the sketches; no
 label_smoothing, no sft_weight.
-Read to line 404: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 396: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -236,11 +236,11 @@ def first_pass(policy, parts, split, args):
     dist.all_reduce(margins)
     return margins, computed[::-1]
 
-def prepare_delta(splits, step, args):
+def prepare_delta(splits, reference, args):
     """Add to train what the solver needs. Of each pair: index (N, 2) of its two delta, weights (N,)
     and margins (N,) last seen. Of each delta: source (U,) its response, groups (U,), delta (U,).
-    And c (K,), or (U,) with --geometry ridge. All as they are at this step. The only delta of val
-    is 0."""
+    And c (K,), or (U,) with --geometry ridge. All as they are at step 0. The only delta of val
+    is 0. The sketches are in the folder `reference` of --data."""
     train, val = splits["train"], splits["val"]
     pairs, index = train["pairs"], train["responses"]
     if args.delta == "per_pair":
@@ -249,13 +249,12 @@ def prepare_delta(splits, step, args):
     count = len(groups)  # U
     source = np.zeros(count, int)
     source[index] = train["responses"]
-    weighted = "weight" in pairs.column_names
-    weights = np.array(pairs["weight"]) if weighted else np.ones(len(pairs))
+    weights = pairs["weight"] if "weight" in pairs.column_names else np.ones(len(pairs))
     train |= dict(index=index, groups=groups, source=source,
-                  weights=torch.from_numpy(weights).double())
+                  weights=torch.from_numpy(np.array(weights, float)))
     size = count
     if args.geometry == "scores":
-        train["sketch"], size = find_sketch(train, args), args.sketch_dim
+        train["sketch"], size = find_sketch(reference, args), args.sketch_dim
     for name, length in dict(delta=count, margins=len(pairs), c=size).items():
         train[name] = torch.zeros(length, dtype=torch.float64)
     val |= dict(index=np.zeros((len(val["pairs"]), 2), int), delta=torch.zeros(1).double())
@@ -264,17 +263,11 @@ def prepare_delta(splits, step, args):
     if dist.get_rank() == 0:
         N, U, S = len(pairs), count, len(np.unique(groups))
         print(f"{N = }, {U = }, {S = }: sharing delta can act on {N - (U - S)} of N margins")
-    if step > 0:
-        path = Path(args.out, f"delta-{step:06d}.npz")
-        with explain(f"{path} is damaged ({{}}): delete it and step-{step:06d}, and try again"):
-            train |= {name: torch.from_numpy(array) for name, array in np.load(path).items()}
 
-def find_sketch(train, args):
-    """The file (U, K) of sketches of the reference that has the same log-probs."""
-    for path in Path(args.data).glob("ref-*/sketch-*/meta.json"):
-        logps = np.load(path.parents[1] / "train-logps.npy")[train["responses"]]
-        same = np.array_equal(logps, train["ref_logps"])
-        if same and json.loads(path.read_text())["key"] == sketch_key(args):
+def find_sketch(reference, args):
+    """The file (U, K) of the reference's sketches with the settings of this run."""
+    for path in Path(args.data, reference).glob("sketch-*/meta.json"):
+        if json.loads(path.read_text())["key"] == sketch_key(args):
             with explain(f"{path.parent} is damaged ({{}}): delete it, and run cache_ref.py again"):
                 return np.load(path.parent / "train-sketch.npy", mmap_mode="r")
     flags = dict(model=args.reference or args.model, data=args.data, dtype=args.dtype)
@@ -286,14 +279,13 @@ def delta_metrics(split, args):
     penalty = args.penalty_weight * (split["c"] / len(split["delta"])).square().sum()  # 4.2
     return {"delta/norm": split["delta"].norm().item(), "penalty": penalty.item()}
 
-def save_delta(split, step, args):
-    """out/delta-NNNNNN.npz, before the checkpoint of that step. If that is gone, this goes too."""
-    if dist.get_rank() == 0:
-        for path in Path(args.out).glob("delta-*.npz"):
-            if not path.with_name(path.stem.replace("delta", "step")).exists():
-                path.unlink()
-        state = {name: split[name] for name in ("delta", "margins", "c")}
-        np.savez(Path(args.out, f"delta-{step:06d}.npz"), **state)
+def policy_and_delta(policy, split):
+    """-> a module for the checkpoints: the policy, and beside it what update_delta changes."""
+    both = torch.nn.Module()
+    both.policy = policy
+    for name in ("delta", "margins", "c"):
+        both.register_buffer(name, split[name])
+    return both
 
 def main():
     args = parse_args(Args)
@@ -307,9 +299,10 @@ def main():
         content = content_hashes(weights, splits, dtype, args)
         content["reference"] = load_reference(content, splits, args)
         start = open_run(content, args)
-        prepare_delta(splits, start, args)
+        prepare_delta(splits, content["reference"], args)
     train, val = splits["train"], splits["val"]
     policy = build_policy(model, weights, token_logps, device, dtype, args)
+    saved = policy_and_delta(policy, train)
     del weights  # each rank has its share of them in the policy
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay,
@@ -321,7 +314,7 @@ def main():
     log = open_log(args)
     evaluation = {}
     if start > 0:
-        load_checkpoint(policy, optimizer, start, args)
+        load_checkpoint(saved, optimizer, start, args)
     elif not args.reference:
         check_reference(policy, train, dtype, args)
     if start == 0 and args.eval_every:
@@ -372,8 +365,7 @@ def main():
             evaluation = evaluate(policy, val, args)
             log({"step": done} | evaluation)
         if saving:
-            save_delta(train, done, args)
-            save_checkpoint(policy, optimizer, done, args)
+            save_checkpoint(saved, optimizer, done, args)
         if stopping:
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
     save_final(policy, args)
