@@ -171,8 +171,19 @@ def missing_rows(path, shape, dtype):
     dist.all_reduce(missing, dist.ReduceOp.MAX)
     return np.flatnonzero(missing.numpy())
 
+def is_whole(path, shape, dtype):
+    """Is there a file of this shape and type, which is not cut off?"""
+    try:
+        file = np.load(path, mmap_mode="r")
+        return file.shape == shape and file.dtype == dtype
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+
 def new_file(path, shape, dtype):
-    """An .npy file full of NaN, whole or not at all."""
+    """An .npy file full of NaN, whole or not at all, in place of one that is not whole."""
+    if path.exists():
+        tqdm.write(f"{path} is damaged or of another type, and will be computed again")
+        path.with_name("meta.json").unlink(missing_ok=True)  # it may have the old file's hash
     aside = path.with_name(f"{uuid.uuid4().hex}.npy")
     with explain(f"{path} cannot be written ({{}}); mend this and run the same command again"):
         try:
@@ -180,21 +191,6 @@ def new_file(path, shape, dtype):
             aside.rename(path)
         finally:
             aside.unlink(missing_ok=True)
-
-def is_whole(path, shape, dtype):
-    """Is there a file of this shape and type? One that is cut off or of another type is removed."""
-    if not path.exists():
-        return False
-    try:
-        file = np.load(path, mmap_mode="r")
-        if file.shape == shape and file.dtype == dtype:
-            return True
-    except (ValueError, EOFError):
-        pass
-    tqdm.write(f"{path} is damaged or of another type, and will be computed again")
-    path.with_name("meta.json").unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    return False
 
 def fill_file(path, shape, dtype, texts, compute, args):
     """Compute with all ranks what is missing, for the file of every node -> was nothing missing?"""
@@ -206,8 +202,7 @@ def fill_file(path, shape, dtype, texts, compute, args):
         print(f"{path}: {total - len(missing)} of {total} distinct responses are done; the "
               f"{len(texts.pairs)} pairs have {2 * len(texts.pairs)}")
     plan = []  # which responses share a forward pass is a function of the data alone
-    for first in range(0, len(texts.twos), 1024):
-        window = np.arange(first, min(first + 1024, len(texts.twos)))
+    for window in np.split(np.arange(len(texts.twos)), range(1024, len(texts.twos), 1024)):
         for part in micro_batches(window, texts.lengths, args, 1):
             if np.isin(texts.twos[part], missing).any():
                 plan.append(texts.twos[part])
@@ -218,27 +213,23 @@ def fill_file(path, shape, dtype, texts, compute, args):
         gathered = [None] * world
         dist.all_gather_object(gathered, (twos, values.float().cpu().numpy().astype(dtype)))
         for twos, values in gathered[:len(plan) - i]:
-            write_values(path, twos.flatten(), values, texts)
+            if is_writer():
+                write_rows(path, twos.flatten(), values, texts)
             bar.update(len(twos))
     return False
 
-def write_values(path, responses, values, texts):
-    """Write the values of these responses into the file, or stop if one is not finite."""
-    finite = np.isfinite(values).reshape(len(responses), -1).all(1)
-    if not finite.all():
-        pair = texts.pairs[int(texts.rows[responses[~finite][0]])]["id"]
-        fail(f"{path}: the values of pair {pair} are not finite in {values.dtype}; take it out of "
-             "the data, or try float32 (--dtype, --sketch_dtype)")
-    if is_writer():
-        write_rows(path, responses, values, len(texts.rows))
-
-def write_rows(path, rows, values, total):
-    """Write some of `total` rows where they belong in an .npy file, counted from its end, unless
-    another job was faster: its values may differ by rounding, and meta.json may have their hash.
-    By seek, not by mapped memory or a buffer: there two jobs would overwrite each other's rows."""
+def write_rows(path, responses, values, texts):
+    """Write the values of these responses where they belong in an .npy file, counted from its end,
+    unless another job was faster: its values may differ by rounding, and meta.json may have their
+    hash. By seek, not by mapped memory or a buffer: there two jobs would overwrite each other's
+    rows. Stop if a value is not finite."""
     with open(path, "r+b", buffering=0) as file:
-        for row, value in zip(rows, values):
-            place = (int(row) - total) * value.nbytes
+        for response, value in zip(responses, values):
+            if not np.isfinite(value).all():
+                pair = texts.pairs[int(texts.rows[response])]["id"]
+                fail(f"{path}: the values of pair {pair} are not finite in {value.dtype}; take it "
+                     "out of the data, or try float32 (--dtype, --sketch_dtype)")
+            place = (int(response) - len(texts.rows)) * value.nbytes
             file.seek(place, os.SEEK_END)
             if np.isnan(np.frombuffer(file.read(value.nbytes), value.dtype)[-1]):
                 file.seek(place, os.SEEK_END)
@@ -258,47 +249,47 @@ def sketches(policy, state, pairs):
     rows, width = inputs["input_ids"].shape
     inputs["position_ids"] = inputs["position_ids"].expand(rows, -1)  # GPT-2 has them embedded
     prompts = to_device([len(pair["prompt"]) for pair in pairs] * 2)  # (rows,)
-    responses = to_device(batch["sizes"])  # (rows,)
-    device = prompts.device
-    real = torch.arange(width, device=device) < (prompts + responses)[:, None]  # (rows, width)
+    sizes = prompts + to_device(batch["sizes"])  # (rows,) tokens of each text
+    device = sizes.device
+    real = torch.arange(width, device=device) < sizes[:, None]  # (rows, width)
     state.cells = real.flatten().nonzero()[:, 0]  # places of the tokens that are not padding
     state.rows = state.cells // width  # (tokens,) the row of each
-    state.response_rows = torch.arange(rows, device=device).repeat_interleave(responses)  # (M,)
+    state.response_rows = batch["source"] // width  # (M,) the row of each token that is predicted
     state.shape = rows, width
     state.sums = torch.zeros(rows, state.dim, device=device)
     state.spectrum = torch.zeros(rows, state.dim // 2 + 1, dtype=torch.complex64, device=device)
-    state.active = True
     policy([batch]).sum().backward()
-    state.active = False
     sums = state.sums + torch.fft.irfft(state.spectrum, n=state.dim)
     return sums.view(2, len(pairs), -1).transpose(0, 1)
 
-def watch(model, args, salt=""):
+def watch(model, args):
     """Freeze all weights, and let every backward pass sketch the gradients of those that would be
-    trained and that --sketch_modules matches -> what its hooks share. Tests average over salts."""
-    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    trained and that --sketch_modules matches -> what its hooks share."""
+    names = {}  # of a tied weight, one
     with explain(f"--sketch_modules {args.sketch_modules}: {{}}"):
-        names = {name for name in names if re.search(args.sketch_modules, name)}
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and re.search(args.sketch_modules, name):
+                names[weight] = name
     if not names:
         fail(f"--sketch_modules {args.sketch_modules} matches no parameter that is trained")
     model.requires_grad_(False)
-    state = types.SimpleNamespace(dim=args.sketch_dim, salt=salt, active=False,
+    state = types.SimpleNamespace(dim=args.sketch_dim, active=True,
                                   head=model.get_output_embeddings())
-    known = {id(weight): name for name, weight in model.named_parameters()}  # tied: one name
     for module in model.modules():
-        own = {leaf: known[id(weight)] for leaf, weight in module.named_parameters(recurse=False)}
-        own = {leaf: name for leaf, name in own.items() if name in names}
+        weights = dict(module.named_parameters(recurse=False))
+        own = {leaf: names[weight] for leaf, weight in weights.items() if weight in names}
+        if not own:
+            continue
         kind = type(module).__name__.removeprefix("FSDP")  # which shard makes of it
         if kind in ("Linear", "Embedding", "Conv1D") or hasattr(module, "embed_scale"):
             add = add_product
-        elif "Norm" in kind or not own:
+        elif "Norm" in kind:
             add = add_norm
         else:
             fail(f"--sketch_dim knows linear layers, embeddings and norms, not {kind}: leave its "
                  f"{own} out with --sketch_modules")
-        if own:
-            hook = functools.partial(remember, state, own, add)
-            module.register_forward_hook(hook, with_kwargs=True)
+        hook = functools.partial(remember, state, own, add)
+        module.register_forward_hook(hook, with_kwargs=True)
     return state
 
 def remember(state, own, add, module, inputs, kwargs, output):
@@ -337,7 +328,7 @@ def product_spectrum(state, name, module, x, d):
     """FFT (t, K // 2 + 1) of the sketches of d_t x_t^T; x (t, in) or token ids (t,), d (t, out)."""
     if isinstance(module, torch.nn.Embedding):  # an id is the place of the only 1 in a vector
         size, scale = module.num_embeddings, getattr(module, "embed_scale", 1)  # Gemma
-        signs, buckets = hash_table(state.salt + name, 0, size, state.dim, d.device)
+        signs, buckets = hash_table(name, 0, size, state.dim, d.device)
         left = d.new_zeros(len(d), state.dim, dtype=torch.float32)
         trained = x != module.padding_idx  # torch gives this id no gradient
         left[torch.arange(len(d)), buckets[x]] = signs[x] * trained
@@ -366,7 +357,7 @@ def add_norm(state, own, module, x, d):
 
 def count_sketch(values, state, name, axis):
     """values (t, size) -> (t, K): in each bucket the signed sum of its entries."""
-    signs, buckets = hash_table(state.salt + name, axis, values.shape[1], state.dim, values.device)
+    signs, buckets = hash_table(name, axis, values.shape[1], state.dim, values.device)
     sums = torch.zeros(len(values), state.dim, device=values.device)
     return sums.scatter_add_(1, buckets.expand(len(values), -1), values * signs)
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -326,14 +327,14 @@ def test_rows_that_another_job_has_written_are_not_overwritten_by_a_buffer(tmp_p
 
     path = tmp_path / "x.npy"
     np.save(path, np.full((9, 2), np.nan, np.float32))
-    values = np.arange(18, dtype=np.float32).reshape(9, 2)
+    values, texts = np.arange(18, dtype=np.float32).reshape(9, 2), types.SimpleNamespace(rows=range(9))
 
     def rows():
         yield 2
-        cache_ref.write_rows(path, [5], values[[5]], 9)
+        cache_ref.write_rows(path, [5], values[[5]], texts)
         yield 8
 
-    cache_ref.write_rows(path, rows(), values[[2, 8]], 9)
+    cache_ref.write_rows(path, rows(), values[[2, 8]], texts)
     made = np.load(path)
     assert np.array_equal(np.flatnonzero(~np.isnan(made[:, 1])), [2, 5, 8])
     assert np.array_equal(made[[2, 5, 8]], values[[2, 5, 8]])
