@@ -111,9 +111,9 @@ def fill_folder(folder, splits, kind, shape, dtype, compute, key, args):
     n pairs, and say in meta.json that they are complete."""
     folder.mkdir(exist_ok=True)
     for name, split in splits.items():
-        path, complete, texts = folder / f"{name}-{kind}.npy", False, distinct_texts(split, args)
-        while not complete:  # twice, unless another job makes the file at the same moment
-            complete = fill_file(path, shape, dtype, texts, compute, args)
+        path, texts = folder / f"{name}-{kind}.npy", distinct_texts(split, args)
+        while fill_file(path, shape, dtype, texts, compute, args):
+            pass  # look again: another job may have made the file anew meanwhile
     if is_writer() and not (folder / "meta.json").exists():
         write_meta(folder, key, args)
     dist.barrier()
@@ -124,7 +124,7 @@ def distinct_texts(split, args):
     """Deal the U distinct responses into twos of one prompt, so that each is computed once -> their
     numbers (k, 2), their lengths (k, 3), and where the text of each response stands."""
     _, first = np.unique(split["responses"], return_index=True)  # (U,) in (rows, 2), flattened
-    rows, sides = first // 2, first % 2  # (U,) sides: 0 is chosen, 1 rejected
+    rows, sides = first // 2, first % 2  # (U,) a side of 0 means chosen, 1 rejected
     waiting, twos = {}, []
     for response, prompt in enumerate(np.array(split["pairs"]["prompt_id"])[rows]):
         if prompt in waiting:
@@ -140,14 +140,14 @@ def distinct_texts(split, args):
     alone = [*twos[too_long].flatten(), *waiting.values()]
     twos = np.concatenate([twos[~too_long], split["responses"][rows[alone]]])
     lengths = np.column_stack([prompts[twos[:, 0]], responses[twos]])
-    return types.SimpleNamespace(twos=twos, lengths=lengths, rows=rows, sides=sides,
-                                 pairs=split["pairs"])
+    return types.SimpleNamespace(twos=twos, lengths=lengths, rows=rows, pairs=split["pairs"],
+                                 sides=np.array(["chosen", "rejected"])[sides])
 
 def text_pair(texts, two):
     """The pair of two responses, by their numbers, of one prompt."""
-    first, second = (texts.pairs[int(texts.rows[response])] for response in two)
-    sides = [("chosen", "rejected")[texts.sides[response]] for response in two]
-    return first | dict(chosen=first[sides[0]], rejected=second[sides[1]])
+    pairs = [texts.pairs[int(texts.rows[response])] for response in two]
+    chosen, rejected = [pair[texts.sides[response]] for pair, response in zip(pairs, two)]
+    return pairs[0] | dict(chosen=chosen, rejected=rejected)
 
 def write_meta(folder, key, args):
     """meta.json, which makes a folder complete: its key, and the hashes of the log-probs in it."""
@@ -193,11 +193,11 @@ def new_file(path, shape, dtype):
             aside.unlink(missing_ok=True)
 
 def fill_file(path, shape, dtype, texts, compute, args):
-    """Compute with all ranks what is missing, for the file of every node -> was nothing missing?"""
+    """Compute with all ranks what is missing in the file of a node -> was anything missing?"""
     rank, world, total = dist.get_rank(), dist.get_world_size(), len(texts.rows)
     missing = missing_rows(path, (total, *shape), dtype)
     if len(missing) == 0:
-        return True
+        return False
     if rank == 0:
         print(f"{path}: {total - len(missing)} of {total} distinct responses are done; the "
               f"{len(texts.pairs)} pairs have {2 * len(texts.pairs)}")
@@ -207,7 +207,7 @@ def fill_file(path, shape, dtype, texts, compute, args):
             if np.isin(texts.twos[part], missing).any():
                 plan.append(texts.twos[part])
     bar = tqdm(total=sum(map(len, plan)), desc=path.name, unit=" pairs", disable=rank > 0)
-    for i in range(0, len(plan), world):  # FSDP: equally many forward passes per rank
+    for i in range(0, len(plan), world):  # FSDP needs every rank: some do the last part once more
         twos = plan[min(i + rank, len(plan) - 1)]
         values = compute([text_pair(texts, two) for two in twos]).flatten(0, 1)  # (2 n, *shape)
         gathered = [None] * world
@@ -216,7 +216,7 @@ def fill_file(path, shape, dtype, texts, compute, args):
             if is_writer():
                 write_rows(path, twos.flatten(), values, texts)
             bar.update(len(twos))
-    return False
+    return True
 
 def write_rows(path, responses, values, texts):
     """Write the values of these responses where they belong in an .npy file, counted from its end,
@@ -265,7 +265,7 @@ def sketches(policy, state, pairs):
 def watch(model, args):
     """Freeze all weights, and let every backward pass sketch the gradients of those that would be
     trained and that --sketch_modules matches -> what its hooks share."""
-    names = {}  # of a tied weight, one
+    names = {}  # {weight: its name in the model}; a tied weight has one
     with explain(f"--sketch_modules {args.sketch_modules}: {{}}"):
         for name, weight in model.named_parameters():
             if weight.requires_grad and re.search(args.sketch_modules, name):
@@ -344,10 +344,12 @@ def add_norm(state, own, module, x, d):
     weights = {leaf: getattr(module, leaf).detach().float() for leaf in own}
     if len(x) == math.prod(state.shape):  # OPT does away with the rows here
         x, d = x.unflatten(0, state.shape), d.unflatten(0, state.shape)
-    def gradient(x, d):
+
+    def gradient(x, d):  # of one row
         def forward(weights):
             return torch.func.functional_call(module, weights, (x,))
-        return torch.func.vjp(forward, weights)[1](d)[0]
+        _, backward = torch.func.vjp(forward, weights)
+        return backward(d)[0]
 
     state.active = False  # this forward pass is not to be watched
     gradients = torch.func.vmap(gradient)(x.float(), d.float())
