@@ -175,11 +175,11 @@ def rows_of_groups(batch, split, args):
     same = np.isin(groups, groups[batch])
     same[batch] = False
     others = np.random.default_rng(batch).permutation(np.flatnonzero(same))
-    return np.concatenate([batch, others[:max(0, 2048 - len(batch))]])
+    return np.concatenate([batch, others])[:max(2048, len(batch))]
 
 def centred_scores(index, split, args):
     """What each delta of `index` (q,) adds to c: (q, K), and the places in c of these K numbers."""
-    groups, columns = split["groups"], slice(None)
+    groups, columns = split["groups"], slice(None)  # all of c, unless the scores are those of ridge
     whole = np.flatnonzero(np.isin(groups, groups[index]))  # (w,) all delta of these groups
     if args.geometry == "scores":
         scores = torch.from_numpy(split["sketch"][split["source"][whole]].astype(float))  # (w, K)
@@ -195,9 +195,9 @@ def centred_scores(index, split, args):
 
 def connected_groups(index):
     """index (N, 2) of responses 0 .. U - 1 -> (U,), equal for responses that pairs connect."""
-    groups, before = np.arange(index.max() + 1), None
-    while not np.array_equal(groups, before):
-        before, lowest = groups.copy(), groups[index].min(1)  # (N,)
+    groups = np.arange(index.max() + 1)
+    while np.ptp(groups[index], axis=1).any():  # until both responses of each pair agree
+        lowest = groups[index].min(1)  # (N,)
         np.minimum.at(groups, index, lowest[:, None])
     return groups
 

@@ -22,7 +22,7 @@ d_t at tokens t, g is sum_t d_t x_t^T. This matrix is never formed: sketch(g) is
 FFT(CS_out(d_t)) FFT(CS_in(x_t)), where the count sketch CS adds the entries of a vector, with
 random signs, into K buckets.
 
-Read to line 436: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 429: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal

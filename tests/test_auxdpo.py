@@ -14,7 +14,6 @@
 
 import json
 import math
-import shutil
 import types
 
 import bandit

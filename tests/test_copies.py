@@ -34,9 +34,9 @@ LIMITS = {
     "dpo_norm.py": (985, 215, 6),
     "simpo.py": (971, 215, 30),
     "wpo.py": (999, 220, 20),
-    "auxdpo.py": (1198, 406, 160),
-    "compo.py": (932, 357, 250),
-    "cache_ref.py": (971, None, None),
+    "auxdpo.py": (1190, 398, 154),
+    "compo.py": (931, 356, 210),
+    "cache_ref.py": (964, None, None),
     "evaluate.py": (800, None, None),
 }
 ALGORITHMS = [name for name in LIMITS if name not in ("dpo.py", "cache_ref.py", "evaluate.py")]

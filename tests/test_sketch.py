@@ -147,6 +147,18 @@ def test_a_norm_of_two_tensors_is_refused_and_can_be_left_out(tmp_path):
     assert sketcher(str(tmp_path), r"in_proj|norm_f|\d.norm.weight")(random_pairs(SIZES[:1])).isfinite().all()
 
 
+def test_a_sketch_that_float16_cannot_hold_is_said_with_its_pair_and_float32_holds_it(tiny_model, tmp_path, monkeypatch):
+    model, pairs, sketches = tiny_model("llama"), random_pairs(SIZES), cache_ref.sketches
+    write_tiny_data(tmp_path, model, pairs, pairs[:1])
+    monkeypatch.setattr(cache_ref, "sketches", lambda *rest: 1e6 * sketches(*rest))
+    flags = ["--model", model, "--data", tmp_path, "--sketch_dim", 48]
+    with pytest.raises(SystemExit, match=r"sketch.npy: the values of pair pair-\d are not finite in float16"):
+        run_main(cache_ref, *flags)
+    run_main(cache_ref, *flags, "--sketch_dtype", "float32")
+    path, = tmp_path.glob("ref-*/sketch-*/train-sketch.npy")
+    assert np.isfinite(np.load(path)).all() and np.abs(np.load(path)).max() > np.finfo(np.float16).max
+
+
 def test_the_company_of_a_pair_in_its_batch_does_not_matter(tiny_model):
     sketch, pairs = sketcher(tiny_model("llama")), random_pairs(SIZES)
     together = sketch(pairs)

@@ -100,7 +100,7 @@ def cacher(model_folder, data, max_tokens, folder):
     def make():
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.redirect_stdout(io.StringIO()):  # it says how far it is
-            cache_ref.fill_folder(folder, splits, "logps", (2,), "float32", compute, {}, args)
+            cache_ref.fill_folder(folder, splits, "logps", (), "float32", compute, {}, args)
     return make
 
 
