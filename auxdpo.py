@@ -35,7 +35,7 @@ Departures from the paper and from its authors' notebook:
 
 Differs from dpo.py: delta, its solver and files, a first pass for the margins, the sketches; no
 label_smoothing, no sft_weight.
-Read to line 405: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 396: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -175,11 +175,11 @@ def rows_of_groups(batch, split, args):
     same = np.isin(groups, groups[batch])
     same[batch] = False
     others = np.random.default_rng(batch).permutation(np.flatnonzero(same))
-    return np.concatenate([batch, others[:max(0, 2048 - len(batch))]])
+    return np.concatenate([batch, others])[:max(2048, len(batch))]
 
 def centred_scores(index, split, args):
     """What each delta of `index` (q,) adds to c: (q, K), and the places in c of these K numbers."""
-    groups, columns = split["groups"], slice(None)
+    groups, columns = split["groups"], slice(None)  # all of c, unless the scores are those of ridge
     whole = np.flatnonzero(np.isin(groups, groups[index]))  # (w,) all delta of these groups
     if args.geometry == "scores":
         scores = torch.from_numpy(split["sketch"][split["source"][whole]].astype(float))  # (w, K)
@@ -195,9 +195,9 @@ def centred_scores(index, split, args):
 
 def connected_groups(index):
     """index (N, 2) of responses 0 .. U - 1 -> (U,), equal for responses that pairs connect."""
-    groups, before = np.arange(index.max() + 1), None
-    while not np.array_equal(groups, before):
-        before, lowest = groups.copy(), groups[index].min(1)  # (N,)
+    groups = np.arange(index.max() + 1)
+    while np.ptp(groups[index], axis=1).any():  # until both responses of each pair agree
+        lowest = groups[index].min(1)  # (N,)
         np.minimum.at(groups, index, lowest[:, None])
     return groups
 
@@ -236,11 +236,11 @@ def first_pass(policy, parts, split, args):
     dist.all_reduce(margins)
     return margins, computed[::-1]
 
-def prepare_delta(splits, step, args):
+def prepare_delta(splits, reference, args):
     """Add to train what the solver needs. Of each pair: index (N, 2) of its two delta, weights (N,)
     and margins (N,) last seen. Of each delta: source (U,) its response, groups (U,), delta (U,).
-    And c (K,), or (U,) with --geometry ridge. All as they are at this step. The only delta of val
-    is 0."""
+    And c (K,), or (U,) with --geometry ridge. All as they are at step 0. The only delta of val
+    is 0. The sketches are in the folder `reference` of --data."""
     train, val = splits["train"], splits["val"]
     pairs, index = train["pairs"], train["responses"]
     if args.delta == "per_pair":
@@ -249,13 +249,12 @@ def prepare_delta(splits, step, args):
     count = len(groups)  # U
     source = np.zeros(count, int)
     source[index] = train["responses"]
-    weighted = "weight" in pairs.column_names
-    weights = np.array(pairs["weight"]) if weighted else np.ones(len(pairs))
+    weights = pairs["weight"] if "weight" in pairs.column_names else np.ones(len(pairs))
     train |= dict(index=index, groups=groups, source=source,
-                  weights=torch.from_numpy(weights).double())
+                  weights=torch.from_numpy(np.array(weights, float)))
     size = count
     if args.geometry == "scores":
-        train["sketch"], size = find_sketch(train, args), args.sketch_dim
+        train["sketch"], size = find_sketch(reference, args), args.sketch_dim
     for name, length in dict(delta=count, margins=len(pairs), c=size).items():
         train[name] = torch.zeros(length, dtype=torch.float64)
     val |= dict(index=np.zeros((len(val["pairs"]), 2), int), delta=torch.zeros(1).double())
@@ -264,17 +263,11 @@ def prepare_delta(splits, step, args):
     if dist.get_rank() == 0:
         N, U, S = len(pairs), count, len(np.unique(groups))
         print(f"{N = }, {U = }, {S = }: sharing delta can act on {N - (U - S)} of N margins")
-    if step > 0:
-        path = Path(args.out, f"delta-{step:06d}.npz")
-        with explain(f"{path} is damaged ({{}}): delete it and step-{step:06d}, and try again"):
-            train |= {name: torch.from_numpy(array) for name, array in np.load(path).items()}
 
-def find_sketch(train, args):
-    """The file (U, K) of sketches of the reference that has the same log-probs."""
-    for path in Path(args.data).glob("ref-*/sketch-*/meta.json"):
-        logps = np.load(path.parents[1] / "train-logps.npy")[train["responses"]]
-        same = np.array_equal(logps, train["ref_logps"])
-        if same and json.loads(path.read_text())["key"] == sketch_key(args):
+def find_sketch(reference, args):
+    """The file (U, K) of the reference's sketches with the settings of this run."""
+    for path in Path(args.data, reference).glob("sketch-*/meta.json"):
+        if json.loads(path.read_text())["key"] == sketch_key(args):
             with explain(f"{path.parent} is damaged ({{}}): delete it, and run cache_ref.py again"):
                 return np.load(path.parent / "train-sketch.npy", mmap_mode="r")
     flags = dict(model=args.reference or args.model, data=args.data, dtype=args.dtype)
@@ -286,14 +279,13 @@ def delta_metrics(split, args):
     penalty = args.penalty_weight * (split["c"] / len(split["delta"])).square().sum()  # 4.2
     return {"delta/norm": split["delta"].norm().item(), "penalty": penalty.item()}
 
-def save_delta(split, step, args):
-    """out/delta-NNNNNN.npz, before the checkpoint of that step. If that is gone, this goes too."""
-    if dist.get_rank() == 0:
-        for path in Path(args.out).glob("delta-*.npz"):
-            if not path.with_name(path.stem.replace("delta", "step")).exists():
-                path.unlink()
-        state = {name: split[name] for name in ("delta", "margins", "c")}
-        np.savez(Path(args.out, f"delta-{step:06d}.npz"), **state)
+def policy_and_delta(policy, split):
+    """-> a module for the checkpoints: the policy, and beside it what update_delta changes."""
+    both = torch.nn.Module()
+    both.model = policy.model  # under the name that it has in every script's checkpoints
+    for name in ("delta", "margins", "c"):
+        both.register_buffer(name, split[name])
+    return both
 
 def main():
     args = parse_args(Args)
@@ -307,9 +299,10 @@ def main():
         content = content_hashes(weights, splits, dtype, args)
         content["reference"] = load_reference(content, splits, args)
         start = open_run(content, args)
-        prepare_delta(splits, start, args)
+        prepare_delta(splits, content["reference"], args)
     train, val = splits["train"], splits["val"]
     policy = build_policy(model, weights, token_logps, device, dtype, args)
+    saved = policy_and_delta(policy, train)
     del weights  # each rank has its share of them in the policy
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay,
@@ -321,7 +314,7 @@ def main():
     log = open_log(args)
     evaluation = {}
     if start > 0:
-        load_checkpoint(policy, optimizer, start, args)
+        load_checkpoint(saved, optimizer, start, args)
     elif not args.reference:
         check_reference(policy, train, dtype, args)
     if start == 0 and args.eval_every:
@@ -338,12 +331,11 @@ def main():
         parts = micro_batches(batch, train["lengths"], args, world)[rank::world]
         margins, computed = first_pass(policy, parts, train, args)
         update_delta(batch, margins, train, args)  # at fixed theta; the penalty acts here
-        for rows, logps in computed:
+        for rows, logps in hold_weights(policy, computed):
             losses, metrics = pair_losses(policy, rows, train, args, logps)
             loss = losses.sum() / len(batch)
             (loss * world).backward()  # FSDP takes the mean over ranks, we want the sum
             sums.append(metrics)
-        give_back(policy)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         grad_norm = grad_norm.full_tensor().item()  # of all ranks; the CPU waits for the GPU here
         if not math.isfinite(grad_norm):  # a loss that is not finite ends here too
@@ -373,8 +365,7 @@ def main():
             evaluation = evaluate(policy, val, args)
             log({"step": done} | evaluation)
         if saving:
-            save_delta(train, done, args)
-            save_checkpoint(policy, optimizer, done, args)
+            save_checkpoint(saved, optimizer, done, args)
         if stopping:
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
     save_final(policy, args)
@@ -654,8 +645,14 @@ def micro_batches(rows, lengths, args, world):
     parts += [[]] * (count - len(parts))
     return [rows[np.array(part, int)] for part in parts]
 
+def hold_weights(policy, parts):
+    """Yields the parts of a step. With --zero 2, the gathered weights stay until the last one."""
+    for i, part in enumerate(parts):
+        policy.set_reshard_after_backward(policy.gives_back or i == len(parts) - 1)
+        yield part
+
 def give_back(policy):
-    """With --zero 2, free the gathered weights, which stay from one micro-batch to the next."""
+    """With --zero 2, end what a forward pass began that no backward pass follows."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -966,9 +963,9 @@ def checkpoint_blocks(model, how):
 
 def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
-    the gathered weights back at once, 2 keeps them until give_back: no copies in between."""
+    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
-    gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
+    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -977,7 +974,7 @@ def shard(policy, device, dtype, args):
     if group == world:
         mesh = mesh["shards"]
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-                 reshard_after_forward=gives_back)
+                 reshard_after_forward=policy.gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -987,7 +984,6 @@ def shard(policy, device, dtype, args):
         fully_shard(table, **rules)
         table.set_unshard_in_backward(False)
     fully_shard(policy, **rules)
-    policy.set_reshard_after_backward(gives_back)
 
 def place_weights(model, weights, device):
     """Send the weights from rank 0 to where they belong, one tensor after another."""

@@ -22,7 +22,7 @@ d_t at tokens t, g is sum_t d_t x_t^T. This matrix is never formed: sketch(g) is
 FFT(CS_out(d_t)) FFT(CS_in(x_t)), where the count sketch CS adds the entries of a vector, with
 random signs, into K buckets.
 
-Read to line 436: settings, the pass, the files it fills, sketches, the split. Below the rule stand
+Read to line 429: settings, the pass, the files it fills, sketches, the split. Below the rule stand
 helpers of dpo.py; you can fork this file without opening them. For words and shapes, see dpo.py.
 """
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, signal
@@ -111,9 +111,9 @@ def fill_folder(folder, splits, kind, shape, dtype, compute, key, args):
     n pairs, and say in meta.json that they are complete."""
     folder.mkdir(exist_ok=True)
     for name, split in splits.items():
-        path, complete, texts = folder / f"{name}-{kind}.npy", False, distinct_texts(split, args)
-        while not complete:  # twice, unless another job makes the file at the same moment
-            complete = fill_file(path, shape, dtype, texts, compute, args)
+        path, texts = folder / f"{name}-{kind}.npy", distinct_texts(split, args)
+        while fill_file(path, shape, dtype, texts, compute, args):
+            pass  # look again: another job may have made the file anew meanwhile
     if is_writer() and not (folder / "meta.json").exists():
         write_meta(folder, key, args)
     dist.barrier()
@@ -124,7 +124,7 @@ def distinct_texts(split, args):
     """Deal the U distinct responses into twos of one prompt, so that each is computed once -> their
     numbers (k, 2), their lengths (k, 3), and where the text of each response stands."""
     _, first = np.unique(split["responses"], return_index=True)  # (U,) in (rows, 2), flattened
-    rows, sides = first // 2, first % 2  # (U,) sides: 0 is chosen, 1 rejected
+    rows, sides = first // 2, first % 2  # (U,) a side of 0 means chosen, 1 rejected
     waiting, twos = {}, []
     for response, prompt in enumerate(np.array(split["pairs"]["prompt_id"])[rows]):
         if prompt in waiting:
@@ -140,14 +140,14 @@ def distinct_texts(split, args):
     alone = [*twos[too_long].flatten(), *waiting.values()]
     twos = np.concatenate([twos[~too_long], split["responses"][rows[alone]]])
     lengths = np.column_stack([prompts[twos[:, 0]], responses[twos]])
-    return types.SimpleNamespace(twos=twos, lengths=lengths, rows=rows, sides=sides,
-                                 pairs=split["pairs"])
+    return types.SimpleNamespace(twos=twos, lengths=lengths, rows=rows, pairs=split["pairs"],
+                                 sides=np.array(["chosen", "rejected"])[sides])
 
 def text_pair(texts, two):
     """The pair of two responses, by their numbers, of one prompt."""
-    first, second = (texts.pairs[int(texts.rows[response])] for response in two)
-    sides = [("chosen", "rejected")[texts.sides[response]] for response in two]
-    return first | dict(chosen=first[sides[0]], rejected=second[sides[1]])
+    pairs = [texts.pairs[int(texts.rows[response])] for response in two]
+    chosen, rejected = [pair[texts.sides[response]] for pair, response in zip(pairs, two)]
+    return pairs[0] | dict(chosen=chosen, rejected=rejected)
 
 def write_meta(folder, key, args):
     """meta.json, which makes a folder complete: its key, and the hashes of the log-probs in it."""
@@ -171,8 +171,19 @@ def missing_rows(path, shape, dtype):
     dist.all_reduce(missing, dist.ReduceOp.MAX)
     return np.flatnonzero(missing.numpy())
 
+def is_whole(path, shape, dtype):
+    """Is there a file of this shape and type, which is not cut off?"""
+    try:
+        file = np.load(path, mmap_mode="r")
+        return file.shape == shape and file.dtype == dtype
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+
 def new_file(path, shape, dtype):
-    """An .npy file full of NaN, whole or not at all."""
+    """An .npy file full of NaN, whole or not at all, in place of one that is not whole."""
+    if path.exists():
+        tqdm.write(f"{path} is damaged or of another type, and will be computed again")
+        path.with_name("meta.json").unlink(missing_ok=True)  # it may have the old file's hash
     aside = path.with_name(f"{uuid.uuid4().hex}.npy")
     with explain(f"{path} cannot be written ({{}}); mend this and run the same command again"):
         try:
@@ -181,64 +192,44 @@ def new_file(path, shape, dtype):
         finally:
             aside.unlink(missing_ok=True)
 
-def is_whole(path, shape, dtype):
-    """Is there a file of this shape and type? One that is cut off or of another type is removed."""
-    if not path.exists():
-        return False
-    try:
-        file = np.load(path, mmap_mode="r")
-        if file.shape == shape and file.dtype == dtype:
-            return True
-    except (ValueError, EOFError):
-        pass
-    tqdm.write(f"{path} is damaged or of another type, and will be computed again")
-    path.with_name("meta.json").unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    return False
-
 def fill_file(path, shape, dtype, texts, compute, args):
-    """Compute with all ranks what is missing, for the file of every node -> was nothing missing?"""
+    """Compute with all ranks what is missing in the file of a node -> was anything missing?"""
     rank, world, total = dist.get_rank(), dist.get_world_size(), len(texts.rows)
     missing = missing_rows(path, (total, *shape), dtype)
     if len(missing) == 0:
-        return True
+        return False
     if rank == 0:
         print(f"{path}: {total - len(missing)} of {total} distinct responses are done; the "
               f"{len(texts.pairs)} pairs have {2 * len(texts.pairs)}")
     plan = []  # which responses share a forward pass is a function of the data alone
-    for first in range(0, len(texts.twos), 1024):
-        window = np.arange(first, min(first + 1024, len(texts.twos)))
+    for window in np.split(np.arange(len(texts.twos)), range(1024, len(texts.twos), 1024)):
         for part in micro_batches(window, texts.lengths, args, 1):
             if np.isin(texts.twos[part], missing).any():
                 plan.append(texts.twos[part])
     bar = tqdm(total=sum(map(len, plan)), desc=path.name, unit=" pairs", disable=rank > 0)
-    for i in range(0, len(plan), world):  # FSDP: equally many forward passes per rank
+    for i in range(0, len(plan), world):  # FSDP needs every rank: some do the last part once more
         twos = plan[min(i + rank, len(plan) - 1)]
         values = compute([text_pair(texts, two) for two in twos]).flatten(0, 1)  # (2 n, *shape)
         gathered = [None] * world
         dist.all_gather_object(gathered, (twos, values.float().cpu().numpy().astype(dtype)))
         for twos, values in gathered[:len(plan) - i]:
-            write_values(path, twos.flatten(), values, texts)
+            if is_writer():
+                write_rows(path, twos.flatten(), values, texts)
             bar.update(len(twos))
-    return False
+    return True
 
-def write_values(path, responses, values, texts):
-    """Write the values of these responses into the file, or stop if one is not finite."""
-    finite = np.isfinite(values).reshape(len(responses), -1).all(1)
-    if not finite.all():
-        pair = texts.pairs[int(texts.rows[responses[~finite][0]])]["id"]
-        fail(f"{path}: the values of pair {pair} are not finite in {values.dtype}; take it out of "
-             "the data, or try float32 (--dtype, --sketch_dtype)")
-    if is_writer():
-        write_rows(path, responses, values, len(texts.rows))
-
-def write_rows(path, rows, values, total):
-    """Write some of `total` rows where they belong in an .npy file, counted from its end, unless
-    another job was faster: its values may differ by rounding, and meta.json may have their hash.
-    By seek, not by mapped memory or a buffer: there two jobs would overwrite each other's rows."""
+def write_rows(path, responses, values, texts):
+    """Write the values of these responses where they belong in an .npy file, counted from its end,
+    unless another job was faster: its values may differ by rounding, and meta.json may have their
+    hash. By seek, not by mapped memory or a buffer: there two jobs would overwrite each other's
+    rows. Stop if a value is not finite."""
     with open(path, "r+b", buffering=0) as file:
-        for row, value in zip(rows, values):
-            place = (int(row) - total) * value.nbytes
+        for response, value in zip(responses, values):
+            if not np.isfinite(value).all():
+                pair = texts.pairs[int(texts.rows[response])]["id"]
+                fail(f"{path}: the values of pair {pair} are not finite in {value.dtype}; take it "
+                     "out of the data, or try float32 (--dtype, --sketch_dtype)")
+            place = (int(response) - len(texts.rows)) * value.nbytes
             file.seek(place, os.SEEK_END)
             if np.isnan(np.frombuffer(file.read(value.nbytes), value.dtype)[-1]):
                 file.seek(place, os.SEEK_END)
@@ -258,47 +249,47 @@ def sketches(policy, state, pairs):
     rows, width = inputs["input_ids"].shape
     inputs["position_ids"] = inputs["position_ids"].expand(rows, -1)  # GPT-2 has them embedded
     prompts = to_device([len(pair["prompt"]) for pair in pairs] * 2)  # (rows,)
-    responses = to_device(batch["sizes"])  # (rows,)
-    device = prompts.device
-    real = torch.arange(width, device=device) < (prompts + responses)[:, None]  # (rows, width)
+    sizes = prompts + to_device(batch["sizes"])  # (rows,) tokens of each text
+    device = sizes.device
+    real = torch.arange(width, device=device) < sizes[:, None]  # (rows, width)
     state.cells = real.flatten().nonzero()[:, 0]  # places of the tokens that are not padding
     state.rows = state.cells // width  # (tokens,) the row of each
-    state.response_rows = torch.arange(rows, device=device).repeat_interleave(responses)  # (M,)
+    state.response_rows = batch["source"] // width  # (M,) the row of each token that is predicted
     state.shape = rows, width
     state.sums = torch.zeros(rows, state.dim, device=device)
     state.spectrum = torch.zeros(rows, state.dim // 2 + 1, dtype=torch.complex64, device=device)
-    state.active = True
     policy([batch]).sum().backward()
-    state.active = False
     sums = state.sums + torch.fft.irfft(state.spectrum, n=state.dim)
     return sums.view(2, len(pairs), -1).transpose(0, 1)
 
-def watch(model, args, salt=""):
+def watch(model, args):
     """Freeze all weights, and let every backward pass sketch the gradients of those that would be
-    trained and that --sketch_modules matches -> what its hooks share. Tests average over salts."""
-    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    trained and that --sketch_modules matches -> what its hooks share."""
+    names = {}  # {weight: its name in the model}; a tied weight has one
     with explain(f"--sketch_modules {args.sketch_modules}: {{}}"):
-        names = {name for name in names if re.search(args.sketch_modules, name)}
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and re.search(args.sketch_modules, name):
+                names[weight] = name
     if not names:
         fail(f"--sketch_modules {args.sketch_modules} matches no parameter that is trained")
     model.requires_grad_(False)
-    state = types.SimpleNamespace(dim=args.sketch_dim, salt=salt, active=False,
+    state = types.SimpleNamespace(dim=args.sketch_dim, active=True,
                                   head=model.get_output_embeddings())
-    known = {id(weight): name for name, weight in model.named_parameters()}  # tied: one name
     for module in model.modules():
-        own = {leaf: known[id(weight)] for leaf, weight in module.named_parameters(recurse=False)}
-        own = {leaf: name for leaf, name in own.items() if name in names}
+        weights = dict(module.named_parameters(recurse=False))
+        own = {leaf: names[weight] for leaf, weight in weights.items() if weight in names}
+        if not own:
+            continue
         kind = type(module).__name__.removeprefix("FSDP")  # which shard makes of it
         if kind in ("Linear", "Embedding", "Conv1D") or hasattr(module, "embed_scale"):
             add = add_product
-        elif "Norm" in kind or not own:
+        elif "Norm" in kind:
             add = add_norm
         else:
             fail(f"--sketch_dim knows linear layers, embeddings and norms, not {kind}: leave its "
                  f"{own} out with --sketch_modules")
-        if own:
-            hook = functools.partial(remember, state, own, add)
-            module.register_forward_hook(hook, with_kwargs=True)
+        hook = functools.partial(remember, state, own, add)
+        module.register_forward_hook(hook, with_kwargs=True)
     return state
 
 def remember(state, own, add, module, inputs, kwargs, output):
@@ -337,7 +328,7 @@ def product_spectrum(state, name, module, x, d):
     """FFT (t, K // 2 + 1) of the sketches of d_t x_t^T; x (t, in) or token ids (t,), d (t, out)."""
     if isinstance(module, torch.nn.Embedding):  # an id is the place of the only 1 in a vector
         size, scale = module.num_embeddings, getattr(module, "embed_scale", 1)  # Gemma
-        signs, buckets = hash_table(state.salt + name, 0, size, state.dim, d.device)
+        signs, buckets = hash_table(name, 0, size, state.dim, d.device)
         left = d.new_zeros(len(d), state.dim, dtype=torch.float32)
         trained = x != module.padding_idx  # torch gives this id no gradient
         left[torch.arange(len(d)), buckets[x]] = signs[x] * trained
@@ -353,10 +344,12 @@ def add_norm(state, own, module, x, d):
     weights = {leaf: getattr(module, leaf).detach().float() for leaf in own}
     if len(x) == math.prod(state.shape):  # OPT does away with the rows here
         x, d = x.unflatten(0, state.shape), d.unflatten(0, state.shape)
-    def gradient(x, d):
+
+    def gradient(x, d):  # of one row
         def forward(weights):
             return torch.func.functional_call(module, weights, (x,))
-        return torch.func.vjp(forward, weights)[1](d)[0]
+        _, backward = torch.func.vjp(forward, weights)
+        return backward(d)[0]
 
     state.active = False  # this forward pass is not to be watched
     gradients = torch.func.vmap(gradient)(x.float(), d.float())
@@ -366,7 +359,7 @@ def add_norm(state, own, module, x, d):
 
 def count_sketch(values, state, name, axis):
     """values (t, size) -> (t, K): in each bucket the signed sum of its entries."""
-    signs, buckets = hash_table(state.salt + name, axis, values.shape[1], state.dim, values.device)
+    signs, buckets = hash_table(name, axis, values.shape[1], state.dim, values.device)
     sums = torch.zeros(len(values), state.dim, device=values.device)
     return sums.scatter_add_(1, buckets.expand(len(values), -1), values * signs)
 
@@ -611,7 +604,7 @@ def micro_batches(rows, lengths, args, world):
     return [rows[np.array(part, int)] for part in parts]
 
 def give_back(policy):
-    """With --zero 2, free the gathered weights, which stay from one micro-batch to the next."""
+    """With --zero 2, end what a forward pass began that no backward pass follows."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -892,9 +885,9 @@ def blocks_of(model):
 
 def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
-    the gathered weights back at once, 2 keeps them until give_back: no copies in between."""
+    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
-    gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
+    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -903,7 +896,7 @@ def shard(policy, device, dtype, args):
     if group == world:
         mesh = mesh["shards"]
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-                 reshard_after_forward=gives_back)
+                 reshard_after_forward=policy.gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -913,7 +906,6 @@ def shard(policy, device, dtype, args):
         fully_shard(table, **rules)
         table.set_unshard_in_backward(False)
     fully_shard(policy, **rules)
-    policy.set_reshard_after_backward(gives_back)
 
 def place_weights(model, weights, device):
     """Send the weights from rank 0 to where they belong, one tensor after another."""

@@ -29,7 +29,7 @@ bfloat16, which loses most of a step; here it is float32, and never tied to the 
 code's trial step, --accept_step, is off. 7. Ours: span, exact, --pairs_per_step, --baseline.
 Differs from dpo.py: votes, not a loss and AdamW; no cache.
 
-Read to line 355: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 354: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -103,8 +103,8 @@ def update(head, batch, step, args):
     """The algorithm: one step on a batch -> {name: number} for the log. Directions are (V, h)."""
     with torch.enable_grad():
         before = mean_logps(head, batch)  # (2,) log pi(y_w|x), log pi(y_l|x)
-        gradients = [torch.autograd.grad(logp, head.weight, retain_graph=True) for logp in before]
-    a, b = [unit(gradient[0]) for gradient in gradients]  # a / |a|, b / |b|
+        grads = [torch.autograd.grad(logp, head.weight, retain_graph=True)[0] for logp in before]
+    a, b = map(unit, grads)  # a / |a|, b / |b|
     phi = (a * b).sum().clamp(-1, 1).acos().item()
     limit = b - a  # E[y z], but for its length
     if args.estimator == "exact":
@@ -126,14 +126,13 @@ def update(head, batch, step, args):
     if accepted:
         head.weight += move
     realised = mean_logps(head, batch) - before  # (2,)
-    head.moved += realised.new_tensor([*realised, accepted])  # sums since step 0
+    head.accepted_steps += accepted  # since step 0
 
-    metrics = dict(accepted_steps=int(head.moved[2]), p=p, angle=math.degrees(phi), cosine=cosine,
-                   kept=kept, accepted=int(accepted))
+    metrics = dict(accepted_steps=head.accepted_steps.item(), p=p, angle=math.degrees(phi),
+                   cosine=cosine, kept=kept, accepted=int(accepted))
     for i, side in enumerate(("chosen", "rejected")):
-        metrics[f"predicted/{side}"] = (move * gradients[i][0]).sum().item()  # to first order
+        metrics[f"predicted/{side}"] = (move * grads[i]).sum().item()  # to first order
         metrics[f"realised/{side}"] = realised[i].item()
-        metrics[f"displacement/{side}"] = head.moved[i].item()
     return metrics
 
 def estimate(head, batch, constant, step, args):
@@ -163,10 +162,10 @@ def sparse(g, args):
     """Zero the small entries of g, in place -> the share of its entries that is kept."""
     sizes, floor = g.abs(), args.entry_threshold  # lambda_g
     if floor == 0:
-        place = g.numel() - max(1, round(args.keep_fraction * g.numel()))  # of the smallest kept
+        place = g.numel() - max(1, round(args.keep_fraction * g.numel()))  # how many go
         if g.is_cuda:
             floor = sizes.flatten().kthvalue(place + 1).values.item()
-        else:  # numpy takes a tenth of the time
+        else:  # on a CPU, numpy takes a tenth to two thirds of the time
             floor = float(np.partition(sizes.flatten().numpy(), place)[place])
     g *= sizes >= floor
     return g.count_nonzero().item() / g.numel()
@@ -192,7 +191,7 @@ def main():
     head = copy.deepcopy(model.get_output_embeddings())  # float32, not tied, whole on every rank
     place_weights(head, weights.get_output_embeddings() if weights else None, device)
     head.config = model.config.get_text_config()
-    head.register_buffer("moved", torch.zeros(3, device=device))  # see update
+    head.register_buffer("accepted_steps", torch.tensor(0))  # in checkpoints, not in final/
     choose_attention(model, args)
     policy = Policy(model, token_logps).eval()
     shard(policy, device, dtype, args)
@@ -217,8 +216,9 @@ def main():
         batch = batches[step % len(batches)]
         metrics = update(head, batch, step, args)
         if not all(map(math.isfinite, metrics.values())):
+            ids = " ".join(pair["id"] for pair in batch.pairs)
             fail(f"step {step}: log-probs moved by {metrics['realised/chosen']}, not finite; lower "
-                 f"--step_size, or look at --model {args.model} and pairs {' '.join(batch.ids)}")
+                 f"--step_size, or look at --model {args.model} and the pairs {ids}")
         seconds = time.time() - began  # without evaluations and checkpoints
         all_seconds += seconds
         done = step + 1
@@ -235,12 +235,11 @@ def main():
             fail(f"stopped by SIGTERM; step {done} of {steps} is saved, continue with --resume")
     with explain(f"{args.out}/final cannot be written ({{}}): make room, and use --resume"):
         save_head(head, args)
-    check_head(head, val if args.eval_every else train, held_out, dtype, args)
-    for kind in ("float32", "bfloat16"):  # what is left of it if final/ is read in this precision
-        head.weight.copy_(head.weight.to(getattr(torch, kind)))
-        log({"step": steps} | displacement(head, held_out, first, f"export/{kind}"))
+    check_head(head, held_out, dtype, args)
+    head.weight.copy_(head.weight.bfloat16())  # what is left of it if final/ is read in bfloat16
+    log({"step": steps} | displacement(head, held_out, first, "export/bfloat16"))
     if rank == 0:  # a block of lines for grep, such as "eval/rewards/chosen: 0.61"
-        summary = {"accepted_steps": int(head.moved[2]), "seconds": all_seconds,
+        summary = {"accepted_steps": head.accepted_steps.item(), "seconds": all_seconds,
                    "memory/GiB": peak_memory(), "steps": steps, "final": f"{args.out}/final"}
         for name, value in (evaluation | summary).items():
             print(f"{name}: {value}")
@@ -279,21 +278,21 @@ def normal(size, device, *key):
 def run_trunk(policy, pairs, size, args):
     """Run the model over all pairs -> batches of `size` pairs: hidden (t, h), H on the CPU; targets
     (t,), the tokens that follow; sides (2, t), the weights with which the log-probs of the targets
-    add up to mean_logps; ids of the pairs."""
+    add up to mean_logps; and the pairs."""
     entries, batches = [], []
     hook = policy.model.get_output_embeddings().register_forward_pre_hook(
         lambda module, inputs: entries.append(inputs[0].cpu()))
     for start in tqdm(range(0, len(pairs), size), "trunk", disable=dist.get_rank() > 0):
+        some = list(pairs.select(range(start, min(start + size, len(pairs)))))
         entries.clear()
-        targets, side, ids = [], [], []
-        for pair in pairs.select(range(start, min(start + size, len(pairs)))):
+        targets, side = [], []
+        for pair in some:
             policy(collate([pair], args.layout))  # the hook keeps what enters the head
             targets += pair["chosen"] + pair["rejected"]
             side += [0] * len(pair["chosen"]) + [1] * len(pair["rejected"])
-            ids.append(pair["id"])
-        sides = to_device(F.one_hot(torch.tensor(side), 2).T / len(ids))
+        sides = to_device(F.one_hot(torch.tensor(side), 2).T / len(some))
         batches.append(types.SimpleNamespace(hidden=torch.cat(entries), targets=to_device(targets),
-                                             sides=sides, ids=ids))
+                                             sides=sides, pairs=some))
     hook.remove()
     return batches
 
@@ -340,12 +339,12 @@ def save_head(head, args):
         aside.rename(final)
     dist.barrier()  # a rank that ended now would end rank 0
 
-def check_head(head, pairs, held_out, dtype, args):
+def check_head(head, held_out, dtype, args):
     """Rank 0 reads final/ back: it must give two short pairs the log-probs of trunk and head."""
     if dist.get_rank() == 0:
         shortest = np.argsort([len(each.targets) for each in held_out])[:2]
         logps = torch.stack([mean_logps(head, held_out[i]) for i in shortest], 1)  # (2, n)
-        pairs = [pairs[int(i)] for i in shortest]
+        pairs = [held_out[i].pairs[0] for i in shortest]
         lengths = [(0, len(pair["chosen"]), len(pair["rejected"])) for pair in pairs]
         truth = own_logps(read_model(f"{args.out}/final", args)[1].eval(), pairs)
         check_same(logps, truth, np.array(lengths), dtype,
@@ -766,9 +765,9 @@ def blocks_of(model):
 
 def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
-    the gathered weights back at once, 2 keeps them until give_back: no copies in between."""
+    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
-    gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
+    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -777,7 +776,7 @@ def shard(policy, device, dtype, args):
     if group == world:
         mesh = mesh["shards"]
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-                 reshard_after_forward=gives_back)
+                 reshard_after_forward=policy.gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -787,7 +786,6 @@ def shard(policy, device, dtype, args):
         fully_shard(table, **rules)
         table.set_unshard_in_backward(False)
     fully_shard(policy, **rules)
-    policy.set_reshard_after_backward(gives_back)
 
 def place_weights(model, weights, device):
     """Send the weights from rank 0 to where they belong, one tensor after another."""

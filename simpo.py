@@ -15,7 +15,7 @@ turn: prepare_data.py --score_header. 3. label_smoothing and sft_weight, 0 by de
 Differs from dpo.py: no reference, mean log-probs, the margin; the default of beta. The log-probs
 are checked against the model's own forward pass, which cache_ref.py does for the other scripts.
 
-Read to line 197: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 196: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -133,12 +133,11 @@ def main():
         began = time.time()
         batch = batch_rows(step, len(train["pairs"]), args)
         parts = micro_batches(batch, train["lengths"], args, world)[rank::world]
-        for rows in parts:
+        for rows in hold_weights(policy, parts):
             losses, metrics = pair_losses(policy, rows, train, args)
             loss = losses.sum() / len(batch)
             (loss * world).backward()  # FSDP takes the mean over ranks, we want the sum
             sums.append(metrics)
-        give_back(policy)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         grad_norm = grad_norm.full_tensor().item()  # of all ranks; the CPU waits for the GPU here
         if not math.isfinite(grad_norm):  # a loss that is not finite ends here too
@@ -416,8 +415,14 @@ def micro_batches(rows, lengths, args, world):
     parts += [[]] * (count - len(parts))
     return [rows[np.array(part, int)] for part in parts]
 
+def hold_weights(policy, parts):
+    """Yields the parts of a step. With --zero 2, the gathered weights stay until the last one."""
+    for i, part in enumerate(parts):
+        policy.set_reshard_after_backward(policy.gives_back or i == len(parts) - 1)
+        yield part
+
 def give_back(policy):
-    """With --zero 2, free the gathered weights, which stay from one micro-batch to the next."""
+    """With --zero 2, end what a forward pass began that no backward pass follows."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -728,9 +733,9 @@ def checkpoint_blocks(model, how):
 
 def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
-    the gathered weights back at once, 2 keeps them until give_back: no copies in between."""
+    the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
-    gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
+    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -739,7 +744,7 @@ def shard(policy, device, dtype, args):
     if group == world:
         mesh = mesh["shards"]
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-                 reshard_after_forward=gives_back)
+                 reshard_after_forward=policy.gives_back)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
     # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
@@ -749,7 +754,6 @@ def shard(policy, device, dtype, args):
         fully_shard(table, **rules)
         table.set_unshard_in_backward(False)
     fully_shard(policy, **rules)
-    policy.set_reshard_after_backward(gives_back)
 
 def place_weights(model, weights, device):
     """Send the weights from rank 0 to where they belong, one tensor after another."""

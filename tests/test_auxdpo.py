@@ -14,7 +14,6 @@
 
 import json
 import math
-import shutil
 import types
 
 import bandit
@@ -109,7 +108,7 @@ def state_of(responses, prompts, sketch, weights=None, **changes):
     """What prepare_delta makes for the first step of pairs with these responses (N, 2) and prompts (N,); sketch (U, K)."""
     columns = dict(prompt_id=prompts) | ({} if weights is None else dict(weight=weights))
     train = dict(pairs=datasets.Dataset.from_dict(columns), responses=np.array(responses))
-    auxdpo.prepare_delta(dict(train=train, val=dict(train)), 0, arguments(**changes | dict(geometry="ridge")))
+    auxdpo.prepare_delta(dict(train=train, val=dict(train)), "", arguments(**changes | dict(geometry="ridge")))
     if changes.get("geometry") != "ridge":
         train |= dict(sketch=sketch, c=torch.zeros(sketch.shape[1]).double())
     return train
@@ -510,7 +509,7 @@ def test_sketches_are_those_of_the_reference_whose_log_probs_are_used(folder):
         for dim in (3, 4):
             for delta, count in (("shared", 7), ("per_pair", 10)):
                 splits = splits_of(reference)
-                auxdpo.prepare_delta(splits, 0, arguments(data=str(folder), sketch_dim=dim, delta=delta))
+                auxdpo.prepare_delta(splits, f"ref-{reference}", arguments(data=str(folder), sketch_dim=dim, delta=delta))
                 train, val = splits["train"], splits["val"]
                 assert (train["sketch"][::2] == 10 * reference + dim).all()
                 assert train["delta"].shape == (count,) and train["c"].shape == (dim,)
@@ -522,7 +521,7 @@ def test_sketches_are_those_of_the_reference_whose_log_probs_are_used(folder):
 
 def test_a_ridge_needs_no_sketches(tmp_path):
     splits = splits_of(1)
-    auxdpo.prepare_delta(splits, 0, arguments(data=str(tmp_path), geometry="ridge"))
+    auxdpo.prepare_delta(splits, "", arguments(data=str(tmp_path), geometry="ridge"))
     assert "sketch" not in splits["train"] and splits["train"]["c"].shape == (7,)
 
 
@@ -530,44 +529,46 @@ def test_a_ridge_needs_no_sketches(tmp_path):
 def test_without_sketches_of_these_settings_the_error_is_the_command_that_makes_them(folder, changes):
     args = arguments(**dict(data=str(folder), model="MODEL", sketch_dim=3) | changes)
     with pytest.raises(SystemExit) as error:
-        auxdpo.prepare_delta(splits_of(2), 0, args)
+        auxdpo.prepare_delta(splits_of(2), "ref-2", args)
     command = f"run cache_ref.py --model 'MODEL' --data '{folder}' --dtype 'auto' --sketch_dim '{args.sketch_dim}'"
     rest = "".join(f" --{name} '{value}'" for name, value in changes.items() if name != "sketch_dim")
     assert str(error.value).endswith(command + rest)
     with pytest.raises(SystemExit, match="--model 'OTHER' --data"):
-        auxdpo.prepare_delta(splits_of(2), 0, types.SimpleNamespace(**vars(args) | dict(reference="OTHER")))
+        auxdpo.prepare_delta(splits_of(2), "ref-2", types.SimpleNamespace(**vars(args) | dict(reference="OTHER")))
 
 
 def test_sketches_that_are_cut_off_are_damaged(folder):
     path = folder / "ref-2" / "sketch-3" / "train-sketch.npy"
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(SystemExit, match="sketch-3 is damaged .*: delete it, and run cache_ref.py again"):
-        auxdpo.prepare_delta(splits_of(2), 0, arguments(data=str(folder), sketch_dim=3))
+        auxdpo.prepare_delta(splits_of(2), "ref-2", arguments(data=str(folder), sketch_dim=3))
 
 
 @pytest.mark.parametrize("geometry", ["scores", "ridge"])
-def test_delta_comes_back_to_the_bit_with_its_checkpoint_and_goes_when_that_goes(folder, geometry):
+def test_delta_comes_back_to_the_bit_with_its_checkpoint(folder, geometry, tiny_model):
     settings = dict(data=str(folder), sketch_dim=3, out=str(folder / "out"), penalty_weight=1e-3, geometry=geometry)
-    args = arguments(**settings)
-    splits, found = splits_of(2), {}
-    auxdpo.prepare_delta(splits, 0, args)
+    args, found = arguments(**settings), {}
+
+    def begin():
+        """Splits, and what is saved, as they are at step 0."""
+        splits, policy = splits_of(2), tiny_policy(auxdpo, tiny_model("llama"))
+        auxdpo.prepare_delta(splits, "ref-2", args)
+        return splits, auxdpo.policy_and_delta(policy, splits["train"]), torch.optim.AdamW(policy.parameters())
+
+    splits, saved, optimizer = begin()
+    (folder / "out").mkdir()
+    (folder / "out/log.jsonl").touch()
     for step in (1, 2, 3):
         auxdpo.update_delta(np.array([step, 0]), torch.randn(5).double(), splits["train"], args)
-        auxdpo.save_delta(splits["train"], step, args)
-        (folder / "out" / f"step-{step:06d}").mkdir()  # as save_checkpoint does
+        auxdpo.save_checkpoint(saved, optimizer, step, args)
         found[step] = copy_of(splits["train"])
-        if step == 2:
-            shutil.rmtree(folder / "out" / "step-000001")  # as --keep 1 does
-    assert [path.name for path in sorted((folder / "out").glob("*.npz"))] == ["delta-000002.npz", "delta-000003.npz"]
+    assert [path.name for path in sorted((folder / "out").glob("step-*"))] == ["step-000002", "step-000003"]
     for step in (2, 3):
-        splits = splits_of(2)
-        auxdpo.prepare_delta(splits, step, args)
+        splits, saved, optimizer = begin()
+        auxdpo.load_checkpoint(saved, optimizer, step, args)
         for name in ("delta", "margins", "c"):
             assert found[step][name].any() and torch.equal(splits["train"][name], found[step][name])
         assert not splits["val"]["delta"].any()
-    (folder / "out" / "delta-000003.npz").write_bytes(b"")
-    with pytest.raises(SystemExit, match="delta-000003.npz is damaged .* delete it and step-000003"):
-        auxdpo.prepare_delta(splits_of(2), 3, args)
 
 
 # ---- the public notebook, from its formula

@@ -325,7 +325,6 @@ def test_a_step_is_gamma_p_g_and_improves_both_sides_as_predicted(pairs, tmp_pat
         predicted = step[f"predicted/{side}"]
         assert predicted == pytest.approx((gradient * wanted).sum().item(), rel=1e-3) and sign * predicted > 0
         assert step[f"realised/{side}"] == pytest.approx(predicted, rel=0.05)
-        assert step[f"displacement/{side}"] == step[f"realised/{side}"]
 
 
 def test_the_gate_skips_a_pair_whose_share_of_votes_is_not_above_it(pairs, tmp_path):
@@ -352,9 +351,13 @@ def test_the_acceptance_test_refuses_a_step_that_harms_and_leaves_the_head_as_it
     assert near.moved.norm() > 0
 
 
+def ids_of(batch):
+    return [pair["id"] for pair in batch.pairs]
+
+
 def test_several_pairs_per_step_are_compared_by_their_means(world, pairs, tmp_path):
     two, one = world("llama", pairs_per_step=2), world("llama")
-    assert [batch.ids for batch in two.batches] == [["pair-0", "pair-1"], ["pair-2", "pair-3"], ["pair-4"]]
+    assert [ids_of(batch) for batch in two.batches] == [["pair-0", "pair-1"], ["pair-2", "pair-3"], ["pair-4"]]
     with torch.no_grad():
         both = compo.mean_logps(two.head, two.batches[0])
         alone = torch.stack([compo.mean_logps(one.head, batch) for batch in one.batches[:2]])
@@ -368,7 +371,7 @@ def test_several_pairs_per_step_are_compared_by_their_means(world, pairs, tmp_pa
 
 def test_the_first_pairs_are_used_in_their_order(pairs, tmp_path, monkeypatch):
     seen, update = [], compo.update
-    monkeypatch.setattr(compo, "update", lambda head, batch, *args: seen.extend(batch.ids) or update(head, batch, *args))
+    monkeypatch.setattr(compo, "update", lambda head, batch, *args: seen.extend(ids_of(batch)) or update(head, batch, *args))
     Run(*pairs(), tmp_path, estimator="exact", max_pairs=2, epochs=2, eval_every=0)
     assert seen == ["pair-0", "pair-1"] * 2
 
@@ -391,7 +394,6 @@ def test_what_is_read_back_from_final_has_the_changes_that_were_reported(family,
         return torch.stack([whole_logps(final, pair) - whole_logps(before, pair) for pair in val]).mean(0).tolist()
     names = [f"rewards/{side}" for side in ("chosen", "rejected")]
     full = changes()
-    assert [run.export[f"export/float32/{name}"] for name in names] == pytest.approx(full, rel=1e-3, abs=1e-4)
     last = [line for line in run.lines if "eval/logps/chosen" in line][-1]
     assert [last[f"eval/{name}"] for name in names] == pytest.approx(full, rel=1e-3, abs=1e-4)
     head = final.get_output_embeddings().weight
@@ -541,7 +543,7 @@ def test_a_killed_run_continues_to_the_same_bits(pairs, alone, tmp_path):
     finished(pairs("llama-tied"), tmp_path, "--save_every", "1", "--resume")
     one, other = (load_file(out / "final/model.safetensors") for out in (alone, tmp_path))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert log(alone) == log(tmp_path) and len(log(alone)) == 60 + 4 + 2
+    assert log(alone) == log(tmp_path) and len(log(alone)) == 60 + 4 + 1
 
 
 @pytest.mark.slow

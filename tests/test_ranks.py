@@ -108,11 +108,10 @@ def one_step(script, policy, split, plan, case):
     if script is auxdpo:
         margins, parts = script.first_pass(policy, mine, split, args)
         script.update_delta(rows, margins, split, args)
-    for part, *known in parts:
+    for part, *known in script.hold_weights(policy, parts):
         losses, metrics = script.pair_losses(policy, part, split, args, *known)
         (losses.sum() / len(rows) * world).backward()
         sums.append(metrics)
-    script.give_back(policy)
     dealt = [None] * world
     dist.all_gather_object(dealt, [part.tolist() for part in mine])
     grads = {}

@@ -25,9 +25,9 @@ SIZES = [(1, 1, 4), (7, 9, 1), (12, 5, 17), (2, 21, 2), (9, 3, 11)]
 DIM = 64
 
 
-def sketcher(folder, modules="", dim=DIM, salt="", **chosen):
+def sketcher(folder, modules="", dim=DIM, **chosen):
     """sketch(pairs) -> (n, 2, dim), as main() makes it."""
-    policy, state = sketch_check.policy_of(folder, dim, salt, sketch_modules=modules, **chosen)
+    policy, state = sketch_check.policy_of(folder, dim, sketch_modules=modules, **chosen)
     return functools.partial(cache_ref.sketches, policy, state)
 
 
@@ -147,6 +147,18 @@ def test_a_norm_of_two_tensors_is_refused_and_can_be_left_out(tmp_path):
     assert sketcher(str(tmp_path), r"in_proj|norm_f|\d.norm.weight")(random_pairs(SIZES[:1])).isfinite().all()
 
 
+def test_a_sketch_that_float16_cannot_hold_is_said_with_its_pair_and_float32_holds_it(tiny_model, tmp_path, monkeypatch):
+    model, pairs, sketches = tiny_model("llama"), random_pairs(SIZES), cache_ref.sketches
+    write_tiny_data(tmp_path, model, pairs, pairs[:1])
+    monkeypatch.setattr(cache_ref, "sketches", lambda *rest: 1e6 * sketches(*rest))
+    flags = ["--model", model, "--data", tmp_path, "--sketch_dim", 48]
+    with pytest.raises(SystemExit, match=r"sketch.npy: the values of pair pair-\d are not finite in float16"):
+        run_main(cache_ref, *flags)
+    run_main(cache_ref, *flags, "--sketch_dtype", "float32")
+    path, = tmp_path.glob("ref-*/sketch-*/train-sketch.npy")
+    assert np.isfinite(np.load(path)).all() and np.abs(np.load(path)).max() > np.finfo(np.float16).max
+
+
 def test_the_company_of_a_pair_in_its_batch_does_not_matter(tiny_model):
     sketch, pairs = sketcher(tiny_model("llama")), random_pairs(SIZES)
     together = sketch(pairs)
@@ -155,7 +167,7 @@ def test_the_company_of_a_pair_in_its_batch_does_not_matter(tiny_model):
     assert torch.equal(sketch(pairs), together)
 
 
-def test_inner_products_are_unbiased_over_hashes(tiny_model):
+def test_inner_products_are_unbiased_over_hashes(tiny_model, monkeypatch):
     """The mean of 300 sketches of K = 64 is within four standard errors of the exact inner products."""
     folder, pairs = tiny_model("llama", num_hidden_layers=1), random_pairs(SIZES[:2])
     grads = gradients(folder, pairs)
@@ -169,7 +181,9 @@ def test_inner_products_are_unbiased_over_hashes(tiny_model):
     errors = (grams.mean(0) - exact) / (grams.std(0) / 300**0.5)
     assert errors.abs().max() < 4, errors
     assert (grams.std(0) / exact.diag().sqrt().outer(exact.diag().sqrt())).max() < 2 * (2 / DIM) ** 0.5
-    ours = sketcher(folder, salt="7/")(pairs).flatten(0, 1).double()
+    hash_table = cache_ref.hash_table
+    monkeypatch.setattr(cache_ref, "hash_table", lambda name, *rest: hash_table(f"7/{name}", *rest))
+    ours = sketcher(folder)(pairs).flatten(0, 1).double()
     torch.testing.assert_close(ours @ ours.T, grams[7], rtol=1e-4, atol=1e-4 * exact.max().item())
 
 

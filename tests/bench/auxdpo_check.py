@@ -154,7 +154,7 @@ def blind(sketch, count=400, weight=100.0):
     margins = torch.from_numpy(np.random.default_rng(0).normal(size=count))
     print(f"\n{2 * count} delta, lambda {weight:g}\n\n| K | epochs | penalty seen | true | ratio | norm of delta |\n|---|---|---|---|---|---|")
     for dim in (128, 512):
-        state = types.SimpleNamespace(dim=dim, salt="")
+        state = types.SimpleNamespace(dim=dim)
         folded = cache_ref.count_sketch(torch.from_numpy(truth).float(), state, "fold", 0)
         split = with_delta([{}] * count, folded.numpy())
         args = types.SimpleNamespace(**DEFAULTS | dict(penalty_weight=weight))

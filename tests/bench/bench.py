@@ -120,11 +120,10 @@ def our_step(policy, split, args):
     def step(rows):
         sums = []
         parts = dpo.micro_batches(np.array(rows), split["lengths"], args, 1)
-        for part in parts:
+        for part in dpo.hold_weights(policy, parts):
             losses, metrics = dpo.pair_losses(policy, part, split, args)
             (losses.sum() / len(rows)).backward()
             sums.append(metrics)
-        dpo.give_back(policy)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0).full_tensor().item()
         optimizer.step()
         optimizer.zero_grad()

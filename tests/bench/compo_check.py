@@ -43,7 +43,7 @@ def load(model, data, **flags):
     head = copy.deepcopy(model.get_output_embeddings())
     compo.place_weights(head, weights.get_output_embeddings(), device)
     head.config = model.config.get_text_config()
-    head.register_buffer("moved", torch.zeros(3))
+    head.register_buffer("accepted_steps", torch.tensor(0))
     compo.choose_attention(model, args)
     policy = compo.Policy(model, compo.token_logps).eval()
     compo.shard(policy, device, torch.float32, args)

@@ -154,7 +154,7 @@ def step_times(vocabulary, width, tokens, perturbations):
     targets = (hidden @ weight.T).topk(20)[1][torch.arange(tokens), torch.arange(tokens) % 20]
     sides = torch.zeros(2, tokens, device=device)  # the first half of the tokens is the chosen response
     sides[0, :tokens // 2] = sides[1, tokens // 2:] = 1
-    batch = SimpleNamespace(ids=["pair"], hidden=hidden.cpu(), targets=targets, sides=sides)
+    batch = SimpleNamespace(hidden=hidden.cpu(), targets=targets, sides=sides)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rows = []
     for estimator in ("gaussian", "span", "exact"):
@@ -162,7 +162,7 @@ def step_times(vocabulary, width, tokens, perturbations):
         head, seconds = torch.nn.Linear(width, vocabulary, bias=False, device=device), []
         head.weight.data.copy_(weight)
         head.config = SimpleNamespace()
-        head.register_buffer("moved", torch.zeros(3, device=device))
+        head.register_buffer("accepted_steps", torch.tensor(0))
         for step in range(3):
             synchronize()
             start = time.time()

@@ -40,7 +40,7 @@ EDITS = {  # forks of auxdpo.py: what stands there, and what is put in its place
     "not_centred": {CENTRED: ""},
     "orthogonal": {  # the scores keep their norms and lose their directions
         CENTRED: "        scores, columns = (scores - means[group]).norm(dim=1).diag(), whole\n",
-        "train[\"sketch\"], size = find_sketch(train, args), args.sketch_dim": "train[\"sketch\"] = find_sketch(train, args)"},
+        "train[\"sketch\"], size = find_sketch(reference, args), args.sketch_dim": "train[\"sketch\"] = find_sketch(reference, args)"},
     "loose": {"values < 1e-5 * values[-1]": "values < 0.1 * values[-1]"},
 }
 METHODS = {

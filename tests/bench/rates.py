@@ -59,9 +59,9 @@ def stepper(name, model_folder, data, max_tokens, rows, checkpointing="off"):
     model, weights = script.read_model(args.model, args)
     content = script.content_hashes(weights, splits, torch.float32, args)
     if name != "simpo":
-        script.load_reference(content, splits, args)
+        reference = script.load_reference(content, splits, args)
     if name == "auxdpo":
-        script.prepare_delta(splits, 0, args)
+        script.prepare_delta(splits, reference, args)
     score = script.token_scores if name == "wpo" else script.token_logps
     policy = script.build_policy(model, weights, score, torch.device("cpu"), torch.float32, args)
     parameters = list(policy.parameters())
@@ -100,7 +100,7 @@ def cacher(model_folder, data, max_tokens, folder):
     def make():
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.redirect_stdout(io.StringIO()):  # it says how far it is
-            cache_ref.fill_folder(folder, splits, "logps", (2,), "float32", compute, {}, args)
+            cache_ref.fill_folder(folder, splits, "logps", (), "float32", compute, {}, args)
     return make
 
 

@@ -19,7 +19,7 @@ import cache_ref
 CPU = torch.device("cpu")
 
 
-def policy_of(folder, dim=0, salt="", **changes):
+def policy_of(folder, dim=0, **changes):
     """The Policy that main() of cache_ref.py makes of a model folder; what its hooks share, if it makes sketches."""
     settings = dict(model=folder, trust_remote_code=False, layout="concatenated", shard_group=0, zero="auto", lora_rank=0, train_modules="", seed=0)
     args = types.SimpleNamespace(**settings | dict(sketch_dim=dim, sketch_modules="") | changes)
@@ -29,7 +29,7 @@ def policy_of(folder, dim=0, salt="", **changes):
     policy = cache_ref.Policy(model, cache_ref.token_logps).eval()
     cache_ref.shard(policy, CPU, torch.float32, args)
     cache_ref.place_weights(model, weights, CPU)
-    return policy, cache_ref.watch(model, args, salt) if dim else None
+    return policy, cache_ref.watch(model, args) if dim else None
 
 
 def exact_gram(model, pairs):
