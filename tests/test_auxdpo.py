@@ -556,7 +556,6 @@ def test_delta_comes_back_to_the_bit_with_its_checkpoint(folder, geometry, tiny_
         return splits, auxdpo.policy_and_delta(policy, splits["train"]), torch.optim.AdamW(policy.parameters())
 
     splits, saved, optimizer = begin()
-    (folder / "out").mkdir()
     (folder / "out/log.jsonl").touch()
     for step in (1, 2, 3):
         auxdpo.update_delta(np.array([step, 0]), torch.randn(5).double(), splits["train"], args)
