@@ -90,7 +90,7 @@ def read_choice(row, kit):
     return prompt, [replies[right]], replies[:right] + replies[right + 1:]
 
 def read_sharegpt(row, kit):
-    return None if is_blank(row["conversations"]) else read_any(row, kit, "conversations")
+    return None if is_blank(row["conversations"]) else read_any(row, kit)
 
 def read_alpaca(row, kit):
     """instruction and input are one question, history the turns before it: pairs or messages."""
@@ -129,9 +129,8 @@ def read_conversation(row, kit):
     lists = any(isinstance(as_messages(value), (list, dict)) for value in values)
     return read_any(row, kit) if lists else None
 
-def read_any(row, kit, column=None):
-    column = column or prompt_column(row)
-    return row.pop(column, None), *pop_answers(row)
+def read_any(row, kit):
+    return row.pop(prompt_column(row), None), *pop_answers(row)
 
 PAIR = {"chosen", "rejected"}
 FORMATS = {  # name: (columns that must have a value, function); the first that fits reads the row
@@ -143,7 +142,7 @@ FORMATS = {  # name: (columns that must have a value, function); the first that 
     "conversation": (PAIR, read_conversation),
     "plain": (PAIR, read_any),
 }
-PROMPTS = ("prompt", "messages", "question", "query", "input", "conversations", "instruction")
+PROMPTS = ("conversations", "prompt", "messages", "question", "query", "input", "instruction")
 PASSAGES = ("context", "passage", "article", "hint")  # before a multiple-choice question
 SUBSETS = ("subset", "category", "subject")  # the first that has a value names the subset
 PAIRS_OF_A_ROW = 1000  # at most, of many chosen and many rejected answers
@@ -151,49 +150,46 @@ PAIRS_OF_A_ROW = 1000  # at most, of many chosen and many rejected answers
 # ---- what happens to a row ----
 
 def prepare_chunk(args, chunk):
-    """Entries of all_rows -> a batch of pairs for each split, the hashes of these, the records of
-    what is dropped, counts for the summary, and the place in the input that is reached."""
-    kit, dropped, counts = load_tokenizer(args), [], Counter()
-    pairs, hashes = {"train": [], "val": []}, {"train": [], "val": []}
-    for split, source, key, number, place, row in chunk:
-        for one, result in prepare_row(kit, args, key, row, counts):
+    """Entries of all_rows -> how many, the place in the input that is reached, a batch of pairs for
+    each split, the records of what is dropped, and counts for the summary."""
+    kit, counts = load_tokenizer(args), defaultdict(Counter)
+    pairs, dropped = {"train": [], "val": []}, []
+    for target, source, key, number, place, row in chunk:
+        for name, result in prepare_row(kit, key, pickle.loads(row), counts):
             if isinstance(result, ValueError):
                 reason, value = result.args
-                dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
-                counts["dropped", reason] += 1
+                dropped.append(dict(file=source, line=number, id=name, reason=reason, value=value))
                 continue
-            point, columns, both = result
-            part = split or ("val" if point < args.val_fraction else "train")
-            pairs[part].append(columns | {"source": source, "id": one})
-            hashes[part].append(both)
-            counts["pairs", part] += 1
-            counts["subset", columns["subset"]] += 1
-    batches = {part: pa.RecordBatch.from_pylist(rows, SCHEMA) for part, rows in pairs.items()}
-    hashes = {part: np.array(rows, "u8").reshape(-1, 4) for part, rows in hashes.items()}
-    return len(chunk), batches, hashes, dropped, counts, place
+            is_val = result["prompt_text"] / 2**64 < args.val_fraction
+            split = target or ("val" if is_val else "train")
+            pairs[split].append(result | {"source": source, "id": name})
+    batches = {split: pa.RecordBatch.from_pylist(rows, SCHEMA) for split, rows in pairs.items()}
+    return len(chunk), place, batches, dropped, counts
 
-def prepare_row(kit, args, key, row, counts):
-    """A raw row -> [(id, a pair as prepare_pair gives it, or the ValueError that dropped it)]."""
-    rows, results = as_list(attempt(convert_row, args, row, counts)), []
+def prepare_row(kit, key, row, counts):
+    """A raw row -> for each of its pairs (id, columns, or the ValueError that dropped it)."""
+    rows = as_list(attempt(convert_row, kit, row, counts))
     for i, row in enumerate(rows):
         name = key if len(rows) == 1 else f"{key}-{i}"
-        found = attempt(read_row, kit, args, row, key, counts)
+        found = attempt(read_row, kit, row, key, counts)
         if isinstance(found, ValueError):
-            results.append((name, found))
-            continue
-        name += found.suffix
-        chosen = found.chosen[:PAIRS_OF_A_ROW]
-        rejected = found.rejected[:PAIRS_OF_A_ROW // len(chosen)]
-        pairs = list(itertools.product(chosen, rejected))
-        for k, pair in enumerate(pairs):
-            one = f"{name}-{k}" if len(pairs) > 1 else name
-            results.append((one, attempt(prepare_pair, kit, args, found, pair)))
-        if len(pairs) < len(found.chosen) * len(found.rejected):
-            product = f"{len(found.chosen)} chosen x {len(found.rejected)} rejected"
-            results.append((f"{name}-more", ValueError("more pairs of a row", product)))
-    return results
+            yield name, found
+        else:
+            yield from prepare_pairs(kit, name + found.suffix, found)
 
-def read_row(kit, args, row, key, counts):
+def prepare_pairs(kit, name, found):
+    """What read_row found -> (id, columns or ValueError) of each chosen with each rejected answer."""
+    chosen = found.chosen[:PAIRS_OF_A_ROW]
+    rejected = found.rejected[:PAIRS_OF_A_ROW // len(chosen)]
+    pairs = list(itertools.product(chosen, rejected))
+    for i, pair in enumerate(pairs):
+        one = name if len(pairs) == 1 else f"{name}-{i}"
+        yield one, attempt(prepare_pair, kit, found, *pair)
+    if len(pairs) < len(found.chosen) * len(found.rejected):
+        product = f"{len(found.chosen)} chosen x {len(found.rejected)} rejected"
+        yield f"{name}-more", ValueError("more pairs of a row", product)
+
+def read_row(kit, row, key, counts):
     """A row -> its prompt, its chosen and rejected answers, and what its pairs share."""
     if isinstance(row, ValueError):  # of --convert
         raise row
@@ -202,13 +198,13 @@ def read_row(kit, args, row, key, counts):
     values = {name: value for name, value in row.items() if value is not None and value == value}
     media = find_media(values)  # a null or NaN is no value
     if media:
-        counts["format", "images"] += 1
+        counts["formats"]["images"] += 1
         drop("images", f"column {media}: {values[media]}")
     name, (prompt, chosen, rejected) = read_format(values, row, kit, counts)
-    if name == "multiple choice" and args.wrong_options == "one":
-        rejected = [random.Random(f"{args.seed} {key}").choice(rejected)]
+    if name == "multiple choice" and kit.args.wrong_options == "one":
+        rejected = [random.Random(f"{kit.args.seed} {key}").choice(rejected)]
     order = own_order(values)
-    if args.drop_ties and order in ("tie", "contradict"):
+    if kit.args.drop_ties and order in ("tie", "contradict"):
         drop(f"scores {order}", {name: row[name] for name in row if name not in values})
     named = [column for column in SUBSETS if values.get(column)]
     label = text_of(str(values.pop(named[0])), "subset") if named else ""
@@ -223,10 +219,10 @@ def read_row(kit, args, row, key, counts):
         system=text_of(values.pop("system", "") or values.pop("system_prompt", ""), "system"),
         start=text_of(values.pop("initial_reason_steps", ""), "initial_reason_steps"),
         options=from_json(values.pop("chat_template_kwargs", {}), "chat_template_kwargs") or {})
-    counts["order", order] += 1
+    counts["scores"][order] += 1
     if kit.template and isinstance(prompt, str) and RENDERED.search(prompt):
-        counts["rendered", True] += 1
-    counts.update(("unused", name) for name in values if not is_blank(values[name]))
+        counts["rendered"][name] += 1
+    counts["unused"].update(name for name in values if not is_blank(values[name]))
     return found
 
 def read_format(values, row, kit, counts):
@@ -234,29 +230,30 @@ def read_format(values, row, kit, counts):
     for name, (columns, function) in FORMATS.items():
         found = attempt(function, values, kit) if columns <= values.keys() else None
         if found:
-            counts["format", name] += 1
+            counts["formats"][name] += 1
             if isinstance(found, ValueError):  # a format that is known, and a row that is bad
                 raise found
             return name, found
     if PAIR <= row.keys():
-        counts["format", "no answer"] += 1
+        counts["formats"]["no answer"] += 1
         drop("malformed", f"{min(PAIR - values.keys())} is not valid text: None")
     drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
 
-def prepare_pair(kit, args, found, pair):
-    """-> number from 0 to 1 that decides the split, columns, hashes: of the prompt's text, of its
-    tokens, and of these with the tokens of each response."""
-    if found.ties and not args.ties:
-        drop("ties", pair[0])
-    messages, answers = read_pair(args, found, pair)
-    prompt, *ids = encode(kit, args, messages, answers, found)
+def prepare_pair(kit, found, chosen, rejected):
+    """-> columns of a pair. prompt_text numbers the text of the prompt and decides the split. The
+    ids are hashes here, which number_texts replaces."""
+    if found.ties and not kit.args.ties:
+        drop("ties", chosen)
+    messages, answers = read_pair(kit, found, chosen, rejected)
+    text, *ids = encode(kit, messages, answers, found)
     # Prompts that differ only in white space or Unicode form may have equal tokens: one split.
-    same = f"{args.seed} {' '.join(canonical(kit, prompt).split())}"
-    same = int.from_bytes(hashlib.sha256(same.encode()).digest()[:8], "big")
-    columns = dict(zip(SIDES, ids), subset=found.label, weight=found.weight)
-    start, *responses = map(tuple, ids)
-    hashes = [hash(start), *(hash((start, response)) for response in responses)]  # of numbers only
-    return same / 2**64, columns, (same, *(each % 2**64 for each in hashes))
+    text = f"{kit.args.seed} {' '.join(canonical(kit, text).split())}"
+    prompt, chosen, rejected = map(tuple, ids)  # of numbers: every process hashes them alike
+    return dict(
+        zip(SIDES, ids), subset=found.label, weight=found.weight,
+        prompt_text=int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"),
+        prompt_id=hash(prompt), chosen_id=hash((prompt, chosen)),
+        rejected_id=hash((prompt, rejected)))
 
 def main():
     args = parse_args(Args)
@@ -270,10 +267,15 @@ def main():
     kit = load_tokenizer(args)
     if args.convert:
         load_converter(args.convert)  # an error in its file is found here
+    sources = find_sources(args)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        meta, pair = save(args, kit, part, write_pairs(args, out, part))
+        counts, examples = write_pairs(args, sources, part)
+        splits = {name: datasets.Dataset.from_file(f"{part}/{name}.arrow") for name in NAMES}
+        counts = count(splits, counts)
+        check_pairs(args, counts, examples, part)
+        meta = save(kit, part, splits, counts)
         replace(out, part)
     except OSError as error:
         fail(f"cannot write {part}: {error}; make room or choose another --out")
@@ -281,7 +283,7 @@ def main():
         fail("a worker process was killed, probably for memory: lower --num_proc")
     finally:  # a result that is not whole is none
         shutil.rmtree(part, ignore_errors=True)
-    report(args, kit, meta, pair)
+    report(kit, meta, splits["train"][0])
 
 # ---- helpers, which a new format does not touch ----
 
@@ -344,22 +346,22 @@ def load_converter(spec):
     except Exception as error:  # whatever the user's file raises
         fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
 
-def convert_row(args, row, counts):
+def convert_row(kit, row, counts):
     """A raw row -> the list of rows that --convert makes of it, or of the row itself."""
-    if not args.convert or not isinstance(row, dict):
+    row = from_json(row, "the row")
+    if not kit.args.convert or not isinstance(row, dict):
         return [row]
-    made = attempt(load_converter(args.convert), row)
+    made = attempt(load_converter(kit.args.convert), row)
     if isinstance(made, ValueError):
         drop("convert", made.args[1])
     if not made:
-        counts["format", "left out by --convert"] += 1
+        counts["formats"]["left out by --convert"] += 1
         drop("convert", f"the function gives {made}")
     return as_list(made)
 
 # -- files and rows
 FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
-CHUNK_ROWS = 200  # rows that a process handles at once, or fewer if they are large:
-CHUNK_BYTES = 2**23
+CHUNK_BYTES = 2**18  # of rows that a process handles at once
 
 def file_names(text):
     """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
@@ -370,34 +372,41 @@ def file_names(text):
 def kind_of(path):
     return FILE.fullmatch(path.name)[2]
 
-@functools.cache
 def find_sources(args):
-    """What to read -> [(split that its rows go to, or "" if their prompts decide; its own split;
-    path or dataset; name; start of its ids; size in bytes, or in rows)]"""
-    wanted = [("train" if args.val else "", args.dataset, args.split)]
-    if args.val:
-        given = file_names(args.val) or os.path.exists(args.val)
-        wanted.append(("val", args.val, args.split) if given else ("val", args.dataset, args.val))
-    found = []
-    for target, text, split in wanted:
+    """What to read, file by file or data set by data set. `target` is the split that the rows go
+    to, or "" if their prompts decide; `split` is the source's own; `stem` begins the ids."""
+    inputs = [("train" if args.val else "", args.dataset, args.split)]
+    if args.val and (file_names(args.val) or os.path.exists(args.val)):
+        inputs.append(("val", args.val, args.split))
+    elif args.val:
+        inputs.append(("val", args.dataset, args.val))
+    sources = []
+    for target, text, split in inputs:
         mark = "" if split == args.split else f"{split}/"
         for path in file_names(text):
-            if not path.exists():
-                fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
-            if split != "train" and kind_of(path) != "json":
-                fail(f"{path} has no split {split}: give --val a file, or leave --split out")
+            check_file(args, path, split)
             stem = mark + FILE.fullmatch(path.name)[1]
-            found.append((target, split, path, path.name, stem, path.stat().st_size))
+            sources.append(types.SimpleNamespace(
+                target=target, split=split, data=path, place=str(path), name=path.name, stem=stem,
+                size=path.stat().st_size))
         if not file_names(text):
             rows = load_rows(args, text, split)
-            found.append((target, split, rows, text, mark + text, len(rows)))
-    stems = Counter(stem for *_, stem, _ in found)
-    for i, (target, split, path, name, stem, size) in enumerate(found):
-        if stems[stem] > 1:  # ids are unique over all files
-            found[i] = target, split, path, name, str(path), size
-    if len({stem for *_, stem, _ in found}) < len(found):
+            sources.append(types.SimpleNamespace(
+                target=target, split=split, data=rows, place=text, name=text, stem=mark + text,
+                size=len(rows)))
+    stems = Counter(source.stem for source in sources)
+    for source in sources:
+        if stems[source.stem] > 1:  # ids are unique over all files
+            source.stem = source.place
+    if len({source.stem for source in sources}) < len(sources):
         fail(f"--dataset {args.dataset} --val {args.val} names a file twice")
-    return found
+    return sources
+
+def check_file(args, path, split):
+    if not path.exists():
+        fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
+    if split != "train" and kind_of(path) != "json":
+        fail(f"{path} has no split {split}: give --val a file, or leave --split out")
 
 def load_rows(args, name, split):
     """A split of a hub dataset, of a folder of files, or of a folder made by save_to_disk."""
@@ -415,27 +424,34 @@ def load_rows(args, name, split):
              f"{short(error)}; give a hub name, a folder, or .jsonl, .json, .csv, .tsv or .parquet "
              "files (.gz, .zst); quote a name that has a comma")
 
-def all_rows(args):
-    """(split or "", source, id, line or row number from 1, place in the whole input, row)"""
+def all_rows(sources):
+    """(split or "", source, id, line or row number from 1, place in the whole input, row: a dict or
+    the JSON text of one)"""
     start = 0
-    for target, split, source, name, stem, size in find_sources(args):
-        if isinstance(source, Path):
-            rows = file_rows(source, split)
-        else:
-            rows = arrow_rows(source.iter(batch_size(source.data.nbytes, size)), size)
-        for number, row, share in rows:
-            yield target, name, f"{stem}:{number:06d}", number, start + share * size, row
-        start += size
+    for source in sources:
+        number = 0
+        try:
+            for number, row, place in read_rows(source):
+                key = f"{source.stem}:{number:06d}"
+                yield source.target, source.name, key, number, start + place, row
+        except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
+            fail(f"cannot read {source.place} after row {number}: {short(error)}; check --dataset "
+                 "or the file")
+        start += source.size
 
-def file_rows(path, split="train"):
-    """-> (line or row number, row or a text that says why it is none, share that is read)"""
-    read_rows, number = parquet_rows if kind_of(path) == "parquet" else text_rows, 0
-    try:
-        with open(path, "rb") as raw:
-            for number, row, share in read_rows(path, raw, split):
-                yield number, row, share
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
-        fail(f"cannot read {path} after row {number}: {short(error)}; check --dataset or the file")
+def read_rows(source):
+    """-> (line or row number from 1, row, how many bytes of the file or rows are read)"""
+    if not isinstance(source.data, Path):
+        batches = source.data.iter(batch_size(source.data.data.nbytes, source.size))
+        for number, row in enumerate(arrow_rows(batches), 1):
+            yield number, row, number
+        return
+    with open(source.data, "rb") as raw:
+        read = parquet_rows if kind_of(source.data) == "parquet" else text_rows
+        rows, total = read(source.data, raw, source.split)
+        for number, row in enumerate(rows, 1):
+            if row != "":  # a blank line
+                yield number, row, source.size * number / total if total else raw.tell()
 
 def unzip(path, raw):
     if path.suffix == ".zst":
@@ -443,32 +459,31 @@ def unzip(path, raw):
     return gzip.open(raw) if path.suffix == ".gz" else raw
 
 def text_rows(path, raw, split):
-    """Of .jsonl, .json, .csv or .tsv in UTF-8, 16 or 32; bytes that are no text spoil their row."""
-    stream, size = unzip(path, raw), path.stat().st_size
+    """Of .jsonl, .json, .csv or .tsv in UTF-8, 16 or 32; bytes that are no text spoil their row.
+    -> (rows, how many, or None if it is not known)"""
+    stream = unzip(path, raw)
     encoding = json.detect_encoding(stream.peek(4)[:4])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
     text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
     rows = json_rows(text, path, split) if "json" in kind_of(path) else csv_rows(text, path)
-    for number, row in enumerate(rows, 1):
-        share = number / len(rows) if isinstance(rows, list) else raw.closed or raw.tell() / size
-        if row is not ...:  # a blank line
-            yield number, row, share
+    return rows, len(rows) if isinstance(rows, list) else None
 
 def parquet_rows(path, raw, split):
     """The index of a parquet file is at its end, to which one cannot seek in .gz."""
     stream = unzip(path, raw)
     file = pq.ParquetFile(raw if stream is raw else pa.BufferReader(stream.read()))
-    rows, groups = file.metadata.num_rows, range(file.num_row_groups)
+    groups = range(file.num_row_groups)
     memory = sum(file.metadata.row_group(i).total_byte_size for i in groups)
-    return arrow_rows(file.iter_batches(batch_size(memory, rows)), rows)
+    rows = file.metadata.num_rows
+    return arrow_rows(file.iter_batches(batch_size(memory, rows))), rows
 
 def batch_size(memory, rows):
-    return int(max(1, min(CHUNK_ROWS, CHUNK_BYTES * rows / max(1, memory))))
+    return max(1, CHUNK_BYTES * rows // max(1, memory))
 
-def arrow_rows(batches, rows):
-    table = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    for number, row in enumerate(table, 1):
-        yield number, {name: without_nulls(row[name]) for name in row}, number / rows
+def arrow_rows(batches):
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield {name: without_nulls(value) for name, value in row.items()}
 
 def without_nulls(value):
     """Arrow gives a dict the keys of all rows, null where a row has none; take them out."""
@@ -485,7 +500,8 @@ def csv_rows(text, path):
         yield f"too long: {row}" if None in row else cells  # None has cells without a column
 
 def json_rows(text, path, split):
-    """A row per line (... for a blank one); if the file has another layout, it is read whole."""
+    """The rows of .json or .jsonl, each as the JSON text of its line or lines; but if the whole file
+    is one JSON value, the rows that this has."""
     start, filled = [], []
     for line in text:
         start.append(line)
@@ -495,22 +511,15 @@ def json_rows(text, path, split):
             break
     first = filled[0] if filled else ""
     lines = kind_of(path) == "jsonl" and first not in ("[", "{") and not first.startswith("[{")
-    if lines or (len(filled) == 2 and isinstance(parse(first), dict)):
-        return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
+    if lines or (len(filled) == 2 and isinstance(attempt(json.loads, first.rstrip(",")), dict)):
+        return (line.strip().rstrip(",") for line in itertools.chain(start, text))
     whole = "".join(start) + text.read()
-    value = parse(whole)
-    if isinstance(value, str) and (kind_of(path) == "jsonl" or first.startswith("{")):
-        return [parse(part) for part in re.split(r"\n(?=\{)", whole)]  # objects one after another
-    if not isinstance(value, (dict, list)):
-        fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
-    return rows_in(value, path, split)
-
-def parse(text):
-    """JSON -> its value, or a text that says what is wrong, which is no row and dropped as such."""
-    try:
-        return json.loads(text.rstrip(", \r\n"))
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}: ...{text[-60:]!r}"
+    value = attempt(json.loads, whole)
+    if isinstance(value, (dict, list)):
+        return rows_in(value, path, split)
+    if kind_of(path) == "jsonl" or first.startswith("{"):  # objects one after another
+        return [part.strip().rstrip(",") for part in re.split(r"\n(?=\{)", whole)]
+    fail(f"{path} is not JSON, or no list of rows: {value}; give a list of rows, or .jsonl")
 
 def rows_in(value, path, split):
     """The rows of one JSON value: a list, a list under a key, columns, rows by id, or one row."""
@@ -690,10 +699,10 @@ def read_answer(value, name):
         drop("malformed", f"{name} does not end with an assistant turn: {value}")
     return messages[:-1], messages[-1]
 
-def read_pair(args, found, pair):
+def read_pair(kit, found, chosen, rejected):
     """Raw chosen and rejected answer of a row -> messages before the answer, [the two answers]."""
-    before, chosen = read_answer(pair[0], "chosen")
-    other, rejected = read_answer(pair[1], "rejected")
+    before, chosen = read_answer(chosen, "chosen")
+    other, rejected = read_answer(rejected, "rejected")
     if before != other:
         unequal = (f"{a} / {b}" for a, b in zip(before, other) if a != b)
         drop("prompts differ", next(unequal, before or other))
@@ -710,7 +719,7 @@ def read_pair(args, found, pair):
             drop("prompts differ", f"{prompt} / {before}")
         messages = before
     elif prompt is None:
-        drop("malformed", f"prompt is not valid text: None, and chosen is no dialogue: {pair[0]}")
+        drop("malformed", f"prompt is not valid text: None, and chosen is no dialogue: {chosen}")
     else:
         messages = [user_turn(text_of(prompt, "prompt"))]
     for message in [*messages, chosen, rejected]:
@@ -720,7 +729,7 @@ def read_pair(args, found, pair):
     if found.system.strip() not in ["", *systems]:
         messages = [{"role": "system", "content": found.system}, *messages]
     check_order(messages, found.format)
-    if args.system == "first_user" and messages[0]["role"] == "system":
+    if kit.args.system == "first_user" and messages[0]["role"] == "system":
         system, *messages = messages
         first = next(message for message in messages if message["role"] == "user")
         first["content"] = f"{system['content']}\n\n{first['content']}"
@@ -813,7 +822,7 @@ def load_tokenizer(args):
     backend.no_padding()
     return types.SimpleNamespace(
         tokenizer=tokenizer, backend=backend, template=template,
-        end=end_id, end_token=end, score_header=args.score_header,
+        end=end_id, end_token=end, args=args,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
         bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
         breaks=re.compile(one_of(sorted(alone, key=len)[::-1])),
@@ -857,14 +866,14 @@ def render_chat(kit, messages, answers, found):
         prompt = chat(messages, add_generation_prompt=True)
         texts = chat([[*messages, answer] for answer in answers])
         whole = all(text.startswith(prompt) for text in texts)
-        bare = prompt if whole and not kit.score_header else chat(messages)
+        bare = prompt if whole and not kit.args.score_header else chat(messages)
     except Exception as error:  # a template raises what it likes
         drop("template", f"{type(error).__name__}: {error}")
     if not whole:  # it opens <think> for generation and leaves it out of a conversation
         prompt = os.path.commonprefix([prompt, *texts])
     if not prompt.startswith(bare) or not all(text.endswith(kit.tail) for text in texts):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
-    return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.score_header else prompt
+    return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.args.score_header else prompt
 
 def check_content(said, text, size):
     """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
@@ -938,12 +947,12 @@ def tokenise(kit, prompt: str, texts: list):
     left = size - (sides[0][1](cut - 1)[1] if cut else 0)
     return shared.ids + sides[0][0][:cut], [ids[cut:] for ids, _ in sides], left
 
-def encode(kit, args, messages, answers, found):
+def encode(kit, messages, answers, found):
     """-> (text of the prompt, its token ids, token ids of the two responses)."""
     asked, told = list(map(pieces, messages)), list(map(pieces, answers))
     if not all(told) or not any(asked):
         drop("empty", [messages[-1]["content"], *(answer["content"] for answer in answers)])
-    for _, text in [] if args.plain else sum(asked + told, []):
+    for _, text in [] if kit.args.plain else sum(asked + told, []):
         special = kit.special.search(text)
         if special:
             drop("special token", text[max(0, special.start() - 40):special.end() + 40])
@@ -958,7 +967,7 @@ def encode(kit, args, messages, answers, found):
         drop("identical", answers[0]["content"])
     bos = [i for i in kit.bos if (start + sides[0])[0] != i]
     length = len(bos + start) + max(map(len, sides)) + 1
-    if length > args.max_length:
+    if length > kit.args.max_length:
         drop("too long", f"{length} tokens")
     if not bos + start or left > 64:
         drop("boundary", f"no token of the prompt ends near its end: {prompt[-64:]}")
@@ -976,9 +985,12 @@ def encode(kit, args, messages, answers, found):
     return question, bos + start, *(ids + [kit.end] for ids in sides)
 
 # -- the folder and the summary
+NAMES = ("train", "val")
 SIDES = ("prompt", "chosen", "rejected")
 SCHEMA = pa.schema({side: pa.list_(pa.int32()) for side in SIDES} | {
-    "source": pa.string(), "subset": pa.string(), "id": pa.string(), "weight": pa.float32()})
+    "source": pa.string(), "subset": pa.string(), "id": pa.string(), "weight": pa.float32(),
+    "prompt_text": pa.uint64(), "prompt_id": pa.int64(), "chosen_id": pa.int64(),
+    "rejected_id": pa.int64()})
 OWN = re.compile(r"(train|val)(\.arrow)?|meta\.json|dropped\.jsonl|ref-.*|clean|noisy")
 FIRST_USER = "if the template takes no system turn: --system first_user"
 HINTS = {  # reason of a drop: what to do
@@ -990,23 +1002,25 @@ HINTS = {  # reason of a drop: what to do
     "tools left out by the template": "choose a --model whose template takes tools"}
 
 def chunks(rows):
-    """Lists of entries of all_rows, bounded by rows and by bytes."""
+    """Lists of entries of all_rows, bounded in bytes. The rows are pickled, as they go to another
+    process, which shows their size and leaves out a row that is nested too deep for that."""
     chunk, size = [], 0
     for *place, row in rows:
         try:
-            size += len(pickle.dumps([[[[[row]]]]]))
-        except Exception as error:  # too deep for another process
-            row = f"{type(error).__name__}: {error}"
+            row = pickle.dumps(row)
+        except Exception as error:
+            row = pickle.dumps(f"{type(error).__name__}: {error}")  # no JSON, and so dropped
         chunk.append((*place, row))
-        if len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES:
+        size += len(row)
+        if size > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
 
-def in_parallel(args):
+def in_parallel(args, sources):
     """Results of prepare_chunk in the order of the rows, with few chunks in memory at any time."""
-    parts, work = chunks(all_rows(args)), functools.partial(prepare_chunk, args)
+    parts, work = chunks(all_rows(sources)), functools.partial(prepare_chunk, args)
     mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # cores, if Linux
     workers = args.num_proc or len(mine)
     if workers == 1:
@@ -1020,116 +1034,109 @@ def in_parallel(args):
                 yield waiting.pop(0).result()
         yield from (each.result() for each in waiting)
 
-def write_pairs(args, out, folder):
-    """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> the counts."""
-    sources = find_sources(args)
-    unit = "B" if isinstance(sources[0][2], Path) else " rows"
-    seen = types.SimpleNamespace(
-        rows=0, counts=Counter(), examples={}, hashes=dict(train=[], val=[]))
+def write_pairs(args, sources, folder):
+    """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> counts of the
+    rows {what is counted: Counter}, an example of each reason for a drop."""
+    counts, examples = defaultdict(Counter), {}
+    unit = "B" if isinstance(sources[0].data, Path) else " rows"
     with (open(folder / "dropped.jsonl", "w") as log,
-          tqdm(total=sum(source[-1] for source in sources), unit=unit, unit_scale=True) as bar,
+          tqdm(total=sum(each.size for each in sources), unit=unit, unit_scale=True) as bar,
           pa.ipc.new_stream(f"{folder}/train.arrow", SCHEMA) as train,
           pa.ipc.new_stream(f"{folder}/val.arrow", SCHEMA) as val):
-        writers = {"train": train, "val": val}
-        for rows, batches, hashes, dropped, counts, place in in_parallel(args):
-            for split, batch in batches.items():
-                writers[split].write_batch(batch)
-                seen.hashes[split].append(hashes[split])
+        for rows, place, batches, dropped, found in in_parallel(args, sources):
+            train.write_batch(batches["train"])
+            val.write_batch(batches["val"])
             for record in dropped:
-                seen.examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
+                counts["dropped"][record["reason"]] += 1
+                examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
                 log.write(json.dumps(record) + "\n")
-            seen.rows += rows
-            seen.counts += counts
+            counts["rows"]["all"] += rows
+            for kind, numbers in found.items():
+                counts[kind].update(numbers)
             bar.update(place - bar.n)
-            if not any(kind == "format" for kind, _ in seen.counts):  # nothing is recognised
+            if not counts["formats"]:  # nothing is recognised
                 break
-    check_pairs(args, out, folder, seen)
-    return seen
+    return counts, examples
 
-def check_pairs(args, out, folder, seen):
-    """End the program unless both splits have pairs."""
-    if not seen.rows:
-        fail(f"--dataset {args.dataset} has 0 rows: give others")
-    counts = count(seen)
-    empty = [split for split in ("train", "val") if not counts[split]]
+def count(splits, seen):
+    """Counts of the rows, and the pairs of both splits -> the counts of meta.json, but the longest."""
+    train, val = (splits[name].data.table for name in NAMES)
+    both = pa.concat_tables([train, val])
+    dropped, subsets = seen["dropped"], both["subset"].value_counts().to_pylist()
+    different = both.group_by(["chosen_id", "rejected_id"]).aggregate([]).num_rows
+    in_both = np.intersect1d(train["prompt_text"], val["prompt_text"])
+    return dict(
+        rows=seen["rows"].total(), formats=seen["formats"], pairs_in=len(both) + dropped.total(),
+        pairs_out=len(both), train=len(train), val=len(val), dropped=dropped,
+        subsets={each["values"]: each["counts"] for each in subsets},
+        distinct_prompts=pc.count_distinct(both["prompt_text"]).as_py(),
+        repeats=len(both) - different, prompts_in_both=len(in_both),
+        scores=seen["scores"], looks_rendered=seen["rendered"].total(), unused=seen["unused"])
+
+def check_pairs(args, counts, examples, folder):
+    """End the program unless both splits have pairs; the drops are kept beside --out."""
+    empty = [name for name in NAMES if not counts[name]]
     if not empty:
         return
-    record = f"{out}.dropped.jsonl"
+    rows, dropped = counts["rows"], counts["dropped"]
+    if not rows:
+        fail(f"--dataset {args.dataset} has 0 rows: give others")
+    record = f"{Path(args.out)}.dropped.jsonl"
     shutil.copy(folder / "dropped.jsonl", record)
-    reason = max(counts["dropped"], key=counts["dropped"].get, default="")
-    mostly = f", mostly '{reason}' ({seen.examples[reason]})" if reason else ""
+    reason = max(dropped, key=dropped.get, default="")
+    mostly = f", mostly '{reason}' ({examples[reason]})" if reason else ""
     if not counts["formats"]:
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
-        fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format"
-             f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
-             f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
+        fail(f"--dataset {args.dataset}: no row of the first {rows} has a known format{mostly}; "
+             f"known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; read other "
+             f"layouts by --convert FILE.py:FUNCTION; see {record}")
     way = HINTS.get(reason, HINTS["others"])
     if counts["pairs_out"] and not args.val:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
-    fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} "
+    fail(f"no pair for {' and '.join(empty)}: of {rows} rows of {args.dataset} "
          f"{counts['pairs_out']} pairs with {counts['distinct_prompts']} distinct prompts are kept "
-         f"and {counts['dropped'].total()} dropped{mostly}; {way}; see {record}")
+         f"and {dropped.total()} dropped{mostly}; {way}; see {record}")
 
-def save(args, kit, folder, seen):
-    """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
+def save(kit, folder, splits, counts):
+    """The streamed pairs -> train/, val/ and meta.json -> meta"""
     datasets.disable_progress_bars()
-    distinct, lengths, ids = {}, [], []
-    for split in ("train", "val"):
-        rows = datasets.Dataset.from_file(f"{folder}/{split}.arrow")
-        if pc.all(pc.equal(rows.data.column("weight"), 1)).as_py():
+    distinct = {}
+    for name, rows in splits.items():
+        if pc.all(pc.equal(rows.data["weight"], 1)).as_py():
             rows = rows.remove_columns("weight")
-        rows, distinct[split] = number_texts(rows, np.concatenate(seen.hashes[split]))
-        rows.save_to_disk(f"{folder}/{split}")
-        os.remove(f"{folder}/{split}.arrow")  # stays readable while it is open
-        lengths.append([pc.list_value_length(rows.data.column(side)).to_numpy() for side in SIDES])
-        ids += rows.data.column("id").chunks
-    lengths = np.concatenate(lengths, 1)  # (3, pairs)
-    lengths = dict(zip(SIDES, lengths), pair=lengths.sum(0))
+        rows, distinct[name] = number_texts(rows)
+        rows.save_to_disk(f"{folder}/{name}")
+        os.remove(f"{folder}/{name}.arrow")  # stays readable while it is open
+    both = pa.concat_tables([rows.data.table for rows in splits.values()])
+    lengths = {side: pc.list_value_length(both[side]).to_numpy() for side in SIDES}
+    lengths["pair"] = sum(lengths.values())
     longest = np.argsort(-lengths["pair"], kind="stable")[:5]
-    longest = [[pa.chunked_array(ids)[i].as_py(), int(lengths["pair"][i])] for i in longest]
+    ids = both["id"].take(longest).to_pylist()
+    template = kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16]
     meta = dict(
-        arguments=dataclasses.asdict(args), tokenizer=args.model,
-        vocab_hash=vocab_hash(kit.tokenizer),
-        template_hash=kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16],
-        eos_token=kit.end_token, eos_token_id=kit.end,
-        distinct=distinct, counts=count(seen) | {"longest": longest},
+        arguments=dataclasses.asdict(kit.args), vocab_hash=vocab_hash(kit.tokenizer),
+        template_hash=template, eos_token=kit.end_token, eos_token_id=kit.end, distinct=distinct,
+        counts=counts | {"longest": list(zip(ids, lengths["pair"][longest].tolist()))},
         lengths={name: {f"p{p}": int(np.percentile(n, p, method="higher"))
                         for p in (0, 10, 50, 90, 99, 100)} for name, n in lengths.items()},
         versions={m.__name__: m.__version__ for m in (datasets, transformers, pa, np)}
         | {"python": platform.python_version()})
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    return meta, datasets.load_from_disk(f"{folder}/train")[0]
+    return meta
 
-def number_texts(rows, hashes):
-    """Number the distinct prompts and the distinct responses to them, by the hashes (pairs, 4) of
-    prepare_pair -> rows with these columns, and how many are distinct."""
-    prompts, responses = first_occurrences(hashes[:, 1]), first_occurrences(hashes[:, 2:])
-    rows = rows.add_column("prompt_id", prompts)
-    rows = rows.add_column("chosen_id", responses[:, 0])
-    rows = rows.add_column("rejected_id", responses[:, 1])
-    return rows, dict(prompts=int(prompts.max()) + 1, responses=int(responses.max()) + 1)
-
-def first_occurrences(hashes):
-    """The number of each hash, in the order in which the distinct ones first occur."""
-    numbers = pa.array(hashes.ravel()).dictionary_encode().indices
-    return numbers.to_numpy().astype(int).reshape(hashes.shape)
-
-def count(seen):
-    """The counts of meta.json and of the summary."""
-    kinds = defaultdict(Counter)
-    for (kind, name), n in seen.counts.items():
-        kinds[kind][name] = n
-    hashes = {split: np.concatenate(parts) for split, parts in seen.hashes.items()}
-    prompts = {split: np.unique(pairs[:, 0]) for split, pairs in hashes.items()}
-    both = np.concatenate([hashes["train"], hashes["val"]])
-    return dict(
-        rows=seen.rows, formats=kinds["format"], pairs_in=len(both) + kinds["dropped"].total(),
-        pairs_out=len(both), train=kinds["pairs"]["train"], val=kinds["pairs"]["val"],
-        dropped=kinds["dropped"], subsets=kinds["subset"],
-        distinct_prompts=len(np.unique(both[:, 0])),
-        repeats=len(both) - len(np.unique(both[:, 2:], axis=0)),
-        prompts_in_both=len(np.intersect1d(prompts["train"], prompts["val"])),
-        scores=kinds["order"], looks_rendered=kinds["rendered"][True], unused=kinds["unused"])
+def number_texts(rows):
+    """Number the distinct prompts and the distinct responses to them in the order in which they
+    first occur, in place of their hashes -> rows, {what: how many are distinct}."""
+    distinct = {}
+    for what, names in dict(prompts=["prompt_id"], responses=["chosen_id", "rejected_id"]).items():
+        hashes = np.stack([rows.data[name] for name in names], axis=1)  # (pairs, 1 or 2)
+        encoded = pa.array(hashes.ravel()).dictionary_encode()
+        numbers = encoded.indices.to_numpy().astype(int).reshape(hashes.shape)
+        rows = rows.remove_columns(names)
+        for name, column in zip(names, numbers.T, strict=True):
+            rows = rows.add_column(name, column)
+        distinct[what] = len(encoded.dictionary)
+    return rows.remove_columns("prompt_text"), distinct
 
 def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
@@ -1147,19 +1154,18 @@ def check_out(args, out, part):
 
 def replace(out, part):
     """The new folder takes the place of an earlier one, which goes only when the new one stands."""
-    if not out.exists():
-        part.rename(out)
-        return
     old = Path(f"{out}.old")
-    out.rename(old)
+    if out.exists():
+        out.rename(old)
     try:
         part.rename(out)
     except OSError:
-        old.rename(out)
+        if old.exists():
+            old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
-def report(args, kit, meta, pair):
+def report(kit, meta, pair):
     """Print what was read, what a user may not expect, and a pair."""
     counts, decode = meta["counts"], kit.tokenizer.decode
     lines = [
@@ -1193,7 +1199,7 @@ def report(args, kit, meta, pair):
     lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
     for side in SIDES[1:]:
         lines.append(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
-    print(visible("\n".join([*lines, f"wrote     {args.out}"])))
+    print(visible("\n".join([*lines, f"wrote     {kit.args.out}"])))
 
 if __name__ == "__main__":
     main()
