@@ -19,10 +19,10 @@ dropped; a row that cannot be read counts as one pair. A response ends in exactl
 which is scored: the special token that the template puts after an answer, else the tokenizer's EOS,
 or --eos_token.
 
-Read to line 284: settings, formats, what happens to a row, main. The helpers stand below.
+Read to line 288: settings, formats, what happens to a row, main. The helpers stand below.
 """
-import bisect, csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
-import multiprocessing, os, pickle, platform, random, re, runpy, shutil, signal, sys, time, types
+import csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
+import multiprocessing, os, platform, random, re, runpy, shutil, signal, sys, time, types
 import zlib
 from ast import literal_eval
 from collections import Counter, defaultdict
@@ -150,21 +150,23 @@ PAIRS_OF_A_ROW = 1000  # at most, of many chosen and many rejected answers
 # ---- what happens to a row ----
 
 def prepare_chunk(args, chunk):
-    """Entries of all_rows -> how many, the place in the input that is reached, a batch of pairs for
-    each split, the records of what is dropped, and counts for the summary."""
+    """Entries of all_rows -> a batch of pairs for each split, the records of what is dropped, and
+    counts for the summary."""
     kit, counts = load_tokenizer(args), defaultdict(Counter)
     pairs, dropped = {"train": [], "val": []}, []
-    for target, source, key, number, place, row in chunk:
-        for name, result in prepare_row(kit, key, pickle.loads(row), counts):
+    for target, source, key, number, row in chunk:
+        counts["rows"][source] += 1
+        for name, result in prepare_row(kit, key, row, counts):
             if isinstance(result, ValueError):
                 reason, value = result.args
+                counts["dropped"][reason] += 1
                 dropped.append(dict(file=source, line=number, id=name, reason=reason, value=value))
                 continue
             is_val = result["prompt_text"] / 2**64 < args.val_fraction
             split = target or ("val" if is_val else "train")
             pairs[split].append(result | {"source": source, "id": name})
     batches = {split: pa.RecordBatch.from_pylist(rows, SCHEMA) for split, rows in pairs.items()}
-    return len(chunk), place, batches, dropped, counts
+    return batches, dropped, counts
 
 def prepare_row(kit, key, row, counts):
     """A raw row -> for each of its pairs (id, columns, or the ValueError that dropped it)."""
@@ -178,7 +180,7 @@ def prepare_row(kit, key, row, counts):
             yield from prepare_pairs(kit, name + found.suffix, found)
 
 def prepare_pairs(kit, name, found):
-    """What read_row found -> (id, columns or ValueError) of each chosen with each rejected answer."""
+    """What read_row found -> (id, columns or ValueError) of each chosen with each rejected one."""
     chosen = found.chosen[:PAIRS_OF_A_ROW]
     rejected = found.rejected[:PAIRS_OF_A_ROW // len(chosen)]
     pairs = list(itertools.product(chosen, rejected))
@@ -271,10 +273,10 @@ def main():
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        counts, examples = write_pairs(args, sources, part)
-        splits = {name: datasets.Dataset.from_file(f"{part}/{name}.arrow") for name in NAMES}
+        counts = write_pairs(args, sources, part)
+        splits = {name: datasets.Dataset.from_file(f"{part}/{name}.arrow") for name in SPLITS}
         counts = count(splits, counts)
-        check_pairs(args, counts, examples, part)
+        check_pairs(args, counts, part)
         meta = save(kit, part, splits, counts)
         replace(out, part)
     except OSError as error:
@@ -361,7 +363,7 @@ def convert_row(kit, row, counts):
 
 # -- files and rows
 FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
-CHUNK_BYTES = 2**18  # of rows that a process handles at once
+CHUNK_SIZE = 2**18  # characters of the rows that a process handles at once
 
 def file_names(text):
     """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
@@ -373,8 +375,8 @@ def kind_of(path):
     return FILE.fullmatch(path.name)[2]
 
 def find_sources(args):
-    """What to read, file by file or data set by data set. `target` is the split that the rows go
-    to, or "" if their prompts decide; `split` is the source's own; `stem` begins the ids."""
+    """Files and data sets to read, each with its rows, the split that these go to ("" if their
+    prompts decide), its name, where it is, the stem of its ids, its size in bytes or rows."""
     inputs = [("train" if args.val else "", args.dataset, args.split)]
     if args.val and (file_names(args.val) or os.path.exists(args.val)):
         inputs.append(("val", args.val, args.split))
@@ -385,15 +387,14 @@ def find_sources(args):
         mark = "" if split == args.split else f"{split}/"
         for path in file_names(text):
             check_file(args, path, split)
-            stem = mark + FILE.fullmatch(path.name)[1]
             sources.append(types.SimpleNamespace(
-                target=target, split=split, data=path, place=str(path), name=path.name, stem=stem,
-                size=path.stat().st_size))
+                rows=file_rows(path, split), target=target, name=path.name, place=str(path),
+                stem=mark + FILE.fullmatch(path.name)[1], size=path.stat().st_size))
         if not file_names(text):
-            rows = load_rows(args, text, split)
+            table = load_table(args, text, split)
             sources.append(types.SimpleNamespace(
-                target=target, split=split, data=rows, place=text, name=text, stem=mark + text,
-                size=len(rows)))
+                rows=table_rows(table), target=target, name=text, place=text, stem=mark + text,
+                size=len(table)))
     stems = Counter(source.stem for source in sources)
     for source in sources:
         if stems[source.stem] > 1:  # ids are unique over all files
@@ -408,7 +409,7 @@ def check_file(args, path, split):
     if split != "train" and kind_of(path) != "json":
         fail(f"{path} has no split {split}: give --val a file, or leave --split out")
 
-def load_rows(args, name, split):
+def load_table(args, name, split):
     """A split of a hub dataset, of a folder of files, or of a folder made by save_to_disk."""
     try:
         if Path(name, "dataset_dict.json").exists() or Path(name, "state.json").exists():
@@ -424,34 +425,35 @@ def load_rows(args, name, split):
              f"{short(error)}; give a hub name, a folder, or .jsonl, .json, .csv, .tsv or .parquet "
              "files (.gz, .zst); quote a name that has a comma")
 
-def all_rows(sources):
-    """(split or "", source, id, line or row number from 1, place in the whole input, row: a dict or
-    the JSON text of one)"""
+def all_rows(sources, bar):
+    """-> (split or "", source, id, number, row: a dict or the JSON text of one)"""
     start = 0
     for source in sources:
         number = 0
         try:
-            for number, row, place in read_rows(source):
-                key = f"{source.stem}:{number:06d}"
-                yield source.target, source.name, key, number, start + place, row
+            for number, row, place in source.rows:
+                bar.update(start + place - bar.n)
+                yield source.target, source.name, f"{source.stem}:{number:06d}", number, row
         except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
             fail(f"cannot read {source.place} after row {number}: {short(error)}; check --dataset "
                  "or the file")
         start += source.size
 
-def read_rows(source):
-    """-> (line or row number from 1, row, how many bytes of the file or rows are read)"""
-    if not isinstance(source.data, Path):
-        batches = source.data.iter(batch_size(source.data.data.nbytes, source.size))
-        for number, row in enumerate(arrow_rows(batches), 1):
-            yield number, row, number
-        return
-    with open(source.data, "rb") as raw:
-        read = parquet_rows if kind_of(source.data) == "parquet" else text_rows
-        rows, total = read(source.data, raw, source.split)
+def file_rows(path, split):
+    """-> (line or row number from 1, row, how many bytes of the file are read)"""
+    with open(path, "rb") as raw:
+        read = parquet_rows if kind_of(path) == "parquet" else text_rows
+        rows, total = read(path, raw, split)
+        size = path.stat().st_size
         for number, row in enumerate(rows, 1):
             if row != "":  # a blank line
-                yield number, row, source.size * number / total if total else raw.tell()
+                yield number, row, size * number / total if total else raw.tell()
+
+def table_rows(table):
+    """A datasets.Dataset -> (row number, row, how many rows are read)"""
+    batches = table.iter(batch_size(table.data.nbytes, len(table)))
+    for number, row in enumerate(arrow_rows(batches), 1):
+        yield number, row, number
 
 def unzip(path, raw):
     if path.suffix == ".zst":
@@ -460,7 +462,7 @@ def unzip(path, raw):
 
 def text_rows(path, raw, split):
     """Of .jsonl, .json, .csv or .tsv in UTF-8, 16 or 32; bytes that are no text spoil their row.
-    -> (rows, how many, or None if it is not known)"""
+    -> (rows, how many, or None if that is not known)"""
     stream = unzip(path, raw)
     encoding = json.detect_encoding(stream.peek(4)[:4])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
@@ -469,16 +471,15 @@ def text_rows(path, raw, split):
     return rows, len(rows) if isinstance(rows, list) else None
 
 def parquet_rows(path, raw, split):
-    """The index of a parquet file is at its end, to which one cannot seek in .gz."""
+    """-> (rows, how many). In .gz one cannot seek the index, which is at the end of the file."""
     stream = unzip(path, raw)
     file = pq.ParquetFile(raw if stream is raw else pa.BufferReader(stream.read()))
-    groups = range(file.num_row_groups)
-    memory = sum(file.metadata.row_group(i).total_byte_size for i in groups)
-    rows = file.metadata.num_rows
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    memory, rows = sum(group.total_byte_size for group in groups), file.metadata.num_rows
     return arrow_rows(file.iter_batches(batch_size(memory, rows))), rows
 
 def batch_size(memory, rows):
-    return max(1, CHUNK_BYTES * rows // max(1, memory))
+    return max(1, CHUNK_SIZE * rows // max(1, memory))
 
 def arrow_rows(batches):
     for batch in batches:
@@ -497,29 +498,24 @@ def csv_rows(text, path):
     delimiter = "\t" if kind_of(path) == "tsv" else max(",;\t", key=header.count)
     for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
         cells = {str(name).strip(): cell or None for name, cell in row.items()}
-        yield f"too long: {row}" if None in row else cells  # None has cells without a column
+        too_long = ValueError("malformed", short(f"more cells than columns: {row}"))
+        yield too_long if None in row else cells  # None has cells without a column
 
 def json_rows(text, path, split):
-    """The rows of .json or .jsonl, each as the JSON text of its line or lines; but if the whole file
-    is one JSON value, the rows that this has."""
-    start, filled = [], []
-    for line in text:
-        start.append(line)
-        if line.strip():
-            filled.append(line.strip())
-        if len(filled) == 2:
-            break
-    first = filled[0] if filled else ""
-    lines = kind_of(path) == "jsonl" and first not in ("[", "{") and not first.startswith("[{")
-    if lines or (len(filled) == 2 and isinstance(attempt(json.loads, first.rstrip(",")), dict)):
-        return (line.strip().rstrip(",") for line in itertools.chain(start, text))
-    whole = "".join(start) + text.read()
+    """The rows of .json or .jsonl as JSON text, which can be sent to another process however deep
+    it is nested: those of one JSON value, or else each object, on a line or pretty-printed."""
+    first = text.readline()
+    one_value = first.strip() in ("[", "{") or first.startswith("[{")
+    if kind_of(path) == "jsonl" and not one_value:
+        return (line.strip().rstrip(",") for line in itertools.chain([first], text))
+    whole = first + text.read()
     value = attempt(json.loads, whole)
     if isinstance(value, (dict, list)):
-        return rows_in(value, path, split)
-    if kind_of(path) == "jsonl" or first.startswith("{"):  # objects one after another
-        return [part.strip().rstrip(",") for part in re.split(r"\n(?=\{)", whole)]
-    fail(f"{path} is not JSON, or no list of rows: {value}; give a list of rows, or .jsonl")
+        return [attempt(json.dumps, row) for row in rows_in(value, path, split)]
+    if kind_of(path) == "json" and not whole.lstrip().startswith("{"):
+        fail(f"{path} is not JSON, or no list of rows: {value}; give a list of rows, or .jsonl")
+    lines = re.split(r"\n(?![\s\]}])", whole.strip())  # a line that goes on with a row is indented
+    return [line.strip().rstrip(",") for line in lines]
 
 def rows_in(value, path, split):
     """The rows of one JSON value: a list, a list under a key, columns, rows by id, or one row."""
@@ -552,16 +548,15 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", 
              function_call="assistant")
 HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
-MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_?(\d+|path|file|url|id|name|bytes)s?)?")
+MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_?(\d+|path|file|url|id|name|bytes)s?)?",
+                   re.IGNORECASE)
 RENDERED = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<start_of_turn>|\[/?INST\]|"
                       r"### ?(Instruction|Human|User|Response)|(^|\n)Human: |USER: ")
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["']\w+["']:\s*["']?[\w.-]*["']?,\s*)*"""  # "id": 7,
                       r"""["'](role|from|content|value)["']\s*:""")  # as text
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-SCORES = [(f"{word}_chosen", f"{word}_rejected") for word in ("score", "rating", "reward")]
-SCORES += [(f"chosen{mark}{word}", f"rejected{mark}{word}")
-           for mark, word in itertools.product("_-", ("score", "rating", "reward"))]
+SCORE = re.compile("(score|rating|reward)_chosen|chosen[_-](score|rating|reward)")
 VERDICTS = dict(chosen=1, tie=0, tied=0, equal=0, same=0, draw=0, both=0, neither=0, rejected=-1)
 
 def as_list(value):
@@ -573,13 +568,12 @@ def is_blank(value):
         return all(map(is_blank, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, str) and not value.strip()
 
-@functools.lru_cache(4096)
 def is_media(name):
-    return bool(MEDIA.fullmatch(str(name).lower()))
+    return bool(MEDIA.fullmatch(str(name)))
 
 def find_media(values):
     """The first key of a dict that stands for an image, a video or a sound and is not blank."""
-    return next((key for key in values if is_media(key) and not is_blank(values[key])), None)
+    return next((name for name in values if is_media(name) and not is_blank(values[name])), None)
 
 def text_of(value, name):
     if not isinstance(value, str) or HALF.search(value):
@@ -616,7 +610,8 @@ def as_messages(value):
 def prompt_column(row):
     """The column of the prompt, if possible one that is not empty; None if there is none."""
     there = [name for name in PROMPTS if name in row]
-    return next((name for name in there if not is_blank(row[name])), there[0] if there else None)
+    filled = [name for name in there if not is_blank(row[name])]
+    return next(iter(filled + there), None)
 
 def is_several(answer):
     return isinstance(answer, list) and bool(answer) and not isinstance(answer[0], dict)
@@ -689,15 +684,34 @@ def read_tools(value):
     """A list of tools, or one, of which all or each may be JSON text -> the list."""
     return [from_json(tool, "a tool") for tool in as_list(from_json(value, "tools") or [])]
 
+def read_turns(value, name, role):
+    """A column -> its messages; a text is one, of this role."""
+    value = as_messages(value)
+    if isinstance(value, (list, dict)):
+        return [read_message(each, name) for each in as_list(value)]
+    return [{"role": role, "content": text_of(value, name)}]
+
 def read_answer(value, name):
     """One side of a pair -> messages before the answer, the answer as a message."""
-    value = as_messages(value)
-    if not isinstance(value, (list, dict)):
-        return [], {"role": "assistant", "content": text_of(value, name)}
-    messages = [read_message(each, name) for each in as_list(value)]
-    if not messages or messages[-1]["role"] != "assistant":
+    turns = read_turns(value, name, "assistant")
+    if not turns or turns[-1]["role"] != "assistant":
         drop("malformed", f"{name} does not end with an assistant turn: {value}")
-    return messages[:-1], messages[-1]
+    return turns[:-1], turns[-1]
+
+def read_prompt(prompt, before, answers):
+    """The prompt of a row and the messages before its answers -> all messages, each once."""
+    prompt = as_messages(prompt)
+    if before and not isinstance(prompt, (list, dict)):  # its text only repeats some of `before`
+        text, turns = str(prompt or "").strip(), [turn["content"] for turn in before]
+        if text and not any(find_end(text, turn) or find_end(turn, text) for turn in turns):
+            drop("prompts differ", f"{prompt} / {before}")
+        return before
+    if prompt is None:
+        drop("malformed", "prompt is not valid text: None, and the answers are no dialogue")
+    turns = read_turns(prompt, "prompt", "user")
+    if turns and turns[-1] in answers:  # the conversation with its answer
+        turns.pop()
+    return overlap(turns, before)
 
 def read_pair(kit, found, chosen, rejected):
     """Raw chosen and rejected answer of a row -> messages before the answer, [the two answers]."""
@@ -706,22 +720,7 @@ def read_pair(kit, found, chosen, rejected):
     if before != other:
         unequal = (f"{a} / {b}" for a, b in zip(before, other) if a != b)
         drop("prompts differ", next(unequal, before or other))
-    prompt = as_messages(found.prompt)
-    if isinstance(prompt, (list, dict)):
-        turns = [read_message(each, "prompt") for each in as_list(prompt)]
-        if turns and turns[-1] in (chosen, rejected):  # the conversation with its answer
-            turns.pop()
-        messages = overlap(turns, before)
-    elif before:  # beside a conversation, the text of a prompt only repeats some of it
-        text, turns = str(prompt or "").strip(), [turn["content"] for turn in before]
-        same = [find_end(text, turn) or find_end(turn, text) for turn in turns]
-        if text and not any(same):
-            drop("prompts differ", f"{prompt} / {before}")
-        messages = before
-    elif prompt is None:
-        drop("malformed", f"prompt is not valid text: None, and chosen is no dialogue: {chosen}")
-    else:
-        messages = [user_turn(text_of(prompt, "prompt"))]
+    messages = read_prompt(found.prompt, before, [chosen, rejected])
     for message in [*messages, chosen, rejected]:
         tools = read_tools(message.pop("tools", []))
         found.tools += [tool for tool in tools if tool not in found.tools]
@@ -760,8 +759,9 @@ def check_order(messages, format):
 def own_order(values):
     """agree, tie or contradict: what a row's own scores say of its chosen and rejected answer."""
     gaps = []
-    for chosen, rejected in SCORES:
-        scores = number(values.get(chosen)), number(values.get(rejected))
+    for chosen in [name for name in values if SCORE.fullmatch(str(name))]:
+        rejected = chosen.replace("chosen", "rejected")
+        scores = [number(values.get(name)) for name in (chosen, rejected)]
         if None not in scores:
             gaps.append(scores[0] - scores[1])
             del values[chosen], values[rejected]
@@ -769,11 +769,14 @@ def own_order(values):
         value = values[name]
         gap = number(VERDICTS.get(str(value).strip().lower(), value))
         if gap is not None:
+            is_class = name == "label" and not isinstance(value, str)  # 1 or 0
+            gaps.append(gap - 0.5 if is_class else gap)
             del values[name]
-            gaps.append(gap - 0.5 if name == "label" and not isinstance(value, str) else gap)
     if not gaps:
         return "none"
-    return "contradict" if min(gaps) < 0 else "tie" if min(gaps) == 0 else "agree"
+    if min(gaps) == 0:
+        return "tie"
+    return "agree" if min(gaps) > 0 else "contradict"
 
 # -- rendering: messages -> text
 def tokenizer_folder(name):
@@ -790,48 +793,49 @@ def load_tokenizer(args):
     """What rendering needs, once per process. `tail` is what the template writes after an answer,
     from its end token on; it is cut off, and the end token comes back as the id `end`."""
     probe = [user_turn("Q"), {"role": "assistant", "content": "An answer."}]
+    folder, tail = tokenizer_folder(args.model), ""
+    trust = dict(trust_remote_code=args.trust_remote_code)
     try:
-        folder, trust = tokenizer_folder(args.model), dict(trust_remote_code=args.trust_remote_code)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
         has_template = tokenizer.chat_template and not args.plain
         template = tokenizer.get_chat_template() if has_template else ""
-        text = tokenizer.apply_chat_template(probe, tokenize=False) if template else ""
+        if template:
+            text = tokenizer.apply_chat_template(probe, tokenize=False)
+            tail = text.rpartition("An answer.")[2]
     except Exception as error:  # a wrong name, no network, a broken file or template: all differ
         fail(f"tokenizer or template of --model {args.model}: {short(error)}; check the name, "
              "or --plain if the template is at fault")
     if args.score_header and not template:
         fail(f"--score_header needs a chat template: leave out --plain, or change {args.model}")
-    tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
-    special = one_of(t.content for t in tokens if t.special)
-    alone = [t.content for t in tokens if not (t.normalized or t.lstrip or t.single_word)]
-    named = re.escape(args.eos_token) if args.eos_token and args.eos_token in tail else special
-    found = re.search(named, tail)
-    end = args.eos_token or (found[0] if found else tokenizer.eos_token)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **trust)
         rows = config.get_text_config().vocab_size
     except Exception:  # a folder with a tokenizer and no model
         rows = len(tokenizer)
+    tokens = tokenizer.added_tokens_decoder.values()
+    special = one_of(token.content for token in tokens if token.special)
+    found = re.search(re.escape(args.eos_token) or special, tail) or re.search(special, tail)
+    end = args.eos_token or (found[0] if found else tokenizer.eos_token)
     end_id = tokenizer.get_vocab().get(end, rows)
     if not tokenizer.is_fast or end_id >= rows:
         fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
              f"token {end!r} in its vocabulary and its embedding of {rows} rows; set --eos_token")
-    bos = [] if template else tokenizer("a").input_ids[:1]
     backend = tokenizer.backend_tokenizer  # 1.3 x as fast as through the wrapper
     backend.no_truncation()  # --max_length decides
     backend.no_padding()
+    first = [] if template else tokenizer("a").input_ids[:1]
+    whole = (each for each in tokens if not (each.normalized or each.lstrip or each.single_word))
     return types.SimpleNamespace(
-        tokenizer=tokenizer, backend=backend, template=template,
-        end=end_id, end_token=end, args=args,
+        args=args, tokenizer=tokenizer, backend=backend, template=template, rows=rows,
+        bos=first if first == [tokenizer.bos_token_id] else [], end=end_id, end_token=end,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
-        bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
-        breaks=re.compile(one_of(sorted(alone, key=len)[::-1])),
-        seams=re.compile(rf"\s*({one_of(t.content for t in tokens)})\s*"),
-        normalizer=backend.normalizer, rows=rows if rows < len(tokenizer) else 0)
+        special=re.compile(special), breaks=re.compile(one_of(each.content for each in whole)),
+        seams=re.compile(rf"\s*({one_of(each.content for each in tokens)})\s*"))
 
 def one_of(texts):
-    """A regular expression that matches any of the texts."""
-    return "|".join(map(re.escape, texts)) or "(?!)"  # which matches nothing
+    """A regular expression that matches any of the texts, the longest first."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
 
 def render(kit, messages, answers, found):
     """-> (text of the prompt, [prompt + answer, without end token], the part that is not scored),
@@ -873,7 +877,8 @@ def render_chat(kit, messages, answers, found):
         prompt = os.path.commonprefix([prompt, *texts])
     if not prompt.startswith(bare) or not all(text.endswith(kit.tail) for text in texts):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
-    return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.args.score_header else prompt
+    texts = [text.removesuffix(kit.tail) for text in texts]
+    return prompt, texts, bare if kit.args.score_header else prompt
 
 def check_content(said, text, size):
     """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
@@ -926,7 +931,8 @@ def pieces_of_tools(tools):
 # -- tokens
 def canonical(kit, text: str) -> str:
     """Text without what tokenizers change on purpose: normal form, spaces around special tokens."""
-    text = kit.normalizer.normalize_str(text) if kit.normalizer else text
+    normalizer = kit.backend.normalizer
+    text = normalizer.normalize_str(text) if normalizer else text
     return kit.seams.sub(r"\1", text.replace("\u2581", " ")).lstrip(" ")  # SentencePiece's space
 
 def tokenise(kit, prompt: str, texts: list):
@@ -939,20 +945,26 @@ def tokenise(kit, prompt: str, texts: list):
     at = max((found.start() for found in kit.breaks.finditer(prompt)), default=0)
     parts = [prompt[:at], *(text[at:] for text in texts)]
     shared, *coded = kit.backend.encode_batch(parts, add_special_tokens=False)
-    sides, size = [(each.ids, each.token_to_chars) for each in coded], len(prompt) - at
-    cut = min(bisect.bisect(range(len(ids)), size, key=lambda i: span(i)[1]) for ids, span in sides)
-    cut = len(os.path.commonprefix([ids[:cut] for ids, _ in sides]))
-    while cut and any(len(ids) > cut and span(cut)[0] < span(cut - 1)[1] for ids, span in sides):
+    sides, size = [each.ids for each in coded], len(prompt) - at
+    places = [each.token_to_chars for each in coded]  # number of a token -> its (start, end)
+    cut = len(os.path.commonprefix(sides))
+    while cut and not all(is_boundary(cut, *each, size) for each in zip(sides, places)):
         cut -= 1
-    left = size - (sides[0][1](cut - 1)[1] if cut else 0)
-    return shared.ids + sides[0][0][:cut], [ids[cut:] for ids, _ in sides], left
+    left = size - (places[0](cut - 1)[1] if cut else 0)
+    return shared.ids + sides[0][:cut], [ids[cut:] for ids in sides], left
+
+def is_boundary(cut, ids, place, size):
+    """Do `cut` tokens end inside the prompt, and not inside a character?"""
+    end = place(cut - 1)[1]
+    return end <= size and (cut == len(ids) or end <= place(cut)[0])
 
 def encode(kit, messages, answers, found):
     """-> (text of the prompt, its token ids, token ids of the two responses)."""
     asked, told = list(map(pieces, messages)), list(map(pieces, answers))
     if not all(told) or not any(asked):
         drop("empty", [messages[-1]["content"], *(answer["content"] for answer in answers)])
-    for _, text in [] if kit.args.plain else sum(asked + told, []):
+    said = [] if kit.args.plain else sum(asked + told, [])
+    for _, text in said:
         special = kit.special.search(text)
         if special:
             drop("special token", text[max(0, special.start() - 40):special.end() + 40])
@@ -972,20 +984,23 @@ def encode(kit, messages, answers, found):
     if not bos + start or left > 64:
         drop("boundary", f"no token of the prompt ends near its end: {prompt[-64:]}")
     for ids, text in zip(sides, texts, strict=True):
-        back = kit.backend.decode(start + ids, skip_special_tokens=False)
-        if back != text and canonical(kit, back) != canonical(kit, text):
-            at = max(0, len(os.path.commonprefix([back, text])) - 20)
-            drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
+        check_ids(kit, start + ids, text)
         if kit.end in ids:
             drop("special token", f"{kit.end_token} inside a response: {text[len(prompt):]}")
-    largest = max(start + sides[0] + sides[1]) if kit.rows else -1
-    if kit.rows and largest >= kit.rows:
-        token = kit.tokenizer.convert_ids_to_tokens(largest)
-        drop("beyond the embedding", f"id {largest}, {token!r}; the model has {kit.rows} rows")
     return question, bos + start, *(ids + [kit.end] for ids in sides)
 
+def check_ids(kit, ids, text):
+    """Drop a pair whose token ids do not give its text back, or do not fit the model."""
+    back = kit.backend.decode(ids, skip_special_tokens=False)
+    if back != text and canonical(kit, back) != canonical(kit, text):
+        at = max(0, len(os.path.commonprefix([back, text])) - 20)
+        drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
+    if max(ids) >= kit.rows:
+        token = kit.tokenizer.convert_ids_to_tokens(max(ids))
+        drop("beyond the embedding", f"id {max(ids)}, {token!r}; the model has {kit.rows} rows")
+
 # -- the folder and the summary
-NAMES = ("train", "val")
+SPLITS = ("train", "val")
 SIDES = ("prompt", "chosen", "rejected")
 SCHEMA = pa.schema({side: pa.list_(pa.int32()) for side in SIDES} | {
     "source": pa.string(), "subset": pa.string(), "id": pa.string(), "weight": pa.float32(),
@@ -1002,65 +1017,53 @@ HINTS = {  # reason of a drop: what to do
     "tools left out by the template": "choose a --model whose template takes tools"}
 
 def chunks(rows):
-    """Lists of entries of all_rows, bounded in bytes. The rows are pickled, as they go to another
-    process, which shows their size and leaves out a row that is nested too deep for that."""
+    """Lists of entries of all_rows, bounded in characters."""
     chunk, size = [], 0
-    for *place, row in rows:
-        try:
-            row = pickle.dumps(row)
-        except Exception as error:
-            row = pickle.dumps(f"{type(error).__name__}: {error}")  # no JSON, and so dropped
-        chunk.append((*place, row))
-        size += len(row)
-        if size > CHUNK_BYTES:
+    for entry in rows:
+        chunk.append(entry)
+        size += len(str(entry))
+        if size > CHUNK_SIZE:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
 
-def in_parallel(args, sources):
+def in_parallel(args, rows):
     """Results of prepare_chunk in the order of the rows, with few chunks in memory at any time."""
-    parts, work = chunks(all_rows(sources)), functools.partial(prepare_chunk, args)
-    mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # cores, if Linux
+    parts, work = chunks(rows), functools.partial(prepare_chunk, args)
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     workers = args.num_proc or len(mine)
     if workers == 1:
         yield from map(work, parts)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = []  # few: map alone would read all rows
-        for chunk in parts:
-            waiting.append(pool.submit(work, chunk))
-            if len(waiting) > 4 * workers:
-                yield waiting.pop(0).result()
-        yield from (each.result() for each in waiting)
+        for chunk in parts:  # pool.map would read all rows, so it gets eight chunks per worker
+            some = itertools.chain([chunk], itertools.islice(parts, 8 * workers - 1))
+            yield from pool.map(work, some)
 
 def write_pairs(args, sources, folder):
     """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> counts of the
-    rows {what is counted: Counter}, an example of each reason for a drop."""
-    counts, examples = defaultdict(Counter), {}
-    unit = "B" if isinstance(sources[0].data, Path) else " rows"
+    rows {what is counted: Counter}."""
+    counts = defaultdict(Counter)
+    size = sum(source.size for source in sources)
+    unit = "B" if file_names(args.dataset) else " rows"
     with (open(folder / "dropped.jsonl", "w") as log,
-          tqdm(total=sum(each.size for each in sources), unit=unit, unit_scale=True) as bar,
+          tqdm(total=size, unit=unit, unit_scale=True) as bar,
           pa.ipc.new_stream(f"{folder}/train.arrow", SCHEMA) as train,
           pa.ipc.new_stream(f"{folder}/val.arrow", SCHEMA) as val):
-        for rows, place, batches, dropped, found in in_parallel(args, sources):
+        for batches, dropped, found in in_parallel(args, all_rows(sources, bar)):
             train.write_batch(batches["train"])
             val.write_batch(batches["val"])
-            for record in dropped:
-                counts["dropped"][record["reason"]] += 1
-                examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
-                log.write(json.dumps(record) + "\n")
-            counts["rows"]["all"] += rows
+            log.writelines(json.dumps(record) + "\n" for record in dropped)
             for kind, numbers in found.items():
                 counts[kind].update(numbers)
-            bar.update(place - bar.n)
             if not counts["formats"]:  # nothing is recognised
                 break
-    return counts, examples
+    return counts
 
 def count(splits, seen):
-    """Counts of the rows, and the pairs of both splits -> the counts of meta.json, but the longest."""
-    train, val = (splits[name].data.table for name in NAMES)
+    """The pairs of both splits, what is seen in the rows -> the counts of meta.json."""
+    train, val = (splits[name].data.table for name in SPLITS)
     both = pa.concat_tables([train, val])
     dropped, subsets = seen["dropped"], both["subset"].value_counts().to_pylist()
     different = both.group_by(["chosen_id", "rejected_id"]).aggregate([]).num_rows
@@ -1073,29 +1076,29 @@ def count(splits, seen):
         repeats=len(both) - different, prompts_in_both=len(in_both),
         scores=seen["scores"], looks_rendered=seen["rendered"].total(), unused=seen["unused"])
 
-def check_pairs(args, counts, examples, folder):
+def check_pairs(args, counts, folder):
     """End the program unless both splits have pairs; the drops are kept beside --out."""
-    empty = [name for name in NAMES if not counts[name]]
+    empty = [name for name in SPLITS if not counts[name]]
     if not empty:
         return
-    rows, dropped = counts["rows"], counts["dropped"]
-    if not rows:
-        fail(f"--dataset {args.dataset} has 0 rows: give others")
-    record = f"{Path(args.out)}.dropped.jsonl"
+    record = Path(f"{Path(args.out)}.dropped.jsonl")
     shutil.copy(folder / "dropped.jsonl", record)
-    reason = max(dropped, key=dropped.get, default="")
-    mostly = f", mostly '{reason}' ({examples[reason]})" if reason else ""
-    if not counts["formats"]:
+    mostly, way = "", "give others"
+    if counts["dropped"]:
+        reason = max(counts["dropped"], key=counts["dropped"].get)
+        records = map(json.loads, record.read_text().splitlines())
+        example = next(each for each in records if each["reason"] == reason)
+        mostly = f", mostly '{reason}' ({example['id']}: {example['value']})"
+        way = HINTS.get(reason, HINTS["others"])
+    if counts["rows"] and not counts["formats"]:
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
-        fail(f"--dataset {args.dataset}: no row of the first {rows} has a known format{mostly}; "
-             f"known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; read other "
-             f"layouts by --convert FILE.py:FUNCTION; see {record}")
-    way = HINTS.get(reason, HINTS["others"])
-    if counts["pairs_out"] and not args.val:
+        way = (f"no row so far has a known format: {', '.join(names)}, a prompt under "
+               f"{', '.join(PROMPTS)}; read other layouts by --convert FILE.py:FUNCTION")
+    elif counts["pairs_out"] and not args.val:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
-    fail(f"no pair for {' and '.join(empty)}: of {rows} rows of {args.dataset} "
+    fail(f"no pair for {' and '.join(empty)}: of {counts['rows']} rows of {args.dataset} "
          f"{counts['pairs_out']} pairs with {counts['distinct_prompts']} distinct prompts are kept "
-         f"and {dropped.total()} dropped{mostly}; {way}; see {record}")
+         f"and {counts['dropped'].total()} dropped{mostly}; {way}; see {record}")
 
 def save(kit, folder, splits, counts):
     """The streamed pairs -> train/, val/ and meta.json -> meta"""
@@ -1108,19 +1111,15 @@ def save(kit, folder, splits, counts):
         rows.save_to_disk(f"{folder}/{name}")
         os.remove(f"{folder}/{name}.arrow")  # stays readable while it is open
     both = pa.concat_tables([rows.data.table for rows in splits.values()])
-    lengths = {side: pc.list_value_length(both[side]).to_numpy() for side in SIDES}
-    lengths["pair"] = sum(lengths.values())
-    longest = np.argsort(-lengths["pair"], kind="stable")[:5]
-    ids = both["id"].take(longest).to_pylist()
-    template = kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16]
+    tokens = sum(pc.list_value_length(both[side]).to_numpy() for side in SIDES)  # (pairs,)
+    longest = np.argsort(-tokens, kind="stable")[:5]
+    longest = list(zip(both["id"].take(longest).to_pylist(), tokens[longest].tolist()))
+    versions = {each.__name__: each.__version__ for each in (datasets, transformers, pa, np)}
     meta = dict(
         arguments=dataclasses.asdict(kit.args), vocab_hash=vocab_hash(kit.tokenizer),
-        template_hash=template, eos_token=kit.end_token, eos_token_id=kit.end, distinct=distinct,
-        counts=counts | {"longest": list(zip(ids, lengths["pair"][longest].tolist()))},
-        lengths={name: {f"p{p}": int(np.percentile(n, p, method="higher"))
-                        for p in (0, 10, 50, 90, 99, 100)} for name, n in lengths.items()},
-        versions={m.__name__: m.__version__ for m in (datasets, transformers, pa, np)}
-        | {"python": platform.python_version()})
+        eos_token=kit.end_token, eos_token_id=kit.end, distinct=distinct,
+        counts=counts | {"longest": longest},
+        versions=versions | {"python": platform.python_version()})
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return meta
 
@@ -1192,9 +1191,6 @@ def report(kit, meta, pair):
                      "order of their answers; --drop_ties leaves out the latter two")
     longest = [f"{name} {n:,}" for name, n in counts["longest"]]
     lines.append(f"longest   {', '.join(longest)} tokens")
-    for name, points in meta["lengths"].items():
-        points = "  ".join(f"{p} {n:>5,}" for p, n in points.items())
-        lines.append(f"{name:10}{points}  tokens")
     start = decode(pair["prompt"])
     lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
     for side in SIDES[1:]:
