@@ -19,7 +19,7 @@ dropped; a row that cannot be read counts as one pair. A response ends in exactl
 which is scored: the special token that the template puts after an answer, else the tokenizer's EOS,
 or --eos_token.
 
-Read to line 288: settings, formats, what happens to a row, main. The helpers stand below.
+Read to line 291: settings, formats, what happens to a row, main. The helpers stand below.
 """
 import csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
 import multiprocessing, os, platform, random, re, runpy, shutil, signal, sys, time, types
@@ -90,7 +90,8 @@ def read_choice(row, kit):
     return prompt, [replies[right]], replies[:right] + replies[right + 1:]
 
 def read_sharegpt(row, kit):
-    return None if is_blank(row["conversations"]) else read_any(row, kit)
+    if not is_blank(row["conversations"]):
+        return read_any(row, kit)
 
 def read_alpaca(row, kit):
     """instruction and input are one question, history the turns before it: pairs or messages."""
@@ -122,12 +123,13 @@ def read_dialogue(row, kit):
     return turns, [row.pop("chosen").strip()], [row.pop("rejected").strip()]
 
 def read_several(row, kit):
-    return read_any(row, kit) if is_several(row["chosen"]) or is_several(row["rejected"]) else None
+    if is_several(row["chosen"]) or is_several(row["rejected"]):
+        return read_any(row, kit)
 
 def read_conversation(row, kit):
     values = [row["chosen"], row["rejected"], row.get(prompt_column(row))]
-    lists = any(isinstance(as_messages(value), (list, dict)) for value in values)
-    return read_any(row, kit) if lists else None
+    if any(isinstance(as_messages(value), (list, dict)) for value in values):
+        return read_any(row, kit)
 
 def read_any(row, kit):
     return row.pop(prompt_column(row), None), *pop_answers(row)
@@ -150,11 +152,11 @@ PAIRS_OF_A_ROW = 1000  # at most, of many chosen and many rejected answers
 # ---- what happens to a row ----
 
 def prepare_chunk(args, chunk):
-    """Entries of all_rows -> a batch of pairs for each split, the records of what is dropped, and
-    counts for the summary."""
+    """Entries of all_rows -> the place in the input that is reached, a batch of pairs for each
+    split, the records of what is dropped, and counts for the summary."""
     kit, counts = load_tokenizer(args), defaultdict(Counter)
     pairs, dropped = {"train": [], "val": []}, []
-    for target, source, key, number, row in chunk:
+    for target, source, key, number, place, row in chunk:
         counts["rows"][source] += 1
         for name, result in prepare_row(kit, key, row, counts):
             if isinstance(result, ValueError):
@@ -166,7 +168,7 @@ def prepare_chunk(args, chunk):
             split = target or ("val" if is_val else "train")
             pairs[split].append(result | {"source": source, "id": name})
     batches = {split: pa.RecordBatch.from_pylist(rows, SCHEMA) for split, rows in pairs.items()}
-    return batches, dropped, counts
+    return place, batches, dropped, counts
 
 def prepare_row(kit, key, row, counts):
     """A raw row -> for each of its pairs (id, columns, or the ValueError that dropped it)."""
@@ -210,14 +212,15 @@ def read_row(kit, row, key, counts):
         drop(f"scores {order}", {name: row[name] for name in row if name not in values})
     named = [column for column in SUBSETS if values.get(column)]
     label = text_of(str(values.pop(named[0])), "subset") if named else ""
-    weight = number(values.pop("weight", row.get("weight", 1.0)))
+    weight = number(values.pop("weight", row.get("weight", 1.0)))  # null is no weight either
     if weight is None or not 0 <= weight < 1e30:
         drop("malformed", f"weight is {row['weight']!r}, not a number from 0")
-    ties = name == "RewardBench-2" and label == "Ties"
+    ties, suffix = name == "RewardBench-2" and label == "Ties", ""
+    if ties:  # evaluate.py groups their pairs by the row's own id
+        suffix = ":" + text_of(str(values.pop("id", None)), "id")
     found = types.SimpleNamespace(
         format=name, prompt=prompt, chosen=chosen, rejected=rejected, label=label, ties=ties,
-        weight=weight, tools=read_tools(values.pop("tools", [])),
-        suffix=f":{text_of(str(values.pop('id', None)), 'id')}" if ties else "",  # for evaluate.py
+        suffix=suffix, weight=weight, tools=read_tools(values.pop("tools", [])),
         system=text_of(values.pop("system", "") or values.pop("system_prompt", ""), "system"),
         start=text_of(values.pop("initial_reason_steps", ""), "initial_reason_steps"),
         options=from_json(values.pop("chat_template_kwargs", {}), "chat_template_kwargs") or {})
@@ -364,6 +367,7 @@ def convert_row(kit, row, counts):
 # -- files and rows
 FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
 CHUNK_SIZE = 2**18  # characters of the rows that a process handles at once
+ARROW_ROWS = 16  # that are taken out of an Arrow table at once: few, as they may be large
 
 def file_names(text):
     """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
@@ -425,15 +429,15 @@ def load_table(args, name, split):
              f"{short(error)}; give a hub name, a folder, or .jsonl, .json, .csv, .tsv or .parquet "
              "files (.gz, .zst); quote a name that has a comma")
 
-def all_rows(sources, bar):
-    """-> (split or "", source, id, number, row: a dict or the JSON text of one)"""
+def all_rows(sources):
+    """-> (split or "", source, id, number, place in the whole input, row: a dict or its JSON)"""
     start = 0
     for source in sources:
         number = 0
         try:
             for number, row, place in source.rows:
-                bar.update(start + place - bar.n)
-                yield source.target, source.name, f"{source.stem}:{number:06d}", number, row
+                key, place = f"{source.stem}:{number:06d}", start + place
+                yield source.target, source.name, key, number, place, row
         except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
             fail(f"cannot read {source.place} after row {number}: {short(error)}; check --dataset "
                  "or the file")
@@ -451,8 +455,7 @@ def file_rows(path, split):
 
 def table_rows(table):
     """A datasets.Dataset -> (row number, row, how many rows are read)"""
-    batches = table.iter(batch_size(table.data.nbytes, len(table)))
-    for number, row in enumerate(arrow_rows(batches), 1):
+    for number, row in enumerate(arrow_rows(table.iter(ARROW_ROWS)), 1):
         yield number, row, number
 
 def unzip(path, raw):
@@ -474,12 +477,7 @@ def parquet_rows(path, raw, split):
     """-> (rows, how many). In .gz one cannot seek the index, which is at the end of the file."""
     stream = unzip(path, raw)
     file = pq.ParquetFile(raw if stream is raw else pa.BufferReader(stream.read()))
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    memory, rows = sum(group.total_byte_size for group in groups), file.metadata.num_rows
-    return arrow_rows(file.iter_batches(batch_size(memory, rows))), rows
-
-def batch_size(memory, rows):
-    return max(1, CHUNK_SIZE * rows // max(1, memory))
+    return arrow_rows(file.iter_batches(ARROW_ROWS)), file.metadata.num_rows
 
 def arrow_rows(batches):
     for batch in batches:
@@ -641,9 +639,9 @@ def dialogue(text, name, kit):
         drop("malformed", f"no prompt, and {name} is no Human/Assistant dialogue: {text}")
     if not kit.template:
         return [user_turn(prompt + turn), {"role": "assistant", "content": answer}]
-    parts = re.split(r"\n\n(Human|Assistant):", prompt)[1:] + ["Assistant", answer]
-    return [{"role": ROLES[who.lower()], "content": said.strip()}
-            for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = re.findall(r"\n\n(Human|Assistant):(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)",
+                       prompt + turn + answer, re.DOTALL)
+    return [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in turns]
 
 def read_message(value, name):
     """A message in the form of OpenAI or ShareGPT -> {role, content, and its other keys}."""
@@ -1051,12 +1049,13 @@ def write_pairs(args, sources, folder):
           tqdm(total=size, unit=unit, unit_scale=True) as bar,
           pa.ipc.new_stream(f"{folder}/train.arrow", SCHEMA) as train,
           pa.ipc.new_stream(f"{folder}/val.arrow", SCHEMA) as val):
-        for batches, dropped, found in in_parallel(args, all_rows(sources, bar)):
+        for place, batches, dropped, found in in_parallel(args, all_rows(sources)):
             train.write_batch(batches["train"])
             val.write_batch(batches["val"])
             log.writelines(json.dumps(record) + "\n" for record in dropped)
             for kind, numbers in found.items():
                 counts[kind].update(numbers)
+            bar.update(place - bar.n)
             if not counts["formats"]:  # nothing is recognised
                 break
     return counts
