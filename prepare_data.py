@@ -1091,9 +1091,10 @@ def check_pairs(args, counts, folder):
         way = HINTS.get(reason, HINTS["others"])
     if counts["rows"] and not counts["formats"]:
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
-        way = (f"no row so far has a known format: {', '.join(names)}, a prompt under "
-               f"{', '.join(PROMPTS)}; read other layouts by --convert FILE.py:FUNCTION")
-    elif counts["pairs_out"] and not args.val:
+        fail(f"--dataset {args.dataset}: no row of the first {counts['rows']} has a known format"
+             f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
+             f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
+    if counts["pairs_out"] and not args.val:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
     fail(f"no pair for {' and '.join(empty)}: of {counts['rows']} rows of {args.dataset} "
          f"{counts['pairs_out']} pairs with {counts['distinct_prompts']} distinct prompts are kept "
