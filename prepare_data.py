@@ -502,11 +502,15 @@ def csv_rows(text, path):
 def json_rows(text, path, split):
     """The rows of .json or .jsonl as JSON text, which can be sent to another process however deep
     it is nested: those of one JSON value, or else each object, on a line or pretty-printed."""
-    first = text.readline()
-    one_value = first.strip() in ("[", "{") or first.startswith("[{")
-    if kind_of(path) == "jsonl" and not one_value:
-        return (line.strip().rstrip(",") for line in itertools.chain([first], text))
-    whole = first + text.read()
+    start = [text.readline(), text.readline()]
+    first = start[0].strip().rstrip(",")
+    if kind_of(path) == "jsonl":
+        is_lines = first not in ("[", "{") and not first.startswith("[{")
+    else:
+        is_lines = start[1].strip() and isinstance(attempt(json.loads, first), dict)
+    if is_lines:
+        return (line.strip().rstrip(",") for line in itertools.chain(start, text))
+    whole = "".join(start) + text.read()
     value = attempt(json.loads, whole)
     if isinstance(value, (dict, list)):
         return [attempt(json.dumps, row) for row in rows_in(value, path, split)]
@@ -566,12 +570,10 @@ def is_blank(value):
         return all(map(is_blank, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, str) and not value.strip()
 
-def is_media(name):
-    return bool(MEDIA.fullmatch(str(name)))
-
 def find_media(values):
     """The first key of a dict that stands for an image, a video or a sound and is not blank."""
-    return next((name for name in values if is_media(name) and not is_blank(values[name])), None)
+    media = [name for name in values if MEDIA.fullmatch(str(name)) and not is_blank(values[name])]
+    return media[0] if media else None
 
 def text_of(value, name):
     if not isinstance(value, str) or HALF.search(value):
@@ -664,7 +666,7 @@ def read_message(value, name):
     parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
     for part in [value, *parts]:
         media = find_media(part)
-        if media or is_media(part.get("type")):
+        if media or MEDIA.fullmatch(str(part.get("type"))):
             drop("images", f"{name} has a message with {media or part['type']}")
     if isinstance(content, list):
         content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts)
