@@ -516,8 +516,8 @@ def json_rows(text, path, split):
         return [attempt(json.dumps, row) for row in rows_in(value, path, split)]
     if kind_of(path) == "json" and not whole.lstrip().startswith("{"):
         fail(f"{path} is not JSON, or no list of rows: {value}; give a list of rows, or .jsonl")
-    lines = re.split(r"\n(?![\s\]}])", whole.strip())  # a line that goes on with a row is indented
-    return [line.strip().rstrip(",") for line in lines]
+    rows = re.split(r"\n(?=\{)", whole.strip())  # one after another, each begins a line
+    return [row.strip().rstrip(",") for row in rows]
 
 def rows_in(value, path, split):
     """The rows of one JSON value: a list, a list under a key, columns, rows by id, or one row."""
@@ -1082,6 +1082,8 @@ def check_pairs(args, counts, folder):
     empty = [name for name in SPLITS if not counts[name]]
     if not empty:
         return
+    if not counts["rows"]:
+        fail(f"--dataset {args.dataset} has 0 rows: give others")
     record = Path(f"{Path(args.out)}.dropped.jsonl")
     shutil.copy(folder / "dropped.jsonl", record)
     mostly, way = "", "give others"
@@ -1091,7 +1093,7 @@ def check_pairs(args, counts, folder):
         example = next(each for each in records if each["reason"] == reason)
         mostly = f", mostly '{reason}' ({example['id']}: {example['value']})"
         way = HINTS.get(reason, HINTS["others"])
-    if counts["rows"] and not counts["formats"]:
+    if not counts["formats"]:
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
         fail(f"--dataset {args.dataset}: no row of the first {counts['rows']} has a known format"
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
