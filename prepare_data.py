@@ -19,10 +19,10 @@ dropped; a row that cannot be read counts as one pair. A response ends in exactl
 which is scored: the special token that the template puts after an answer, else the tokenizer's EOS,
 or --eos_token.
 
-Read to line 284: settings, formats, what happens to a row, main. The helpers stand below.
+Read to line 291: settings, formats, what happens to a row, main. The helpers stand below.
 """
-import bisect, csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
-import multiprocessing, os, pickle, platform, random, re, runpy, shutil, signal, sys, time, types
+import csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
+import multiprocessing, os, platform, random, re, runpy, shutil, signal, sys, time, types
 import zlib
 from ast import literal_eval
 from collections import Counter, defaultdict
@@ -90,7 +90,8 @@ def read_choice(row, kit):
     return prompt, [replies[right]], replies[:right] + replies[right + 1:]
 
 def read_sharegpt(row, kit):
-    return None if is_blank(row["conversations"]) else read_any(row, kit, "conversations")
+    if not is_blank(row["conversations"]):
+        return read_any(row, kit)
 
 def read_alpaca(row, kit):
     """instruction and input are one question, history the turns before it: pairs or messages."""
@@ -122,16 +123,16 @@ def read_dialogue(row, kit):
     return turns, [row.pop("chosen").strip()], [row.pop("rejected").strip()]
 
 def read_several(row, kit):
-    return read_any(row, kit) if is_several(row["chosen"]) or is_several(row["rejected"]) else None
+    if is_several(row["chosen"]) or is_several(row["rejected"]):
+        return read_any(row, kit)
 
 def read_conversation(row, kit):
     values = [row["chosen"], row["rejected"], row.get(prompt_column(row))]
-    lists = any(isinstance(as_messages(value), (list, dict)) for value in values)
-    return read_any(row, kit) if lists else None
+    if any(isinstance(as_messages(value), (list, dict)) for value in values):
+        return read_any(row, kit)
 
-def read_any(row, kit, column=None):
-    column = column or prompt_column(row)
-    return row.pop(column, None), *pop_answers(row)
+def read_any(row, kit):
+    return row.pop(prompt_column(row), None), *pop_answers(row)
 
 PAIR = {"chosen", "rejected"}
 FORMATS = {  # name: (columns that must have a value, function); the first that fits reads the row
@@ -143,7 +144,7 @@ FORMATS = {  # name: (columns that must have a value, function); the first that 
     "conversation": (PAIR, read_conversation),
     "plain": (PAIR, read_any),
 }
-PROMPTS = ("prompt", "messages", "question", "query", "input", "conversations", "instruction")
+PROMPTS = ("conversations", "prompt", "messages", "question", "query", "input", "instruction")
 PASSAGES = ("context", "passage", "article", "hint")  # before a multiple-choice question
 SUBSETS = ("subset", "category", "subject")  # the first that has a value names the subset
 PAIRS_OF_A_ROW = 1000  # at most, of many chosen and many rejected answers
@@ -151,49 +152,48 @@ PAIRS_OF_A_ROW = 1000  # at most, of many chosen and many rejected answers
 # ---- what happens to a row ----
 
 def prepare_chunk(args, chunk):
-    """Entries of all_rows -> a batch of pairs for each split, the hashes of these, the records of
-    what is dropped, counts for the summary, and the place in the input that is reached."""
-    kit, dropped, counts = load_tokenizer(args), [], Counter()
-    pairs, hashes = {"train": [], "val": []}, {"train": [], "val": []}
-    for split, source, key, number, place, row in chunk:
-        for one, result in prepare_row(kit, args, key, row, counts):
+    """Entries of all_rows -> the place in the input that is reached, a batch of pairs for each
+    split, the records of what is dropped, and counts for the summary."""
+    kit, counts = load_tokenizer(args), defaultdict(Counter)
+    pairs, dropped = {"train": [], "val": []}, []
+    for target, source, key, number, place, row in chunk:
+        counts["rows"][source] += 1
+        for name, result in prepare_row(kit, key, row, counts):
             if isinstance(result, ValueError):
                 reason, value = result.args
-                dropped.append(dict(file=source, line=number, id=one, reason=reason, value=value))
-                counts["dropped", reason] += 1
+                counts["dropped"][reason] += 1
+                dropped.append(dict(file=source, line=number, id=name, reason=reason, value=value))
                 continue
-            point, columns, both = result
-            part = split or ("val" if point < args.val_fraction else "train")
-            pairs[part].append(columns | {"source": source, "id": one})
-            hashes[part].append(both)
-            counts["pairs", part] += 1
-            counts["subset", columns["subset"]] += 1
-    batches = {part: pa.RecordBatch.from_pylist(rows, SCHEMA) for part, rows in pairs.items()}
-    hashes = {part: np.array(rows, "u8").reshape(-1, 4) for part, rows in hashes.items()}
-    return len(chunk), batches, hashes, dropped, counts, place
+            is_val = result["prompt_text"] / 2**64 < args.val_fraction
+            split = target or ("val" if is_val else "train")
+            pairs[split].append(result | {"source": source, "id": name})
+    batches = {split: pa.RecordBatch.from_pylist(rows, SCHEMA) for split, rows in pairs.items()}
+    return place, batches, dropped, counts
 
-def prepare_row(kit, args, key, row, counts):
-    """A raw row -> [(id, a pair as prepare_pair gives it, or the ValueError that dropped it)]."""
-    rows, results = as_list(attempt(convert_row, args, row, counts)), []
+def prepare_row(kit, key, row, counts):
+    """A raw row -> for each of its pairs (id, columns, or the ValueError that dropped it)."""
+    rows = as_list(attempt(convert_row, kit, row, counts))
     for i, row in enumerate(rows):
         name = key if len(rows) == 1 else f"{key}-{i}"
-        found = attempt(read_row, kit, args, row, key, counts)
+        found = attempt(read_row, kit, row, key, counts)
         if isinstance(found, ValueError):
-            results.append((name, found))
-            continue
-        name += found.suffix
-        chosen = found.chosen[:PAIRS_OF_A_ROW]
-        rejected = found.rejected[:PAIRS_OF_A_ROW // len(chosen)]
-        pairs = list(itertools.product(chosen, rejected))
-        for k, pair in enumerate(pairs):
-            one = f"{name}-{k}" if len(pairs) > 1 else name
-            results.append((one, attempt(prepare_pair, kit, args, found, pair)))
-        if len(pairs) < len(found.chosen) * len(found.rejected):
-            product = f"{len(found.chosen)} chosen x {len(found.rejected)} rejected"
-            results.append((f"{name}-more", ValueError("more pairs of a row", product)))
-    return results
+            yield name, found
+        else:
+            yield from prepare_pairs(kit, name + found.suffix, found)
 
-def read_row(kit, args, row, key, counts):
+def prepare_pairs(kit, name, found):
+    """What read_row found -> (id, columns or ValueError) of each chosen with each rejected one."""
+    chosen = found.chosen[:PAIRS_OF_A_ROW]
+    rejected = found.rejected[:PAIRS_OF_A_ROW // len(chosen)]
+    pairs = list(itertools.product(chosen, rejected))
+    for i, pair in enumerate(pairs):
+        one = name if len(pairs) == 1 else f"{name}-{i}"
+        yield one, attempt(prepare_pair, kit, found, *pair)
+    if len(pairs) < len(found.chosen) * len(found.rejected):
+        product = f"{len(found.chosen)} chosen x {len(found.rejected)} rejected"
+        yield f"{name}-more", ValueError("more pairs of a row", product)
+
+def read_row(kit, row, key, counts):
     """A row -> its prompt, its chosen and rejected answers, and what its pairs share."""
     if isinstance(row, ValueError):  # of --convert
         raise row
@@ -202,31 +202,32 @@ def read_row(kit, args, row, key, counts):
     values = {name: value for name, value in row.items() if value is not None and value == value}
     media = find_media(values)  # a null or NaN is no value
     if media:
-        counts["format", "images"] += 1
+        counts["formats"]["images"] += 1
         drop("images", f"column {media}: {values[media]}")
     name, (prompt, chosen, rejected) = read_format(values, row, kit, counts)
-    if name == "multiple choice" and args.wrong_options == "one":
-        rejected = [random.Random(f"{args.seed} {key}").choice(rejected)]
+    if name == "multiple choice" and kit.args.wrong_options == "one":
+        rejected = [random.Random(f"{kit.args.seed} {key}").choice(rejected)]
     order = own_order(values)
-    if args.drop_ties and order in ("tie", "contradict"):
+    if kit.args.drop_ties and order in ("tie", "contradict"):
         drop(f"scores {order}", {name: row[name] for name in row if name not in values})
     named = [column for column in SUBSETS if values.get(column)]
     label = text_of(str(values.pop(named[0])), "subset") if named else ""
-    weight = number(values.pop("weight", row.get("weight", 1.0)))
+    weight = number(values.pop("weight", row.get("weight", 1.0)))  # null is no weight either
     if weight is None or not 0 <= weight < 1e30:
         drop("malformed", f"weight is {row['weight']!r}, not a number from 0")
-    ties = name == "RewardBench-2" and label == "Ties"
+    ties, suffix = name == "RewardBench-2" and label == "Ties", ""
+    if ties:  # evaluate.py groups their pairs by the row's own id
+        suffix = ":" + text_of(str(values.pop("id", None)), "id")
     found = types.SimpleNamespace(
         format=name, prompt=prompt, chosen=chosen, rejected=rejected, label=label, ties=ties,
-        weight=weight, tools=read_tools(values.pop("tools", [])),
-        suffix=f":{text_of(str(values.pop('id', None)), 'id')}" if ties else "",  # for evaluate.py
+        suffix=suffix, weight=weight, tools=read_tools(values.pop("tools", [])),
         system=text_of(values.pop("system", "") or values.pop("system_prompt", ""), "system"),
         start=text_of(values.pop("initial_reason_steps", ""), "initial_reason_steps"),
         options=from_json(values.pop("chat_template_kwargs", {}), "chat_template_kwargs") or {})
-    counts["order", order] += 1
+    counts["scores"][order] += 1
     if kit.template and isinstance(prompt, str) and RENDERED.search(prompt):
-        counts["rendered", True] += 1
-    counts.update(("unused", name) for name in values if not is_blank(values[name]))
+        counts["rendered"][name] += 1
+    counts["unused"].update(name for name in values if not is_blank(values[name]))
     return found
 
 def read_format(values, row, kit, counts):
@@ -234,29 +235,30 @@ def read_format(values, row, kit, counts):
     for name, (columns, function) in FORMATS.items():
         found = attempt(function, values, kit) if columns <= values.keys() else None
         if found:
-            counts["format", name] += 1
+            counts["formats"][name] += 1
             if isinstance(found, ValueError):  # a format that is known, and a row that is bad
                 raise found
             return name, found
     if PAIR <= row.keys():
-        counts["format", "no answer"] += 1
+        counts["formats"]["no answer"] += 1
         drop("malformed", f"{min(PAIR - values.keys())} is not valid text: None")
     drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
 
-def prepare_pair(kit, args, found, pair):
-    """-> number from 0 to 1 that decides the split, columns, hashes: of the prompt's text, of its
-    tokens, and of these with the tokens of each response."""
-    if found.ties and not args.ties:
-        drop("ties", pair[0])
-    messages, answers = read_pair(args, found, pair)
-    prompt, *ids = encode(kit, args, messages, answers, found)
+def prepare_pair(kit, found, chosen, rejected):
+    """-> columns of a pair. prompt_text numbers the text of the prompt and decides the split. The
+    ids are hashes here, which number_texts replaces."""
+    if found.ties and not kit.args.ties:
+        drop("ties", chosen)
+    messages, answers = read_pair(kit, found, chosen, rejected)
+    text, *ids = encode(kit, messages, answers, found)
     # Prompts that differ only in white space or Unicode form may have equal tokens: one split.
-    same = f"{args.seed} {' '.join(canonical(kit, prompt).split())}"
-    same = int.from_bytes(hashlib.sha256(same.encode()).digest()[:8], "big")
-    columns = dict(zip(SIDES, ids), subset=found.label, weight=found.weight)
-    start, *responses = map(tuple, ids)
-    hashes = [hash(start), *(hash((start, response)) for response in responses)]  # of numbers only
-    return same / 2**64, columns, (same, *(each % 2**64 for each in hashes))
+    text = f"{kit.args.seed} {' '.join(canonical(kit, text).split())}"
+    prompt, chosen, rejected = map(tuple, ids)  # of numbers: every process hashes them alike
+    return dict(
+        zip(SIDES, ids), subset=found.label, weight=found.weight,
+        prompt_text=int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"),
+        prompt_id=hash(prompt), chosen_id=hash((prompt, chosen)),
+        rejected_id=hash((prompt, rejected)))
 
 def main():
     args = parse_args(Args)
@@ -270,10 +272,15 @@ def main():
     kit = load_tokenizer(args)
     if args.convert:
         load_converter(args.convert)  # an error in its file is found here
+    sources = find_sources(args)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        meta, pair = save(args, kit, part, write_pairs(args, out, part))
+        counts = write_pairs(args, sources, part)
+        splits = {name: datasets.Dataset.from_file(f"{part}/{name}.arrow") for name in SPLITS}
+        counts = count(splits, counts)
+        check_pairs(args, counts, part)
+        meta = save(kit, part, splits, counts)
         replace(out, part)
     except OSError as error:
         fail(f"cannot write {part}: {error}; make room or choose another --out")
@@ -281,7 +288,7 @@ def main():
         fail("a worker process was killed, probably for memory: lower --num_proc")
     finally:  # a result that is not whole is none
         shutil.rmtree(part, ignore_errors=True)
-    report(args, kit, meta, pair)
+    report(kit, meta, splits["train"][0])
 
 # ---- helpers, which a new format does not touch ----
 
@@ -344,22 +351,23 @@ def load_converter(spec):
     except Exception as error:  # whatever the user's file raises
         fail(f"--convert {spec}: {type(error).__name__}: {short(error)}; give FILE.py:FUNCTION")
 
-def convert_row(args, row, counts):
+def convert_row(kit, row, counts):
     """A raw row -> the list of rows that --convert makes of it, or of the row itself."""
-    if not args.convert or not isinstance(row, dict):
+    row = from_json(row, "the row")
+    if not kit.args.convert or not isinstance(row, dict):
         return [row]
-    made = attempt(load_converter(args.convert), row)
+    made = attempt(load_converter(kit.args.convert), row)
     if isinstance(made, ValueError):
         drop("convert", made.args[1])
     if not made:
-        counts["format", "left out by --convert"] += 1
+        counts["formats"]["left out by --convert"] += 1
         drop("convert", f"the function gives {made}")
     return as_list(made)
 
 # -- files and rows
 FILE = re.compile(r"(.+)\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?")
-CHUNK_ROWS = 200  # rows that a process handles at once, or fewer if they are large:
-CHUNK_BYTES = 2**23
+CHUNK_SIZE = 2**18  # characters of the rows that a process handles at once
+ARROW_ROWS = 16  # that are taken out of an Arrow table at once: few, as they may be large
 
 def file_names(text):
     """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
@@ -370,36 +378,42 @@ def file_names(text):
 def kind_of(path):
     return FILE.fullmatch(path.name)[2]
 
-@functools.cache
 def find_sources(args):
-    """What to read -> [(split that its rows go to, or "" if their prompts decide; its own split;
-    path or dataset; name; start of its ids; size in bytes, or in rows)]"""
-    wanted = [("train" if args.val else "", args.dataset, args.split)]
-    if args.val:
-        given = file_names(args.val) or os.path.exists(args.val)
-        wanted.append(("val", args.val, args.split) if given else ("val", args.dataset, args.val))
-    found = []
-    for target, text, split in wanted:
+    """Files and data sets to read, each with its rows, the split that these go to ("" if their
+    prompts decide), its name, where it is, the stem of its ids, its size in bytes or rows."""
+    inputs = [("train" if args.val else "", args.dataset, args.split)]
+    if args.val and (file_names(args.val) or os.path.exists(args.val)):
+        inputs.append(("val", args.val, args.split))
+    elif args.val:
+        inputs.append(("val", args.dataset, args.val))
+    sources = []
+    for target, text, split in inputs:
         mark = "" if split == args.split else f"{split}/"
         for path in file_names(text):
-            if not path.exists():
-                fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
-            if split != "train" and kind_of(path) != "json":
-                fail(f"{path} has no split {split}: give --val a file, or leave --split out")
-            stem = mark + FILE.fullmatch(path.name)[1]
-            found.append((target, split, path, path.name, stem, path.stat().st_size))
+            check_file(args, path, split)
+            sources.append(types.SimpleNamespace(
+                rows=file_rows(path, split), target=target, name=path.name, place=str(path),
+                stem=mark + FILE.fullmatch(path.name)[1], size=path.stat().st_size))
         if not file_names(text):
-            rows = load_rows(args, text, split)
-            found.append((target, split, rows, text, mark + text, len(rows)))
-    stems = Counter(stem for *_, stem, _ in found)
-    for i, (target, split, path, name, stem, size) in enumerate(found):
-        if stems[stem] > 1:  # ids are unique over all files
-            found[i] = target, split, path, name, str(path), size
-    if len({stem for *_, stem, _ in found}) < len(found):
+            table = load_table(args, text, split)
+            sources.append(types.SimpleNamespace(
+                rows=table_rows(table), target=target, name=text, place=text, stem=mark + text,
+                size=len(table)))
+    stems = Counter(source.stem for source in sources)
+    for source in sources:
+        if stems[source.stem] > 1:  # ids are unique over all files
+            source.stem = source.place
+    if len({source.stem for source in sources}) < len(sources):
         fail(f"--dataset {args.dataset} --val {args.val} names a file twice")
-    return found
+    return sources
 
-def load_rows(args, name, split):
+def check_file(args, path, split):
+    if not path.exists():
+        fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
+    if split != "train" and kind_of(path) != "json":
+        fail(f"{path} has no split {split}: give --val a file, or leave --split out")
+
+def load_table(args, name, split):
     """A split of a hub dataset, of a folder of files, or of a folder made by save_to_disk."""
     try:
         if Path(name, "dataset_dict.json").exists() or Path(name, "state.json").exists():
@@ -415,27 +429,34 @@ def load_rows(args, name, split):
              f"{short(error)}; give a hub name, a folder, or .jsonl, .json, .csv, .tsv or .parquet "
              "files (.gz, .zst); quote a name that has a comma")
 
-def all_rows(args):
-    """(split or "", source, id, line or row number from 1, place in the whole input, row)"""
+def all_rows(sources):
+    """-> (split or "", source, id, number, place in the whole input, row: a dict or its JSON)"""
     start = 0
-    for target, split, source, name, stem, size in find_sources(args):
-        if isinstance(source, Path):
-            rows = file_rows(source, split)
-        else:
-            rows = arrow_rows(source.iter(batch_size(source.data.nbytes, size)), size)
-        for number, row, share in rows:
-            yield target, name, f"{stem}:{number:06d}", number, start + share * size, row
-        start += size
+    for source in sources:
+        number = 0
+        try:
+            for number, row, place in source.rows:
+                key, place = f"{source.stem}:{number:06d}", start + place
+                yield source.target, source.name, key, number, place, row
+        except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
+            fail(f"cannot read {source.place} after row {number}: {short(error)}; check --dataset "
+                 "or the file")
+        start += source.size
 
-def file_rows(path, split="train"):
-    """-> (line or row number, row or a text that says why it is none, share that is read)"""
-    read_rows, number = parquet_rows if kind_of(path) == "parquet" else text_rows, 0
-    try:
-        with open(path, "rb") as raw:
-            for number, row, share in read_rows(path, raw, split):
-                yield number, row, share
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
-        fail(f"cannot read {path} after row {number}: {short(error)}; check --dataset or the file")
+def file_rows(path, split):
+    """-> (line or row number from 1, row, how many bytes of the file are read)"""
+    with open(path, "rb") as raw:
+        read = parquet_rows if kind_of(path) == "parquet" else text_rows
+        rows, total = read(path, raw, split)
+        size = path.stat().st_size
+        for number, row in enumerate(rows, 1):
+            if row != "":  # a blank line
+                yield number, row, size * number / total if total else raw.tell()
+
+def table_rows(table):
+    """A datasets.Dataset -> (row number, row, how many rows are read)"""
+    for number, row in enumerate(arrow_rows(table.iter(ARROW_ROWS)), 1):
+        yield number, row, number
 
 def unzip(path, raw):
     if path.suffix == ".zst":
@@ -443,32 +464,25 @@ def unzip(path, raw):
     return gzip.open(raw) if path.suffix == ".gz" else raw
 
 def text_rows(path, raw, split):
-    """Of .jsonl, .json, .csv or .tsv in UTF-8, 16 or 32; bytes that are no text spoil their row."""
-    stream, size = unzip(path, raw), path.stat().st_size
+    """Of .jsonl, .json, .csv or .tsv in UTF-8, 16 or 32; bytes that are no text spoil their row.
+    -> (rows, how many, or None if that is not known)"""
+    stream = unzip(path, raw)
     encoding = json.detect_encoding(stream.peek(4)[:4])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
     text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
     rows = json_rows(text, path, split) if "json" in kind_of(path) else csv_rows(text, path)
-    for number, row in enumerate(rows, 1):
-        share = number / len(rows) if isinstance(rows, list) else raw.closed or raw.tell() / size
-        if row is not ...:  # a blank line
-            yield number, row, share
+    return rows, len(rows) if isinstance(rows, list) else None
 
 def parquet_rows(path, raw, split):
-    """The index of a parquet file is at its end, to which one cannot seek in .gz."""
+    """-> (rows, how many). In .gz one cannot seek the index, which is at the end of the file."""
     stream = unzip(path, raw)
     file = pq.ParquetFile(raw if stream is raw else pa.BufferReader(stream.read()))
-    rows, groups = file.metadata.num_rows, range(file.num_row_groups)
-    memory = sum(file.metadata.row_group(i).total_byte_size for i in groups)
-    return arrow_rows(file.iter_batches(batch_size(memory, rows)), rows)
+    return arrow_rows(file.iter_batches(ARROW_ROWS)), file.metadata.num_rows
 
-def batch_size(memory, rows):
-    return int(max(1, min(CHUNK_ROWS, CHUNK_BYTES * rows / max(1, memory))))
-
-def arrow_rows(batches, rows):
-    table = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    for number, row in enumerate(table, 1):
-        yield number, {name: without_nulls(row[name]) for name in row}, number / rows
+def arrow_rows(batches):
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield {name: without_nulls(value) for name, value in row.items()}
 
 def without_nulls(value):
     """Arrow gives a dict the keys of all rows, null where a row has none; take them out."""
@@ -482,35 +496,28 @@ def csv_rows(text, path):
     delimiter = "\t" if kind_of(path) == "tsv" else max(",;\t", key=header.count)
     for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
         cells = {str(name).strip(): cell or None for name, cell in row.items()}
-        yield f"too long: {row}" if None in row else cells  # None has cells without a column
+        too_long = ValueError("malformed", short(f"more cells than columns: {row}"))
+        yield too_long if None in row else cells  # None has cells without a column
 
 def json_rows(text, path, split):
-    """A row per line (... for a blank one); if the file has another layout, it is read whole."""
-    start, filled = [], []
-    for line in text:
-        start.append(line)
-        if line.strip():
-            filled.append(line.strip())
-        if len(filled) == 2:
-            break
-    first = filled[0] if filled else ""
-    lines = kind_of(path) == "jsonl" and first not in ("[", "{") and not first.startswith("[{")
-    if lines or (len(filled) == 2 and isinstance(parse(first), dict)):
-        return (parse(line) if line.strip() else ... for line in itertools.chain(start, text))
+    """The rows of .json or .jsonl as JSON text, which can be sent to another process however deep
+    it is nested: those of one JSON value, or else each object, on a line or pretty-printed."""
+    start = [text.readline(), text.readline()]
+    first = start[0].strip().rstrip(",")
+    if kind_of(path) == "jsonl":
+        is_lines = first not in ("[", "{") and not first.startswith("[{")
+    else:
+        is_lines = start[1].strip() and isinstance(attempt(json.loads, first), dict)
+    if is_lines:
+        return (line.strip().rstrip(",") for line in itertools.chain(start, text))
     whole = "".join(start) + text.read()
-    value = parse(whole)
-    if isinstance(value, str) and (kind_of(path) == "jsonl" or first.startswith("{")):
-        return [parse(part) for part in re.split(r"\n(?=\{)", whole)]  # objects one after another
-    if not isinstance(value, (dict, list)):
-        fail(f"{path}: {short(value)}; give a list of rows, or .jsonl")
-    return rows_in(value, path, split)
-
-def parse(text):
-    """JSON -> its value, or a text that says what is wrong, which is no row and dropped as such."""
-    try:
-        return json.loads(text.rstrip(", \r\n"))
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}: ...{text[-60:]!r}"
+    value = attempt(json.loads, whole)
+    if isinstance(value, (dict, list)):
+        return [attempt(json.dumps, row) for row in rows_in(value, path, split)]
+    if kind_of(path) == "json" and not whole.lstrip().startswith("{"):
+        fail(f"{path} is not JSON, or no list of rows: {value}; give a list of rows, or .jsonl")
+    rows = re.split(r"\n(?=\{)", whole.strip())  # one after another, each begins a line
+    return [row.strip().rstrip(",") for row in rows]
 
 def rows_in(value, path, split):
     """The rows of one JSON value: a list, a list under a key, columns, rows by id, or one row."""
@@ -543,16 +550,15 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", 
              function_call="assistant")
 HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
-MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_?(\d+|path|file|url|id|name|bytes)s?)?")
+MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_?(\d+|path|file|url|id|name|bytes)s?)?",
+                   re.IGNORECASE)
 RENDERED = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<start_of_turn>|\[/?INST\]|"
                       r"### ?(Instruction|Human|User|Response)|(^|\n)Human: |USER: ")
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["']\w+["']:\s*["']?[\w.-]*["']?,\s*)*"""  # "id": 7,
                       r"""["'](role|from|content|value)["']\s*:""")  # as text
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-SCORES = [(f"{word}_chosen", f"{word}_rejected") for word in ("score", "rating", "reward")]
-SCORES += [(f"chosen{mark}{word}", f"rejected{mark}{word}")
-           for mark, word in itertools.product("_-", ("score", "rating", "reward"))]
+SCORE = re.compile("(score|rating|reward)_chosen|chosen[_-](score|rating|reward)")
 VERDICTS = dict(chosen=1, tie=0, tied=0, equal=0, same=0, draw=0, both=0, neither=0, rejected=-1)
 
 def as_list(value):
@@ -564,13 +570,10 @@ def is_blank(value):
         return all(map(is_blank, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, str) and not value.strip()
 
-@functools.lru_cache(4096)
-def is_media(name):
-    return bool(MEDIA.fullmatch(str(name).lower()))
-
 def find_media(values):
     """The first key of a dict that stands for an image, a video or a sound and is not blank."""
-    return next((key for key in values if is_media(key) and not is_blank(values[key])), None)
+    media = [name for name in values if MEDIA.fullmatch(str(name)) and not is_blank(values[name])]
+    return media[0] if media else None
 
 def text_of(value, name):
     if not isinstance(value, str) or HALF.search(value):
@@ -607,7 +610,8 @@ def as_messages(value):
 def prompt_column(row):
     """The column of the prompt, if possible one that is not empty; None if there is none."""
     there = [name for name in PROMPTS if name in row]
-    return next((name for name in there if not is_blank(row[name])), there[0] if there else None)
+    filled = [name for name in there if not is_blank(row[name])]
+    return next(iter(filled + there), None)
 
 def is_several(answer):
     return isinstance(answer, list) and bool(answer) and not isinstance(answer[0], dict)
@@ -637,9 +641,9 @@ def dialogue(text, name, kit):
         drop("malformed", f"no prompt, and {name} is no Human/Assistant dialogue: {text}")
     if not kit.template:
         return [user_turn(prompt + turn), {"role": "assistant", "content": answer}]
-    parts = re.split(r"\n\n(Human|Assistant):", prompt)[1:] + ["Assistant", answer]
-    return [{"role": ROLES[who.lower()], "content": said.strip()}
-            for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = re.findall(r"\n\n(Human|Assistant):(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)",
+                       prompt + turn + answer, re.DOTALL)
+    return [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in turns]
 
 def read_message(value, name):
     """A message in the form of OpenAI or ShareGPT -> {role, content, and its other keys}."""
@@ -662,7 +666,7 @@ def read_message(value, name):
     parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
     for part in [value, *parts]:
         media = find_media(part)
-        if media or is_media(part.get("type")):
+        if media or MEDIA.fullmatch(str(part.get("type"))):
             drop("images", f"{name} has a message with {media or part['type']}")
     if isinstance(content, list):
         content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts)
@@ -680,39 +684,43 @@ def read_tools(value):
     """A list of tools, or one, of which all or each may be JSON text -> the list."""
     return [from_json(tool, "a tool") for tool in as_list(from_json(value, "tools") or [])]
 
+def read_turns(value, name, role):
+    """A column -> its messages; a text is one, of this role."""
+    value = as_messages(value)
+    if isinstance(value, (list, dict)):
+        return [read_message(each, name) for each in as_list(value)]
+    return [{"role": role, "content": text_of(value, name)}]
+
 def read_answer(value, name):
     """One side of a pair -> messages before the answer, the answer as a message."""
-    value = as_messages(value)
-    if not isinstance(value, (list, dict)):
-        return [], {"role": "assistant", "content": text_of(value, name)}
-    messages = [read_message(each, name) for each in as_list(value)]
-    if not messages or messages[-1]["role"] != "assistant":
+    turns = read_turns(value, name, "assistant")
+    if not turns or turns[-1]["role"] != "assistant":
         drop("malformed", f"{name} does not end with an assistant turn: {value}")
-    return messages[:-1], messages[-1]
+    return turns[:-1], turns[-1]
 
-def read_pair(args, found, pair):
+def read_prompt(prompt, before, answers):
+    """The prompt of a row and the messages before its answers -> all messages, each once."""
+    prompt = as_messages(prompt)
+    if before and not isinstance(prompt, (list, dict)):  # its text only repeats some of `before`
+        text, turns = str(prompt or "").strip(), [turn["content"] for turn in before]
+        if text and not any(find_end(text, turn) or find_end(turn, text) for turn in turns):
+            drop("prompts differ", f"{prompt} / {before}")
+        return before
+    if prompt is None:
+        drop("malformed", "prompt is not valid text: None, and the answers are no dialogue")
+    turns = read_turns(prompt, "prompt", "user")
+    if turns and turns[-1] in answers:  # the conversation with its answer
+        turns.pop()
+    return overlap(turns, before)
+
+def read_pair(kit, found, chosen, rejected):
     """Raw chosen and rejected answer of a row -> messages before the answer, [the two answers]."""
-    before, chosen = read_answer(pair[0], "chosen")
-    other, rejected = read_answer(pair[1], "rejected")
+    before, chosen = read_answer(chosen, "chosen")
+    other, rejected = read_answer(rejected, "rejected")
     if before != other:
         unequal = (f"{a} / {b}" for a, b in zip(before, other) if a != b)
         drop("prompts differ", next(unequal, before or other))
-    prompt = as_messages(found.prompt)
-    if isinstance(prompt, (list, dict)):
-        turns = [read_message(each, "prompt") for each in as_list(prompt)]
-        if turns and turns[-1] in (chosen, rejected):  # the conversation with its answer
-            turns.pop()
-        messages = overlap(turns, before)
-    elif before:  # beside a conversation, the text of a prompt only repeats some of it
-        text, turns = str(prompt or "").strip(), [turn["content"] for turn in before]
-        same = [find_end(text, turn) or find_end(turn, text) for turn in turns]
-        if text and not any(same):
-            drop("prompts differ", f"{prompt} / {before}")
-        messages = before
-    elif prompt is None:
-        drop("malformed", f"prompt is not valid text: None, and chosen is no dialogue: {pair[0]}")
-    else:
-        messages = [user_turn(text_of(prompt, "prompt"))]
+    messages = read_prompt(found.prompt, before, [chosen, rejected])
     for message in [*messages, chosen, rejected]:
         tools = read_tools(message.pop("tools", []))
         found.tools += [tool for tool in tools if tool not in found.tools]
@@ -720,7 +728,7 @@ def read_pair(args, found, pair):
     if found.system.strip() not in ["", *systems]:
         messages = [{"role": "system", "content": found.system}, *messages]
     check_order(messages, found.format)
-    if args.system == "first_user" and messages[0]["role"] == "system":
+    if kit.args.system == "first_user" and messages[0]["role"] == "system":
         system, *messages = messages
         first = next(message for message in messages if message["role"] == "user")
         first["content"] = f"{system['content']}\n\n{first['content']}"
@@ -751,8 +759,9 @@ def check_order(messages, format):
 def own_order(values):
     """agree, tie or contradict: what a row's own scores say of its chosen and rejected answer."""
     gaps = []
-    for chosen, rejected in SCORES:
-        scores = number(values.get(chosen)), number(values.get(rejected))
+    for chosen in [name for name in values if SCORE.fullmatch(str(name))]:
+        rejected = chosen.replace("chosen", "rejected")
+        scores = [number(values.get(name)) for name in (chosen, rejected)]
         if None not in scores:
             gaps.append(scores[0] - scores[1])
             del values[chosen], values[rejected]
@@ -760,11 +769,14 @@ def own_order(values):
         value = values[name]
         gap = number(VERDICTS.get(str(value).strip().lower(), value))
         if gap is not None:
+            is_class = name == "label" and not isinstance(value, str)  # 1 or 0
+            gaps.append(gap - 0.5 if is_class else gap)
             del values[name]
-            gaps.append(gap - 0.5 if name == "label" and not isinstance(value, str) else gap)
     if not gaps:
         return "none"
-    return "contradict" if min(gaps) < 0 else "tie" if min(gaps) == 0 else "agree"
+    if min(gaps) == 0:
+        return "tie"
+    return "agree" if min(gaps) > 0 else "contradict"
 
 # -- rendering: messages -> text
 def tokenizer_folder(name):
@@ -781,48 +793,49 @@ def load_tokenizer(args):
     """What rendering needs, once per process. `tail` is what the template writes after an answer,
     from its end token on; it is cut off, and the end token comes back as the id `end`."""
     probe = [user_turn("Q"), {"role": "assistant", "content": "An answer."}]
+    folder, tail = tokenizer_folder(args.model), ""
+    trust = dict(trust_remote_code=args.trust_remote_code)
     try:
-        folder, trust = tokenizer_folder(args.model), dict(trust_remote_code=args.trust_remote_code)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
         has_template = tokenizer.chat_template and not args.plain
         template = tokenizer.get_chat_template() if has_template else ""
-        text = tokenizer.apply_chat_template(probe, tokenize=False) if template else ""
+        if template:
+            text = tokenizer.apply_chat_template(probe, tokenize=False)
+            tail = text.rpartition("An answer.")[2]
     except Exception as error:  # a wrong name, no network, a broken file or template: all differ
         fail(f"tokenizer or template of --model {args.model}: {short(error)}; check the name, "
              "or --plain if the template is at fault")
     if args.score_header and not template:
         fail(f"--score_header needs a chat template: leave out --plain, or change {args.model}")
-    tokens, tail = tokenizer.added_tokens_decoder.values(), text.rpartition("An answer.")[2]
-    special = one_of(t.content for t in tokens if t.special)
-    alone = [t.content for t in tokens if not (t.normalized or t.lstrip or t.single_word)]
-    named = re.escape(args.eos_token) if args.eos_token and args.eos_token in tail else special
-    found = re.search(named, tail)
-    end = args.eos_token or (found[0] if found else tokenizer.eos_token)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **trust)
         rows = config.get_text_config().vocab_size
     except Exception:  # a folder with a tokenizer and no model
         rows = len(tokenizer)
+    tokens = tokenizer.added_tokens_decoder.values()
+    special = one_of(token.content for token in tokens if token.special)
+    found = re.search(re.escape(args.eos_token) or special, tail) or re.search(special, tail)
+    end = args.eos_token or (found[0] if found else tokenizer.eos_token)
     end_id = tokenizer.get_vocab().get(end, rows)
     if not tokenizer.is_fast or end_id >= rows:
         fail(f"--model {args.model} needs a tokenizer.json, for character offsets, and the end "
              f"token {end!r} in its vocabulary and its embedding of {rows} rows; set --eos_token")
-    bos = [] if template else tokenizer("a").input_ids[:1]
     backend = tokenizer.backend_tokenizer  # 1.3 x as fast as through the wrapper
     backend.no_truncation()  # --max_length decides
     backend.no_padding()
+    first = [] if template else tokenizer("a").input_ids[:1]
+    whole = (each for each in tokens if not (each.normalized or each.lstrip or each.single_word))
     return types.SimpleNamespace(
-        tokenizer=tokenizer, backend=backend, template=template,
-        end=end_id, end_token=end, score_header=args.score_header,
+        args=args, tokenizer=tokenizer, backend=backend, template=template, rows=rows,
+        bos=first if first == [tokenizer.bos_token_id] else [], end=end_id, end_token=end,
         tail=tail[found.start():] if found else tail[len(tail.rstrip()):],
-        bos=bos if bos == [tokenizer.bos_token_id] else [], special=re.compile(special),
-        breaks=re.compile(one_of(sorted(alone, key=len)[::-1])),
-        seams=re.compile(rf"\s*({one_of(t.content for t in tokens)})\s*"),
-        normalizer=backend.normalizer, rows=rows if rows < len(tokenizer) else 0)
+        special=re.compile(special), breaks=re.compile(one_of(each.content for each in whole)),
+        seams=re.compile(rf"\s*({one_of(each.content for each in tokens)})\s*"))
 
 def one_of(texts):
-    """A regular expression that matches any of the texts."""
-    return "|".join(map(re.escape, texts)) or "(?!)"  # which matches nothing
+    """A regular expression that matches any of the texts, the longest first."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
 
 def render(kit, messages, answers, found):
     """-> (text of the prompt, [prompt + answer, without end token], the part that is not scored),
@@ -857,14 +870,15 @@ def render_chat(kit, messages, answers, found):
         prompt = chat(messages, add_generation_prompt=True)
         texts = chat([[*messages, answer] for answer in answers])
         whole = all(text.startswith(prompt) for text in texts)
-        bare = prompt if whole and not kit.score_header else chat(messages)
+        bare = prompt if whole and not kit.args.score_header else chat(messages)
     except Exception as error:  # a template raises what it likes
         drop("template", f"{type(error).__name__}: {error}")
     if not whole:  # it opens <think> for generation and leaves it out of a conversation
         prompt = os.path.commonprefix([prompt, *texts])
     if not prompt.startswith(bare) or not all(text.endswith(kit.tail) for text in texts):
         drop("template", f"the conversation is not prompt + answer + {kit.tail!r}: {texts[0]}")
-    return prompt, [t.removesuffix(kit.tail) for t in texts], bare if kit.score_header else prompt
+    texts = [text.removesuffix(kit.tail) for text in texts]
+    return prompt, texts, bare if kit.args.score_header else prompt
 
 def check_content(said, text, size):
     """Drop a pair unless its text, whose first `size` characters are the prompt, has all that the
@@ -917,7 +931,8 @@ def pieces_of_tools(tools):
 # -- tokens
 def canonical(kit, text: str) -> str:
     """Text without what tokenizers change on purpose: normal form, spaces around special tokens."""
-    text = kit.normalizer.normalize_str(text) if kit.normalizer else text
+    normalizer = kit.backend.normalizer
+    text = normalizer.normalize_str(text) if normalizer else text
     return kit.seams.sub(r"\1", text.replace("\u2581", " ")).lstrip(" ")  # SentencePiece's space
 
 def tokenise(kit, prompt: str, texts: list):
@@ -930,20 +945,26 @@ def tokenise(kit, prompt: str, texts: list):
     at = max((found.start() for found in kit.breaks.finditer(prompt)), default=0)
     parts = [prompt[:at], *(text[at:] for text in texts)]
     shared, *coded = kit.backend.encode_batch(parts, add_special_tokens=False)
-    sides, size = [(each.ids, each.token_to_chars) for each in coded], len(prompt) - at
-    cut = min(bisect.bisect(range(len(ids)), size, key=lambda i: span(i)[1]) for ids, span in sides)
-    cut = len(os.path.commonprefix([ids[:cut] for ids, _ in sides]))
-    while cut and any(len(ids) > cut and span(cut)[0] < span(cut - 1)[1] for ids, span in sides):
+    sides, size = [each.ids for each in coded], len(prompt) - at
+    places = [each.token_to_chars for each in coded]  # number of a token -> its (start, end)
+    cut = len(os.path.commonprefix(sides))
+    while cut and not all(is_boundary(cut, *each, size) for each in zip(sides, places)):
         cut -= 1
-    left = size - (sides[0][1](cut - 1)[1] if cut else 0)
-    return shared.ids + sides[0][0][:cut], [ids[cut:] for ids, _ in sides], left
+    left = size - (places[0](cut - 1)[1] if cut else 0)
+    return shared.ids + sides[0][:cut], [ids[cut:] for ids in sides], left
 
-def encode(kit, args, messages, answers, found):
+def is_boundary(cut, ids, place, size):
+    """Do `cut` tokens end inside the prompt, and not inside a character?"""
+    end = place(cut - 1)[1]
+    return end <= size and (cut == len(ids) or end <= place(cut)[0])
+
+def encode(kit, messages, answers, found):
     """-> (text of the prompt, its token ids, token ids of the two responses)."""
     asked, told = list(map(pieces, messages)), list(map(pieces, answers))
     if not all(told) or not any(asked):
         drop("empty", [messages[-1]["content"], *(answer["content"] for answer in answers)])
-    for _, text in [] if args.plain else sum(asked + told, []):
+    said = [] if kit.args.plain else sum(asked + told, [])
+    for _, text in said:
         special = kit.special.search(text)
         if special:
             drop("special token", text[max(0, special.start() - 40):special.end() + 40])
@@ -958,27 +979,33 @@ def encode(kit, args, messages, answers, found):
         drop("identical", answers[0]["content"])
     bos = [i for i in kit.bos if (start + sides[0])[0] != i]
     length = len(bos + start) + max(map(len, sides)) + 1
-    if length > args.max_length:
+    if length > kit.args.max_length:
         drop("too long", f"{length} tokens")
     if not bos + start or left > 64:
         drop("boundary", f"no token of the prompt ends near its end: {prompt[-64:]}")
     for ids, text in zip(sides, texts, strict=True):
-        back = kit.backend.decode(start + ids, skip_special_tokens=False)
-        if back != text and canonical(kit, back) != canonical(kit, text):
-            at = max(0, len(os.path.commonprefix([back, text])) - 20)
-            drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
+        check_ids(kit, start + ids, text)
         if kit.end in ids:
             drop("special token", f"{kit.end_token} inside a response: {text[len(prompt):]}")
-    largest = max(start + sides[0] + sides[1]) if kit.rows else -1
-    if kit.rows and largest >= kit.rows:
-        token = kit.tokenizer.convert_ids_to_tokens(largest)
-        drop("beyond the embedding", f"id {largest}, {token!r}; the model has {kit.rows} rows")
     return question, bos + start, *(ids + [kit.end] for ids in sides)
 
+def check_ids(kit, ids, text):
+    """Drop a pair whose token ids do not give its text back, or do not fit the model."""
+    back = kit.backend.decode(ids, skip_special_tokens=False)
+    if back != text and canonical(kit, back) != canonical(kit, text):
+        at = max(0, len(os.path.commonprefix([back, text])) - 20)
+        drop("decode", f"{text[at:at + 50]!r} comes back as {back[at:at + 50]!r}")
+    if max(ids) >= kit.rows:
+        token = kit.tokenizer.convert_ids_to_tokens(max(ids))
+        drop("beyond the embedding", f"id {max(ids)}, {token!r}; the model has {kit.rows} rows")
+
 # -- the folder and the summary
+SPLITS = ("train", "val")
 SIDES = ("prompt", "chosen", "rejected")
 SCHEMA = pa.schema({side: pa.list_(pa.int32()) for side in SIDES} | {
-    "source": pa.string(), "subset": pa.string(), "id": pa.string(), "weight": pa.float32()})
+    "source": pa.string(), "subset": pa.string(), "id": pa.string(), "weight": pa.float32(),
+    "prompt_text": pa.uint64(), "prompt_id": pa.int64(), "chosen_id": pa.int64(),
+    "rejected_id": pa.int64()})
 OWN = re.compile(r"(train|val)(\.arrow)?|meta\.json|dropped\.jsonl|ref-.*|clean|noisy")
 FIRST_USER = "if the template takes no system turn: --system first_user"
 HINTS = {  # reason of a drop: what to do
@@ -990,146 +1017,129 @@ HINTS = {  # reason of a drop: what to do
     "tools left out by the template": "choose a --model whose template takes tools"}
 
 def chunks(rows):
-    """Lists of entries of all_rows, bounded by rows and by bytes."""
+    """Lists of entries of all_rows, bounded in characters."""
     chunk, size = [], 0
-    for *place, row in rows:
-        try:
-            size += len(pickle.dumps([[[[[row]]]]]))
-        except Exception as error:  # too deep for another process
-            row = f"{type(error).__name__}: {error}"
-        chunk.append((*place, row))
-        if len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES:
+    for entry in rows:
+        chunk.append(entry)
+        size += len(str(entry))
+        if size > CHUNK_SIZE:
             yield chunk
             chunk, size = [], 0
     if chunk:
         yield chunk
 
-def in_parallel(args):
+def in_parallel(args, rows):
     """Results of prepare_chunk in the order of the rows, with few chunks in memory at any time."""
-    parts, work = chunks(all_rows(args)), functools.partial(prepare_chunk, args)
-    mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # cores, if Linux
+    parts, work = chunks(rows), functools.partial(prepare_chunk, args)
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     workers = args.num_proc or len(mine)
     if workers == 1:
         yield from map(work, parts)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = []  # few: map alone would read all rows
-        for chunk in parts:
-            waiting.append(pool.submit(work, chunk))
-            if len(waiting) > 4 * workers:
-                yield waiting.pop(0).result()
-        yield from (each.result() for each in waiting)
+        for chunk in parts:  # pool.map would read all rows, so it gets eight chunks per worker
+            some = itertools.chain([chunk], itertools.islice(parts, 8 * workers - 1))
+            yield from pool.map(work, some)
 
-def write_pairs(args, out, folder):
-    """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> the counts."""
-    sources = find_sources(args)
-    unit = "B" if isinstance(sources[0][2], Path) else " rows"
-    seen = types.SimpleNamespace(
-        rows=0, counts=Counter(), examples={}, hashes=dict(train=[], val=[]))
+def write_pairs(args, sources, folder):
+    """All pairs to folder/{train,val}.arrow and all drops to folder/dropped.jsonl -> counts of the
+    rows {what is counted: Counter}."""
+    counts = defaultdict(Counter)
+    size = sum(source.size for source in sources)
+    unit = "B" if file_names(args.dataset) else " rows"
     with (open(folder / "dropped.jsonl", "w") as log,
-          tqdm(total=sum(source[-1] for source in sources), unit=unit, unit_scale=True) as bar,
+          tqdm(total=size, unit=unit, unit_scale=True) as bar,
           pa.ipc.new_stream(f"{folder}/train.arrow", SCHEMA) as train,
           pa.ipc.new_stream(f"{folder}/val.arrow", SCHEMA) as val):
-        writers = {"train": train, "val": val}
-        for rows, batches, hashes, dropped, counts, place in in_parallel(args):
-            for split, batch in batches.items():
-                writers[split].write_batch(batch)
-                seen.hashes[split].append(hashes[split])
-            for record in dropped:
-                seen.examples.setdefault(record["reason"], f"{record['id']}: {record['value']}")
-                log.write(json.dumps(record) + "\n")
-            seen.rows += rows
-            seen.counts += counts
+        for place, batches, dropped, found in in_parallel(args, all_rows(sources)):
+            train.write_batch(batches["train"])
+            val.write_batch(batches["val"])
+            log.writelines(json.dumps(record) + "\n" for record in dropped)
+            for kind, numbers in found.items():
+                counts[kind].update(numbers)
             bar.update(place - bar.n)
-            if not any(kind == "format" for kind, _ in seen.counts):  # nothing is recognised
+            if not counts["formats"]:  # nothing is recognised
                 break
-    check_pairs(args, out, folder, seen)
-    return seen
+    return counts
 
-def check_pairs(args, out, folder, seen):
-    """End the program unless both splits have pairs."""
-    if not seen.rows:
-        fail(f"--dataset {args.dataset} has 0 rows: give others")
-    counts = count(seen)
-    empty = [split for split in ("train", "val") if not counts[split]]
+def count(splits, seen):
+    """The pairs of both splits, what is seen in the rows -> the counts of meta.json."""
+    train, val = (splits[name].data.table for name in SPLITS)
+    both = pa.concat_tables([train, val])
+    dropped, subsets = seen["dropped"], both["subset"].value_counts().to_pylist()
+    different = both.group_by(["chosen_id", "rejected_id"]).aggregate([]).num_rows
+    in_both = np.intersect1d(train["prompt_text"], val["prompt_text"])
+    return dict(
+        rows=seen["rows"].total(), formats=seen["formats"], pairs_in=len(both) + dropped.total(),
+        pairs_out=len(both), train=len(train), val=len(val), dropped=dropped,
+        subsets={each["values"]: each["counts"] for each in subsets},
+        distinct_prompts=pc.count_distinct(both["prompt_text"]).as_py(),
+        repeats=len(both) - different, prompts_in_both=len(in_both),
+        scores=seen["scores"], looks_rendered=seen["rendered"].total(), unused=seen["unused"])
+
+def check_pairs(args, counts, folder):
+    """End the program unless both splits have pairs; the drops are kept beside --out."""
+    empty = [name for name in SPLITS if not counts[name]]
     if not empty:
         return
-    record = f"{out}.dropped.jsonl"
+    if not counts["rows"]:
+        fail(f"--dataset {args.dataset} has 0 rows: give others")
+    record = Path(f"{Path(args.out)}.dropped.jsonl")
     shutil.copy(folder / "dropped.jsonl", record)
-    reason = max(counts["dropped"], key=counts["dropped"].get, default="")
-    mostly = f", mostly '{reason}' ({seen.examples[reason]})" if reason else ""
+    mostly, way = "", "give others"
+    if counts["dropped"]:
+        reason = max(counts["dropped"], key=counts["dropped"].get)
+        records = map(json.loads, record.read_text().splitlines())
+        example = next(each for each in records if each["reason"] == reason)
+        mostly = f", mostly '{reason}' ({example['id']}: {example['value']})"
+        way = HINTS.get(reason, HINTS["others"])
     if not counts["formats"]:
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
-        fail(f"--dataset {args.dataset}: no row of the first {seen.rows} has a known format"
+        fail(f"--dataset {args.dataset}: no row of the first {counts['rows']} has a known format"
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
              f"read other layouts by --convert FILE.py:FUNCTION; see {record}")
-    way = HINTS.get(reason, HINTS["others"])
     if counts["pairs_out"] and not args.val:
         way = "give more prompts, change --val_fraction or --seed, or give --val"
-    fail(f"no pair for {' and '.join(empty)}: of {seen.rows} rows of {args.dataset} "
+    fail(f"no pair for {' and '.join(empty)}: of {counts['rows']} rows of {args.dataset} "
          f"{counts['pairs_out']} pairs with {counts['distinct_prompts']} distinct prompts are kept "
          f"and {counts['dropped'].total()} dropped{mostly}; {way}; see {record}")
 
-def save(args, kit, folder, seen):
-    """The streamed pairs -> train/, val/ and meta.json -> (meta, first pair of train)."""
+def save(kit, folder, splits, counts):
+    """The streamed pairs -> train/, val/ and meta.json -> meta"""
     datasets.disable_progress_bars()
-    distinct, lengths, ids = {}, [], []
-    for split in ("train", "val"):
-        rows = datasets.Dataset.from_file(f"{folder}/{split}.arrow")
-        if pc.all(pc.equal(rows.data.column("weight"), 1)).as_py():
+    distinct = {}
+    for name, rows in splits.items():
+        if pc.all(pc.equal(rows.data["weight"], 1)).as_py():
             rows = rows.remove_columns("weight")
-        rows, distinct[split] = number_texts(rows, np.concatenate(seen.hashes[split]))
-        rows.save_to_disk(f"{folder}/{split}")
-        os.remove(f"{folder}/{split}.arrow")  # stays readable while it is open
-        lengths.append([pc.list_value_length(rows.data.column(side)).to_numpy() for side in SIDES])
-        ids += rows.data.column("id").chunks
-    lengths = np.concatenate(lengths, 1)  # (3, pairs)
-    lengths = dict(zip(SIDES, lengths), pair=lengths.sum(0))
-    longest = np.argsort(-lengths["pair"], kind="stable")[:5]
-    longest = [[pa.chunked_array(ids)[i].as_py(), int(lengths["pair"][i])] for i in longest]
+        rows, distinct[name] = number_texts(rows)
+        rows.save_to_disk(f"{folder}/{name}")
+        os.remove(f"{folder}/{name}.arrow")  # stays readable while it is open
+    both = pa.concat_tables([rows.data.table for rows in splits.values()])
+    tokens = sum(pc.list_value_length(both[side]).to_numpy() for side in SIDES)  # (pairs,)
+    longest = np.argsort(-tokens, kind="stable")[:5]
+    longest = list(zip(both["id"].take(longest).to_pylist(), tokens[longest].tolist()))
+    versions = {each.__name__: each.__version__ for each in (datasets, transformers, pa, np)}
     meta = dict(
-        arguments=dataclasses.asdict(args), tokenizer=args.model,
-        vocab_hash=vocab_hash(kit.tokenizer),
-        template_hash=kit.template and hashlib.sha256(kit.template.encode()).hexdigest()[:16],
-        eos_token=kit.end_token, eos_token_id=kit.end,
-        distinct=distinct, counts=count(seen) | {"longest": longest},
-        lengths={name: {f"p{p}": int(np.percentile(n, p, method="higher"))
-                        for p in (0, 10, 50, 90, 99, 100)} for name, n in lengths.items()},
-        versions={m.__name__: m.__version__ for m in (datasets, transformers, pa, np)}
-        | {"python": platform.python_version()})
+        arguments=dataclasses.asdict(kit.args), vocab_hash=vocab_hash(kit.tokenizer),
+        eos_token=kit.end_token, eos_token_id=kit.end, distinct=distinct,
+        counts=counts | {"longest": longest},
+        versions=versions | {"python": platform.python_version()})
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    return meta, datasets.load_from_disk(f"{folder}/train")[0]
+    return meta
 
-def number_texts(rows, hashes):
-    """Number the distinct prompts and the distinct responses to them, by the hashes (pairs, 4) of
-    prepare_pair -> rows with these columns, and how many are distinct."""
-    prompts, responses = first_occurrences(hashes[:, 1]), first_occurrences(hashes[:, 2:])
-    rows = rows.add_column("prompt_id", prompts)
-    rows = rows.add_column("chosen_id", responses[:, 0])
-    rows = rows.add_column("rejected_id", responses[:, 1])
-    return rows, dict(prompts=int(prompts.max()) + 1, responses=int(responses.max()) + 1)
-
-def first_occurrences(hashes):
-    """The number of each hash, in the order in which the distinct ones first occur."""
-    numbers = pa.array(hashes.ravel()).dictionary_encode().indices
-    return numbers.to_numpy().astype(int).reshape(hashes.shape)
-
-def count(seen):
-    """The counts of meta.json and of the summary."""
-    kinds = defaultdict(Counter)
-    for (kind, name), n in seen.counts.items():
-        kinds[kind][name] = n
-    hashes = {split: np.concatenate(parts) for split, parts in seen.hashes.items()}
-    prompts = {split: np.unique(pairs[:, 0]) for split, pairs in hashes.items()}
-    both = np.concatenate([hashes["train"], hashes["val"]])
-    return dict(
-        rows=seen.rows, formats=kinds["format"], pairs_in=len(both) + kinds["dropped"].total(),
-        pairs_out=len(both), train=kinds["pairs"]["train"], val=kinds["pairs"]["val"],
-        dropped=kinds["dropped"], subsets=kinds["subset"],
-        distinct_prompts=len(np.unique(both[:, 0])),
-        repeats=len(both) - len(np.unique(both[:, 2:], axis=0)),
-        prompts_in_both=len(np.intersect1d(prompts["train"], prompts["val"])),
-        scores=kinds["order"], looks_rendered=kinds["rendered"][True], unused=kinds["unused"])
+def number_texts(rows):
+    """Number the distinct prompts and the distinct responses to them in the order in which they
+    first occur, in place of their hashes -> rows, {what: how many are distinct}."""
+    distinct = {}
+    for what, names in dict(prompts=["prompt_id"], responses=["chosen_id", "rejected_id"]).items():
+        hashes = np.stack([rows.data[name] for name in names], axis=1)  # (pairs, 1 or 2)
+        encoded = pa.array(hashes.ravel()).dictionary_encode()
+        numbers = encoded.indices.to_numpy().astype(int).reshape(hashes.shape)
+        rows = rows.remove_columns(names)
+        for name, column in zip(names, numbers.T, strict=True):
+            rows = rows.add_column(name, column)
+        distinct[what] = len(encoded.dictionary)
+    return rows.remove_columns("prompt_text"), distinct
 
 def vocab_hash(tokenizer) -> str:
     """16 hex digits that change when any token or its id does."""
@@ -1147,19 +1157,18 @@ def check_out(args, out, part):
 
 def replace(out, part):
     """The new folder takes the place of an earlier one, which goes only when the new one stands."""
-    if not out.exists():
-        part.rename(out)
-        return
     old = Path(f"{out}.old")
-    out.rename(old)
+    if out.exists():
+        out.rename(old)
     try:
         part.rename(out)
     except OSError:
-        old.rename(out)
+        if old.exists():
+            old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
-def report(args, kit, meta, pair):
+def report(kit, meta, pair):
     """Print what was read, what a user may not expect, and a pair."""
     counts, decode = meta["counts"], kit.tokenizer.decode
     lines = [
@@ -1186,14 +1195,11 @@ def report(args, kit, meta, pair):
                      "order of their answers; --drop_ties leaves out the latter two")
     longest = [f"{name} {n:,}" for name, n in counts["longest"]]
     lines.append(f"longest   {', '.join(longest)} tokens")
-    for name, points in meta["lengths"].items():
-        points = "  ".join(f"{p} {n:>5,}" for p, n in points.items())
-        lines.append(f"{name:10}{points}  tokens")
     start = decode(pair["prompt"])
     lines.append(f"pair      {pair['id']}; what is scored stands between [[ and ]]\n{start[-500:]}")
     for side in SIDES[1:]:
         lines.append(f"  {side}: [[{decode(pair['prompt'] + pair[side])[len(start):]}]]")
-    print(visible("\n".join([*lines, f"wrote     {args.out}"])))
+    print(visible("\n".join([*lines, f"wrote     {kit.args.out}"])))
 
 if __name__ == "__main__":
     main()

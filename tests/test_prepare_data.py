@@ -670,7 +670,8 @@ def test_the_tokens_of_real_pairs_are_those_of_whole_texts(name, model, monkeypa
         assert seen[-1] == whole_texts(tokenizer, prompt, texts)
         return seen[-1]
     monkeypatch.setattr(prepare_data, "tokenise", both)
-    prepare_data.prepare_chunk(args, list(itertools.islice(prepare_data.all_rows(args), 200)))
+    rows = prepare_data.all_rows(prepare_data.find_sources(args))
+    prepare_data.prepare_chunk(args, list(itertools.islice(rows, 200)))
     assert len(seen) > 100
 
 
@@ -1274,11 +1275,10 @@ def test_control_characters_of_the_sample_are_escaped(chat, tmp_path, capsys):
     assert "a\\x1b[2Jb\\u202e" in text and "\x1b" not in text
 
 
-def test_a_chunk_ends_at_a_bound_in_bytes(monkeypatch):
-    monkeypatch.setattr(prepare_data, "CHUNK_BYTES", 1000)
+def test_a_chunk_ends_at_a_bound_in_characters(monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK_SIZE", 1000)
     rows = [("", "a", "a:1", 1, 0, dict(prompt="x" * 400))] * 20
     assert {len(chunk) for chunk in prepare_data.chunks(rows)} <= {2, 3}
-    assert prepare_data.batch_size(memory=10**9, rows=1000) == 1 and prepare_data.batch_size(memory=10**5, rows=1000) == 10
 
 
 # ---- no row ends the run ----
