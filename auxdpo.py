@@ -33,7 +33,7 @@ Departures from the paper and from its authors' notebook:
 4. For comparison, --null exact keeps c at 0, and --geometry ridge puts orthogonal unit vectors in
    place of g, which needs no sketches (results/README.md).
 
-Differs from dpo.py: delta, its solver and files, a first pass for the margins, the sketches; no
+Differs from dpo.py: delta and its solver, a first pass for the margins, the sketches; no
 label_smoothing, no sft_weight.
 Read to line 396: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
