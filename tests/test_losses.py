@@ -82,17 +82,19 @@ def test_the_command_of_the_page_prints_a_script_that_differs_from_dpo_in_the_lo
     assert len(removed) == 2 and all(line.startswith("    losses = ") for line in removed)
 
 
-def test_the_commands_for_smollm3_are_accepted_by_the_scripts(forks, monkeypatch):
-    section = PAGE.split("### apo_zero")[1].split("\n### ")[0].replace("\\\n", " ")
-    section = section.replace("RATE", "1").replace("SIZE", "8")
-    _, prepare, train = [line.split()[1:] for line in section.splitlines() if line.startswith("    ")
-                         and re.search(r"\w\.(py|sh) ", line)]
-    monkeypatch.setattr(sys, "argv", prepare)
+def test_the_recipe_of_smollm3_has_the_numbers_of_the_page_and_its_fork_takes_them(forks, monkeypatch):
+    recipe = (ROOT / "tests/recipes.txt").read_text().split("recipe  smollm3\n")[1].split("\n\n")[0].replace("\\\n", "")
+    prepare, train, steps = (re.findall(rf"^{key} +(.*)", recipe, re.M)[0].split() for key in ("prepare", "train", "steps"))
+    prepare = [word for word in prepare if word != "prepare"]  # begins the second line too
+    both = ["--model", "MODEL", "--data", "data/smollm3"]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--dataset", "D", "--out", "data/smollm3", *both[:2], *prepare])
     data = prepare_data.parse_args(prepare_data.Args)
-    monkeypatch.setattr(sys, "argv", train)
+    monkeypatch.setattr(sys, "argv", [*train, *steps, *both])
     args = forks["apo_zero"].parse_args(forks["apo_zero"].Args)
-    assert args.data == data.out and args.max_tokens >= 2 * data.max_length == 2 * 24576
-    assert (args.beta, args.schedule) == (0.05, "cosine")
+    assert args.max_tokens >= 2 * data.max_length == 2 * 24576 and args.schedule == "cosine"
+    text = " ".join(PAGE.split("### apo_zero")[1].split("\n### ")[0].split())
+    assert "β 0.05, one epoch at 1e-6, 32 pairs per step, gradients clipped at a norm of 0.2, at most 24,576 tokens" in text
+    assert (args.beta, args.epochs, args.learning_rate, args.batch_size, args.max_grad_norm) == (0.05, 1, 1e-6, 32, 0.2)
 
 
 # ---- losses: a loop over the formulas
