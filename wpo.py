@@ -328,7 +328,7 @@ def learning_rate(step, steps, args):
     return args.learning_rate * factors[args.schedule]
 
 # -- data, stored log-probs, micro-batches
-def load_data(args, names=("train", "val")):
+def load_data(args):
     """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected,
     responses=(rows, 2) numbers of the chosen and the rejected one, hash=of all this)}"""
     with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
@@ -342,7 +342,7 @@ def load_data(args, names=("train", "val")):
     if hashlib.sha256(vocabulary).hexdigest()[:16] != meta["vocab_hash"]:
         fail(f"--data {args.data} has other tokens than --model {args.model}: run prepare_data.py")
     splits = {}
-    for name in names:
+    for name in ("train", "val"):
         pairs = datasets.load_from_disk(f"{args.data}/{name}")
         sides = [pairs.data[side] for side in ("prompt", "chosen", "rejected")]
         lengths = np.stack([pc.list_value_length(side).to_numpy() for side in sides], 1).astype(int)

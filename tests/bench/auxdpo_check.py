@@ -178,7 +178,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     cache_ref.start_process_group("float32")
     args = types.SimpleNamespace(model=path, trust_remote_code=False, data=data, layout="concatenated", max_tokens=8192)
-    rows = cache_ref.load_data(args, ["train"])["train"]["pairs"]
+    rows = cache_ref.load_data(args)["train"]["pairs"]
     pairs = [rows[i] for i in range(count)]
     print(f"{Path(path).name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers {transformers.__version__}")
     sketch = penalties(path, pairs)

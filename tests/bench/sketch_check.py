@@ -69,7 +69,7 @@ def main():
     model, data, count = sys.argv[1], sys.argv[2], int((sys.argv + ["32"])[3])
     cache_ref.start_process_group("float32")
     args = types.SimpleNamespace(model=model, trust_remote_code=False, data=data, layout="concatenated", max_tokens=8192)
-    rows = cache_ref.load_data(args, ["train"])["train"]["pairs"]
+    rows = cache_ref.load_data(args)["train"]["pairs"]
     pairs = [rows[i] for i in range(count)]
     exact, each = exact_gram(model, pairs)
     policy, _ = policy_of(model)
