@@ -14,7 +14,8 @@ shape for 0.1 s, is off as in ours, but for the variants called cudnn. With LoRA
 
 A variant is written in words: a layout and --max_tokens of ours or the pairs of a micro-batch of TRL; full, selective:
 activation checkpointing; compile; zero2, zero3; lora; tables: one table for attention in place of several;
-head: the output head and its loss compiled too. Columns:
+head: the output head and its loss compiled too; auxdpo: a step of auxdpo.py with random sketches; hh, long: pairs of these
+lengths, not of the slice's. The variant compo is compo.py on one pair with a head of Mistral's shape. Columns:
 
     s fresh      median of the steps on batches never seen before, whose shapes are new to the allocator and to compile
     s repeated   the faster of two steps on one of these batches again
@@ -33,6 +34,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,11 @@ import gpu_check  # noqa: E402
 
 PAIRS = dict(ultrafeedback=64, hh=128, long=16)  # of a step
 SLICES = {  # name: (size, lengths, variants of ours, of TRL)
+    # The first is for a lease of ten minutes: what is compiled comes first, while another process may run tests.
+    "lease15b": ("1.5B", "ultrafeedback",
+                 ["packed 16384 compile*", "packed 16384 compile head", "packed 16384*", "packed 16384 hh*", "packed 16384 full",
+                  "packed 16384 full auxdpo", "packed 16384 tables", "compo"],
+                 ["trl 8", "trl 32 hh", "trl 4", "trl 16 hh"]),
     "speed15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 8192", "packed 32768", "packed 16384 zero3"],
                  ["trl 4", "trl 8*", "trl 16", "trl 16 full", "trl 8 cudnn"]),
     "hh15b": ("1.5B", "hh", ["packed 16384*", "packed 8192", "packed 32768"], ["trl 8", "trl 16", "trl 32", "trl 32 full"]),
@@ -70,6 +77,7 @@ SLICES = {  # name: (size, lengths, variants of ours, of TRL)
     "head": ("1.5B", "ultrafeedback", [], []),
 }
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # of all contenders
+SLOWEST = 140  # seconds after which a variant is given up
 LARGE = dict(full3b=140e9, lora7b=140e9)  # bytes of a card that a slice needs
 KINDS = {  # what a kernel is for, by its name; the first that fits
     "compiled": "^triton", "attention": "flash|fmha|sdpa|attention", "matrix products": "gemm|nvjet|cutlass|xmma|cublas|::(add)?mm",
@@ -114,13 +122,12 @@ def one_table(places, size):
     return types.SimpleNamespace(tables=[dpo.to_device(table)], back=dpo.to_device(back))
 
 
-def settings(words, folder, tiny):
-    """Args of dpo.py for a variant in words."""
-    import dpo
+def settings(words, folder, tiny, script):
+    """Args of a script for a variant in words."""
     layout, tokens, *how = words
     recomputed = [word for word in how if word in ("selective", "full")]
     zero = [word[-1] for word in how if word.startswith("zero")]
-    return dpo.Args(model=str(folder), data="", layout=layout, max_tokens=int(tokens) // (16 if tiny else 1),
+    return script.Args(model=str(folder), data="", layout=layout, max_tokens=int(tokens) // (16 if tiny else 1),
                     activation_checkpointing=recomputed[0] if recomputed else "off", compile="compile" in how,
                     zero=zero[0] if zero else "auto", lora_rank=16 if "lora" in how else 0)
 
@@ -128,23 +135,50 @@ def settings(words, folder, tiny):
 def ours(folder, pairs, tiny):
     """Reads the model once; a variant is a policy of its own, made as dpo.py makes it."""
     import datasets
+    import auxdpo
     import dpo
     _, _, device, dtype = dpo.start_process_group("auto")
     model, weights = dpo.read_model(str(folder), dpo.Args(model=str(folder), data=""))
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
     rows = datasets.Dataset.from_list([pair | dict(id=str(i)) for i, pair in enumerate(pairs)])
-    split = dict(pairs=rows, lengths=lengths, ref_logps=np.zeros((len(pairs), 2), np.float32))
+    split = dict(pairs=rows, lengths=lengths, ref_logps=np.zeros((len(pairs), 2), np.float32),
+                 responses=np.arange(2 * len(pairs)).reshape(-1, 2))
+    auxdpo.find_sketch = lambda _, args: np.random.default_rng(0).standard_normal((2 * len(pairs), args.sketch_dim), np.float32)
     tables, head_pass = dpo.attention_tables, dpo.head_pass
 
     def make(words):
-        args = settings(words, folder, tiny)
+        script = auxdpo if "auxdpo" in words else dpo
+        args = settings(words, folder, tiny, script)
         dpo.head_pass = torch.compile(head_pass, dynamic=True) if "head" in words else head_pass
         dpo.attention_tables = one_table if "tables" in words else tables
         if hasattr(weights, "peft_config"):  # of the variant before
             weights.delete_adapter("default")
-        policy = dpo.build_policy(copy.deepcopy(model), weights, dpo.token_logps, device, dtype, args)
-        return bench.our_step(policy, split, args)
+        policy = script.build_policy(copy.deepcopy(model), weights, script.token_logps, device, dtype, args)
+        if script is dpo:
+            return bench.our_step(policy, split, args)
+        train = dict(split)
+        auxdpo.prepare_delta(dict(train=train, val=dict(pairs=[])), "", args)
+        return auxdpo_step(policy, train, args)
     return make
+
+
+def auxdpo_step(policy, split, args):
+    """our_step of bench.py for auxdpo.py."""
+    import auxdpo
+    parameters = list(policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
+
+    def step(rows):
+        parts = auxdpo.micro_batches(np.array(rows), split["lengths"], args, 1)
+        margins, computed = auxdpo.first_pass(policy, parts, split, args)
+        auxdpo.update_delta(np.array(rows), margins, split, args)
+        for part, logps in auxdpo.hold_weights(policy, computed):
+            losses, _ = auxdpo.pair_losses(policy, part, split, args, logps)
+            (losses.sum() / len(rows)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0).full_tensor().item()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
 def trl(folder, pairs, tiny):
@@ -238,34 +272,52 @@ def profile(step, rows, seconds):
     return dict(busy=busy(events) / seconds, waits=waits - own, kinds=by_kind(events))
 
 
+def work_of(variant, default):
+    """Whose lengths the pairs of a variant have."""
+    return next((word for word in variant.rstrip("*").split() if word in PAIRS), default)
+
+
 def contender(args):
     """The process of a contender: a line of JSON for each variant. An error ends a variant, not those after it."""
     size, work, *both = slice_of(args)
-    tiny, folder = size == "tiny", Path(args.folder) / size
-    batches = make_batches(work, 2 + args.rounds, 8 if tiny else PAIRS[work], gpu_check.SIZES[size][5], tiny)
-    pairs = [pair for batch in batches for pair in batch]
-    rows = np.arange(len(pairs)).reshape(len(batches), -1)
+    tiny, folder, variants = size == "tiny", Path(args.folder) / size, both[args.contender == "trl"]
+    pairs, rows = [], {}
+    for name in dict.fromkeys(work_of(variant, work) for variant in variants):
+        batches = make_batches(name, 2 + args.rounds, 8 if tiny else PAIRS[name], gpu_check.SIZES[size][5], tiny)
+        rows[name] = len(pairs) + np.arange(sum(map(len, batches))).reshape(len(batches), -1)
+        pairs += sum(batches, [])
     if not folder.exists():
         gpu_check.make_model(folder, size)
         empty()
     make = (ours if args.contender == "ours" else trl)(folder, pairs, tiny)
-    for variant in both[args.contender == "trl"]:
-        result, step = {}, None
+    for variant in variants:
+        result, step, batches = {}, None, rows[work_of(variant, work)]
+        signal.signal(signal.SIGALRM, too_slow)
+        signal.alarm(SLOWEST)
         try:
             if time.time() > args.until:
                 raise TimeoutError("not reached")
-            step = make(variant.rstrip("*").split())
-            result |= measure(step, rows)
+            if variant == "compo":
+                shape = (2000, 256, 40, 200) if tiny else (32000, 4096, 400, 1800)
+                result = dict(shape=shape, estimators=gpu_check.step_times(*shape))
+            else:
+                step = make(variant.rstrip("*").split())
+                result |= measure(step, batches)
             if variant.endswith("*"):
-                result |= profile(step, rows[-1], result["repeated"])
+                result |= profile(step, batches[-1], result["repeated"])
         except torch.OutOfMemoryError:
             result["trouble"] = "out of memory"
         except Exception as error:
             result["trouble"] = f"{error}".strip().split("\n")[0][:100] or type(error).__name__
+        signal.alarm(0)
         print("JSON " + json.dumps(dict(variant=variant.rstrip("*")) | result), flush=True)
         step = None
         empty()
         torch._dynamo.reset()
+
+
+def too_slow(*_):
+    raise TimeoutError(f"took more than {SLOWEST} s")
 
 
 # ---------------------------------------------------------------------- the head alone
@@ -300,16 +352,12 @@ def head_times(size, tokens):
 
 
 def head_slice(args):
-    """The head at this vocabulary, and a step of compo.py on one pair with a head of Mistral's shape."""
+    """The output head at this vocabulary."""
     size = slice_of(args)[0]
     tokens = 64 if size == "tiny" else 8192
     hidden_size, vocabulary = gpu_check.SIZES[size][0], gpu_check.SIZES[size][5]
-    title = f"Output head {vocabulary} x {hidden_size}, {tokens} response tokens"
-    text = f"{title}\n\n" + table([["variant", "seconds", "TFLOP/s", "peak GiB"], *head_times(size, tokens)])
-    shape = (2000, 256, 40, 200) if size == "tiny" else (32000, 4096, 400, 1800)
-    rows = [[estimator, f"{seconds:.3f}"] for estimator, seconds in gpu_check.step_times(*shape)]
-    title = "compo.py, head {} x {}, {} response tokens, {} perturbations".format(*shape)
-    print("JSON " + json.dumps(f"{text}\n{title}\n\n" + table([["estimator", "seconds per pair"], *rows])), flush=True)
+    text = f"Output head {vocabulary} x {hidden_size}, {tokens} response tokens\n\n"
+    print("JSON " + json.dumps(text + table([["variant", "seconds", "TFLOP/s", "peak GiB"], *head_times(size, tokens)])), flush=True)
 
 
 # ---------------------------------------------------------------------- a slice: processes, table
@@ -335,11 +383,13 @@ def estimate(name, rounds=3):
     size, work, *both = SLICES[name]
     if not any(both):
         return 90
-    billions, lengths = float(size[:-1]), lengths_of(work, PAIRS[work], np.random.default_rng(0))
+    billions = float(size[:-1])
     seconds = 1.5 * billions
     for variants, speed in zip(both, (0.3, 0.1)):
         seconds += (25 + 5 * billions) * bool(variants)
         for variant in variants:
+            work = work_of(variant, work)
+            lengths = lengths_of(work, PAIRS[work], np.random.default_rng(0))
             slower = 1.3 if "full" in variant or "selective" in variant else 1
             step = slower * flops(size, lengths, "lora" in variant) / 989e12 / speed
             seconds += 5 + 2 * billions + 45 * ("compile" in variant) + 10 * ("*" in variant) + (rounds + 4) * step
@@ -369,36 +419,44 @@ def table(rows):
 
 def report(results, args):
     """Text of a slice: the table, ours against TRL's best, the kernels by kind, and with what all this was measured."""
-    size, work, *_ = slice_of(args)
-    tiny = size == "tiny"
-    batches = make_batches(work, 2 + args.rounds, 8 if tiny else PAIRS[work], 100, tiny)[2:]
-    lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for batch in batches for pair in batch])
-    pairs, peak = len(batches[0]), gpu_check.peak_flops()
+    size, default, *_ = slice_of(args)
+    tiny, peak, text, lengths = size == "tiny", gpu_check.peak_flops(), "", {}
     rows = [["variant", "pairs/s", "s fresh", "s repeated", "first s", "peak GiB", "MFU %", "busy %"]]
     for r in results:
         if "fresh" not in r:
-            rows.append([r["variant"], r["trouble"]] + [""] * 6)
+            if "trouble" in r:
+                rows.append([r["variant"], r["trouble"]] + [""] * 6)
             continue
-        r["rate"] = len(lengths) / sum(r["fresh"])
-        share = flops(size, lengths, "lora" in r["variant"]) / sum(r["fresh"]) / peak if peak else None
+        r["work"] = work = work_of(r["variant"], default)
+        batches = make_batches(work, 2 + args.rounds, 8 if tiny else PAIRS[work], 100, tiny)[2:]
+        lengths[work] = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for batch in batches for pair in batch])
+        r["rate"] = len(lengths[work]) / sum(r["fresh"])
+        share = flops(size, lengths[work], "lora" in r["variant"]) / sum(r["fresh"]) / peak if peak else None
         rows.append([r["variant"], f"{r['rate']:.2f}", f"{median(r['fresh']):.3f}", f"{r['repeated']:.3f}", f"{r['first']:.1f}",
                      f"{r['peak']:.1f}", f"{100 * share:.1f}" if share else "",
                      f"{100 * r['busy']:.0f} ({r['waits']})" if "busy" in r else ""])
-    text = table(rows)
-    good = [[r for r in results if "rate" in r and r["variant"].startswith("trl") == is_trl] for is_trl in (False, True)]
-    if all(good):
-        best, other = [max(each, key=lambda r: r["rate"]) for each in good]
-        text += (f"\nThe fastest of ours, {best['variant']}, makes {best['rate'] / other['rate']:.2f} times the pairs/s of TRL's fastest, "
-                 f"{other['variant']}, with {best['peak'] / other['peak']:.2f} of its memory.\n")
+    for work in lengths:
+        same = [r for r in results if r.get("work") == work and "auxdpo" not in r["variant"]]
+        good = [[r for r in same if r["variant"].startswith("trl") == is_trl] for is_trl in (False, True)]
+        if all(good):
+            best, other = [max(each, key=lambda r: r["rate"]) for each in good]
+            text += (f"\n{work}: the fastest of ours, {best['variant']}, makes {best['rate'] / other['rate']:.2f} times the pairs/s of "
+                     f"TRL's fastest, {other['variant']}, with {best['peak'] / other['peak']:.2f} of its memory.\n")
     for r in results:
         if "kinds" in r:
             kinds = ", ".join(f"{kind} {100 * part:.0f} %" for kind, part in r["kinds"].items())
             text += f"\nKernels of {r['variant']}: {kinds}.\n"
         if r.get("graphs"):
             text += f"\n{r['variant']} compiled {r['graphs']} graphs in the first two steps, {r['later']} later.\n"
-    mean = lengths.mean(0)
-    return text + (f"\n{size}, {work}: {pairs} pairs per step, on average {mean[0]:.0f} + {mean[1]:.0f} + {mean[2]:.0f} tokens, "
-                   f"{args.rounds} fresh batches.\n")
+        if "estimators" in r:
+            seconds = ", ".join(f"{name} {each:.3f}" for name, each in r["estimators"])
+            text += ("\ncompo.py, head {} x {}, {} response tokens, {} perturbations, seconds per pair: ".format(*r["shape"])
+                     + f"{seconds}.\n")
+    for work, sizes in lengths.items():
+        mean = sizes.mean(0)
+        text += (f"\n{size}, {work}: {len(sizes) // args.rounds} pairs per step, on average {mean[0]:.0f} + {mean[1]:.0f} + {mean[2]:.0f} "
+                 f"tokens, {args.rounds} fresh batches.\n")
+    return table(rows) + text
 
 
 def host_times(work, folder, tokens=16384, steps=10):

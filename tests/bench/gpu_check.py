@@ -244,6 +244,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=0, help="trainings at a time [what fits the GPU, at most 4; 1 on a CPU]")
     parser.add_argument("--extra", default="", help="flags for every training but ComPO's, e.g. '--shard_group 2'")
+    parser.add_argument("--no_times", action="store_true", help="leave out the times of compo.py's step")
     parser.add_argument("--only", default=",".join(RUNS), help="these trainings, and packed")
     args = parser.parse_args()
     tokens = args.tokens or (64 if args.size == "tiny" else 1024)
@@ -294,11 +295,12 @@ def main():
             torch.cuda.set_sync_debug_mode("default")
             failures.append(f"between micro-batches: {error}")
     shutil.rmtree(folder)
-    shape = (32000, 4096, 400, 1800) if cuda else (2000, 256, 40, 200)
-    print("\nHead {} x {}, {} response tokens, {} perturbations\n".format(*shape))
-    print("| estimator | seconds per step of one pair |\n|---|---|")
-    for estimator, seconds in step_times(*shape):
-        print(f"| {estimator} | {seconds:.3f} |")
+    if not args.no_times:
+        shape = (32000, 4096, 400, 1800) if cuda else (2000, 256, 40, 200)
+        print("\nHead {} x {}, {} response tokens, {} perturbations\n".format(*shape))
+        print("| estimator | seconds per step of one pair |\n|---|---|")
+        for estimator, seconds in step_times(*shape):
+            print(f"| {estimator} | {seconds:.3f} |")
     if cuda:
         print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     print(f"{time.time() - began:.0f} s in all")
