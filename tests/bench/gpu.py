@@ -13,7 +13,7 @@ directly under autocast, so that its Trainer's own overhead is not counted, and 
 shape for 0.1 s, is off as in ours, but for the variants called cudnn. With LoRA its base is bfloat16.
 
 A variant is written in words: a layout and --max_tokens of ours or the pairs of a micro-batch of TRL; full, selective:
-activation checkpointing; compile; zero2, zero3; lora; tables: one table for attention in place of several;
+activation checkpointing; compile; zero2, zero3; lora; loop: attention text by text in place of one kernel;
 head: the output head and its loss compiled too; auxdpo: a step of auxdpo.py with random sketches; hh, long: pairs of these
 lengths, not of the slice's. The variant compo is compo.py on one pair with a head of Mistral's shape. Columns:
 
@@ -40,6 +40,7 @@ import sys
 import tempfile
 import time
 import types
+from collections import Counter
 from pathlib import Path
 from statistics import median
 
@@ -58,7 +59,7 @@ SLICES = {  # name: (size, lengths, variants of ours, of TRL)
     # The first is for a lease of ten minutes: what is compiled comes first, while another process may run tests.
     "lease15b": ("1.5B", "ultrafeedback",
                  ["packed 16384 compile*", "packed 16384 compile head", "packed 16384*", "packed 16384 hh*", "packed 16384 full",
-                  "packed 16384 full auxdpo", "packed 16384 tables", "compo"],
+                  "packed 16384 full auxdpo", "compo"],
                  ["trl 8", "trl 32 hh", "trl 4", "trl 16 hh"]),
     "speed15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 8192", "packed 32768", "packed 16384 zero3"],
                  ["trl 4", "trl 8*", "trl 16", "trl 16 full", "trl 8 cudnn"]),
@@ -67,7 +68,7 @@ SLICES = {  # name: (size, lengths, variants of ours, of TRL)
                 ["trl 1", "trl 2", "trl 4", "trl 4 full"]),
     "memory15b": ("1.5B", "ultrafeedback", ["packed 16384", "packed 16384 selective", "packed 16384 full", "packed 32768 selective",
                                             "packed 32768 full", "packed 8192 zero3 full"], ["trl 8 full", "trl 32 full"]),
-    "layouts15b": ("1.5B", "ultrafeedback", ["packed 16384", "packed 16384 tables", "concatenated 16384", "separate 16384"], []),
+    "layouts15b": ("1.5B", "ultrafeedback", ["packed 16384", "packed 16384 loop", "concatenated 16384", "separate 16384"], []),
     "compile15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 16384 compile*", "packed 16384 full compile",
                                              "packed 16384 zero3 compile", "packed 16384 compile head*"], []),
     "full3b": ("3B", "ultrafeedback", ["packed 16384 selective*", "packed 16384 full", "packed 32768 full"],
@@ -111,17 +112,6 @@ def make_batches(work, count, pairs, vocabulary, tiny):
 
 
 # ---------------------------------------------------------------------- contenders: words -> step(rows)
-def one_table(places, size):
-    """attention_tables of dpo.py with a single table."""
-    import dpo
-    places = sorted(places, key=len, reverse=True)
-    table = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
-    back = torch.zeros(size, dtype=torch.long)
-    for row, place in enumerate(places):
-        back[place] = row * table.shape[1] + torch.arange(len(place))
-    return types.SimpleNamespace(tables=[dpo.to_device(table)], back=dpo.to_device(back))
-
-
 def settings(words, folder, tiny, script):
     """Args of a script for a variant in words."""
     layout, tokens, *how = words
@@ -144,13 +134,13 @@ def ours(folder, pairs, tiny):
     split = dict(pairs=rows, lengths=lengths, ref_logps=np.zeros((len(pairs), 2), np.float32),
                  responses=np.arange(2 * len(pairs)).reshape(-1, 2))
     auxdpo.find_sketch = lambda _, args: np.random.default_rng(0).standard_normal((2 * len(pairs), args.sketch_dim), np.float32)
-    tables, head_pass = dpo.attention_tables, dpo.head_pass
+    fits_flash, head_pass = dpo.fits_flash, dpo.head_pass
 
     def make(words):
         script = auxdpo if "auxdpo" in words else dpo
         args = settings(words, folder, tiny, script)
         dpo.head_pass = torch.compile(head_pass, dynamic=True) if "head" in words else head_pass
-        dpo.attention_tables = one_table if "tables" in words else tables
+        dpo.fits_flash = (lambda *args, **kwargs: False) if "loop" in words else fits_flash
         if hasattr(weights, "peft_config"):  # of the variant before
             weights.delete_adapter("default")
         policy = script.build_policy(copy.deepcopy(model), weights, script.token_logps, device, dtype, args)
@@ -249,6 +239,15 @@ def by_kind(events):
     return {kind: sums[kind] / whole for kind in sorted(sums, key=sums.get, reverse=True)}
 
 
+def longest_kernels(events, count=12):
+    """[(name, share of the sum of all times, calls)] of the kernels that take longest."""
+    sums, calls = Counter(), Counter()
+    for event in events:
+        sums[event["name"]] += event["dur"]
+        calls[event["name"]] += 1
+    return [(name, time / sums.total(), calls[name]) for name, time in sums.most_common(count)]
+
+
 def measure(step, batches):
     """Steps on the batches (arrays of rows) -> {column: value}; the last batch comes again at the end."""
     import dpo
@@ -269,7 +268,7 @@ def profile(step, rows, seconds):
     """What ran in a step that takes so many seconds without the profiler."""
     _, own = trace(int)  # the profiler waits too
     events, waits = trace(functools.partial(step, rows))
-    return dict(busy=busy(events) / seconds, waits=waits - own, kinds=by_kind(events))
+    return dict(busy=busy(events) / seconds, waits=waits - own, kinds=by_kind(events), longest=longest_kernels(events))
 
 
 def work_of(variant, default):
@@ -445,7 +444,9 @@ def report(results, args):
     for r in results:
         if "kinds" in r:
             kinds = ", ".join(f"{kind} {100 * part:.0f} %" for kind, part in r["kinds"].items())
-            text += f"\nKernels of {r['variant']}: {kinds}.\n"
+            text += f"\nKernels of {r['variant']}: {kinds}.\n\n"
+            for name, part, calls in r["longest"]:
+                text += f"- {100 * part:.1f} %, {calls} times: `{name[:120]}`\n"
         if r.get("graphs"):
             text += f"\n{r['variant']} compiled {r['graphs']} graphs in the first two steps, {r['later']} later.\n"
         if "estimators" in r:
