@@ -11,7 +11,7 @@ trained and nothing is sampled. The reference is not in memory: cache_ref.py sto
     torchrun --nproc_per_node=8 dpo.py --model MODEL --data data/NAME    (or python, or ./launch.sh)
 
 Departures from the paper: the label_smoothing of cDPO and the sft_weight of RPO, both 0 by default.
-Read to line 196: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 195: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -37,7 +37,6 @@ import transformers
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
@@ -454,7 +453,7 @@ def give_back(policy):
 def collate(pairs, layout):
     """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
     inputs        for the model: input_ids (1, L) packed or (texts, T) padded; position_ids, the
-                  places of tokens in their own texts; packed only, texts: see pack
+                  places of tokens in their own texts; packed only, texts: see attention_tables
     targets (M,)  all response tokens, those of all chosen responses first; sizes, their lengths
     source (M,)   where, in the flattened input_ids, the token before each target stands"""
     chosen = [(pair["prompt"], pair["chosen"]) for pair in pairs]
@@ -481,9 +480,8 @@ def pack(chosen, rejected):
         input_ids       p p c c c P C C C r  r  R  R  R
         position_ids    0 1 2 3 4 0 1 2 3 2  3  1  2  3
 
-    Only attention must know that the row holds four texts, with the places 0 1 2 3 4, 5 6 7 8,
-    0 1 9 10 and 5 11 12 13: one after the other, these are the `keys`, of which `seen` (5, 4, 4, 4)
-    are of each text. The `queries` (5, 4, 2, 3) of each are the tokens that only it computes."""
+    Only attention must know that the row holds four texts: those of the first pair have the places
+    0 1 2 3 4 and 0 1 9 10."""
     ids, positions, places = [], [], []
     for prompt, response in chosen:
         positions += range(len(prompt + response))
@@ -494,14 +492,8 @@ def pack(chosen, rejected):
         new = len(ids) + torch.arange(len(response))
         places.append(torch.cat([places[i][:len(prompt)], new]))
         ids += response
-    queries = [len(prompt + response) for prompt, response in chosen]
-    queries += [len(response) for prompt, response in rejected]
-    seen = [len(place) for place in places]
-    starts = [to_device(np.cumsum([0, *sizes], dtype=np.int32)) for sizes in (queries, seen)]
-    texts = types.SimpleNamespace(  # as compile looks into dicts
-        keys=to_device(torch.cat(places)), queries=queries, seen=seen, starts=starts)
     # Without a mask of ones, transformers would search the row for texts, and wait for the GPU.
-    inputs = dict(input_ids=to_device(np.array([ids])), texts=texts,
+    inputs = dict(input_ids=to_device(np.array([ids])), texts=attention_tables(places, len(ids)),
                   position_ids=to_device(np.array([positions])),
                   attention_mask=to_device(torch.ones(1, len(ids))))
     return dict(inputs=inputs, **predictions(places, chosen + rejected))
@@ -512,6 +504,29 @@ def predictions(places, texts):
     source = [place[-len(response) - 1:-1] for place, response in zip(places, responses)]
     return dict(source=to_device(torch.cat(source)), targets=to_device(np.concatenate(responses)),
                 sizes=[len(response) for response in responses])
+
+def attention_tables(places, size, shortest=0.5 if torch.cuda.is_available() else 0.8):
+    """Group texts of similar length into padded tables of their places in a packed row of `size`
+    tokens. For the row drawn in pack it is one table, with zeros as padding:
+
+        0  1  2  3  4
+        5  6  7  8  0     back: where each token of the row stands in all tables, flattened:
+        0  1  9 10  0     10 11 2 3 4 15 6 7 8 12 13 16 17 18. A prompt stands in two texts, with
+        5 11 12 13  0     the same result in both, so that back may lead to either."""
+    groups = []
+    for place in sorted(places, key=len, reverse=True):
+        # Padding is at most a fifth, on a GPU a half, where four more tables cost 13 % of a step.
+        if not groups or len(place) < shortest * len(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(place)
+    tables, back, start = [], torch.zeros(size, dtype=torch.long), 0
+    for group in groups:
+        table = pad_sequence(group, batch_first=True)  # (k, T) for k texts
+        for place in group:
+            back[place] = start + torch.arange(len(place))
+            start += table.shape[1]
+        tables.append(to_device(table))
+    return types.SimpleNamespace(tables=tables, back=to_device(back))  # as compile looks into dicts
 
 # -- forward pass and attention
 def token_logps(logits, targets):
@@ -559,32 +574,35 @@ def window_as_mask(local_size=None, **kwargs):
     """What models get in place of a mask, and give to attention: the size of a sliding window."""
     return local_size
 
-@torch.compiler.disable  # compiled, it would be another graph for each number of texts
+@torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
     """Every layer calls this with query (b, H, L, d), key and value (maybe fewer heads), and wants
-    (b, L, H, d). Packed, b is 1: gather what each text may see, and attend text by text."""
+    (b, L, H, d). Packed, b is 1: gather the texts into tables, attend, put the results back."""
     if kwargs.get("sliding_window") is None:  # some models have it in their masks only
         kwargs["sliding_window"] = attention_mask
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
-    key, value = (tensor.index_select(2, texts.keys) for tensor in (key, value))
-    if fits_flash(query, key, value, **kwargs):
-        return flash_attention(query, key, value, texts, **kwargs), None
-    parts = zip(query.split(texts.queries, 2), key.split(texts.seen, 2), value.split(texts.seen, 2))
-    return torch.cat([causal_attention(module, *part, **kwargs) for part in parts], 1), None
+    outputs = []
+    for table in texts.tables:  # (k, T)
+        gathered = []
+        for tensor in (query, key, value):
+            tokens = tensor[0].index_select(1, table.flatten())  # (H, k T, d)
+            gathered.append(tokens.unflatten(1, table.shape).transpose(0, 1))  # (k, H, T, d)
+        output = causal_attention(module, *gathered, **kwargs)  # (k, T, H, d)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs).index_select(0, texts.back)[None], None
 
 def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
-    """query (b, H, T, d), the last T of key, value (b, H or fewer, T or more, d) -> (b, T, H, d).
-    Padding comes last, so that causality alone keeps it out."""
-    length, seen = query.shape[2], key.shape[2]
-    window = sliding_window or seen
+    """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d). Padding comes last, so
+    that causality alone keeps it out."""
+    length = query.shape[2]
+    window = sliding_window or length
     # Soft-caps (Gemma-2) and sinks (gpt-oss) are not in torch's kernels but in the model's file.
     special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
     mask = None
-    if special or length < seen or window < seen:
-        mask = torch.ones(length, seen, dtype=torch.bool, device=query.device)
-        past = seen - length  # the first query sees these, itself, and nothing after it
-        mask = mask.tril(past).triu(past + 1 - window)
+    if special or window < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        mask = mask.tril().triu(1 - window)  # (T, T) the query (row) sees the key (column)
     if special:
         file = sys.modules[type(module).__module__]
         bias = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
@@ -593,23 +611,6 @@ def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
     output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None,
                                             scale=kwargs.get("scaling"), enable_gqa=grouped)
     return output.transpose(1, 2)
-
-def fits_flash(query, key, value, softcap=None, s_aux=None, **kwargs):
-    """Whether flash_attention can compute this: on GPUs of NVIDIA, in half precision."""
-    if softcap is not None or s_aux is not None or not (torch.version.cuda and query.is_cuda):
-        return False
-    params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, True)
-    return query.shape[3] % 8 == 0 and torch.backends.cuda.can_use_flash_attention(params)
-
-# torch 2.11 takes fewer heads of keys as they are, later versions want to be told.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-def flash_attention(query, key, value, texts, sliding_window=None, scaling=None, **kwargs):
-    """The same for all texts in one kernel, which compares their last query with their last key."""
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (tokens, heads, d)
-    window = ((sliding_window or 0) - 1, 0)  # keys before a query, -1: all; keys after it
-    return varlen_attn(*rows, *texts.starts, max(texts.queries), max(texts.seen), scale=scaling,
-                       window_size=window, **GROUPED)[None]
 
 # -- model
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
@@ -747,7 +748,6 @@ def checkpoint_blocks(model, how):
                 "_scaled_dot_product_efficient_attention",
                 "_scaled_dot_product_flash_attention_for_cpu")
         kept = [getattr(torch.ops.aten, name).default for name in kept]
-        kept.append(torch.ops.torch_attn._varlen_attn.default)
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
     if not blocks_of(model):
         fail(f"--activation_checkpointing {how}: transformers names no blocks of this model")

@@ -43,7 +43,7 @@ def test_a_slice_measures_ours_and_trl_and_writes_a_table(tmp_path):
 @pytest.mark.slow
 def test_every_variant_of_ours_that_speed_does_not_have_runs_too(tmp_path):
     run(tmp_path, "--slice", "layouts15b,lora7b", "--only",
-        "packed 16384 loop,concatenated 16384,separate 16384,packed 16384 lora full,packed 8192 lora selective")
+        "packed 16384 single,concatenated 16384,separate 16384,packed 16384 lora full,packed 8192 lora selective")
     for name, count in ("layouts15b", 3), ("lora7b", 2):
         rows = rows_of((tmp_path / f"{name}.md").read_text())
         assert len(rows) == count and all(float(row[0]) > 0 for row in rows.values()), rows
@@ -52,12 +52,12 @@ def test_every_variant_of_ours_that_speed_does_not_have_runs_too(tmp_path):
 @pytest.mark.slow
 def test_no_variant_begins_after_the_budget_and_what_there_is_is_written(tmp_path):
     run(tmp_path, "--slice", "layouts15b,hh15b", "--budget", "0")
-    for name, count in ("layouts15b", 4), ("hh15b", 7):
+    for name, count in ("layouts15b", 6), ("hh15b", 7):
         rows = rows_of((tmp_path / f"{name}.md").read_text())
         assert len(rows) == count and {row[0] for row in rows.values()} == {"not reached"}
     # A process that is running when the time is over says the same of the variants that are left.
     said = run(tmp_path, "--slice", "layouts15b", "--contender", "ours", "--folder", str(tmp_path), "--until", "1")
-    assert said.count('"trouble": "not reached"') == 4
+    assert said.count('"trouble": "not reached"') == 6
 
 
 def test_without_trl_it_is_left_out_with_a_line(tmp_path, monkeypatch, capsys):
@@ -90,7 +90,7 @@ def test_every_word_of_a_variant_is_known():
             layout, tokens, *how = variant.rstrip("*").split()
             args = gpu.settings([layout, tokens, *how], "folder", False, dpo)
             assert layout in ("packed", "concatenated", "separate") and args.max_tokens == int(tokens)
-            assert set(how) <= {"full", "selective", "compile", "zero2", "zero3", "lora", "loop", "head", "auxdpo", "hh"}
+            assert set(how) <= {"full", "selective", "compile", "zero2", "zero3", "lora", "single", "kernel", "head", "auxdpo", "hh"}
         for variant in trl:
             name, size, *how = variant.rstrip("*").split()
             assert name == "trl" and int(size) > 0 and set(how) <= {"full", "lora", "cudnn", "hh"}

@@ -9,8 +9,8 @@ of one token, very different lengths, the padding's id as a real token, and sequ
 the window.
 
 Also: recurrent models are refused where they would be wrong, and right elsewhere; what stands in
-the padding never matters; the packed row and what its attention is told are what the docstring
-draws, and the kernel for GPUs is called as torch documents it (a float loop stands in for it); activation checkpointing, torch.compile, LoRA, FSDP's units and the chunks of the output head
+the padding never matters; the packed row and the tables of its attention are what their docstrings
+draw; activation checkpointing, torch.compile, LoRA, FSDP's units and the chunks of the output head
 change nothing that they should not.
 """
 
@@ -314,14 +314,21 @@ def test_the_targets_are_the_response_tokens_in_order_and_nothing_else(layout):
         assert batch["inputs"]["input_ids"].flatten()[batch["source"]].tolist() == before
 
 
-# ---- collate: the packed row, and what attention is told of its texts ----
+# ---- collate: the packed row, and the tables of its attention ----
 
 
 def packed(pairs):
-    """What collate makes of them: ids and positions (L,), and texts."""
+    """What collate makes of them: ids and positions (L,), tables, back."""
     (batch,) = dpo.collate(pairs, "packed")
     inputs = batch["inputs"]
-    return inputs["input_ids"][0], inputs["position_ids"][0], inputs["texts"]
+    texts = vars(inputs["texts"])
+    return inputs["input_ids"][0], inputs["position_ids"][0], texts["tables"], texts["back"]
+
+
+def text_rows(tables):
+    """The rows of all tables without their padding. A text has two tokens or more, so that its last
+    place is not 0, which is the padding."""
+    return [row[: row.nonzero().max() + 1] for table in tables for row in table]
 
 
 def random_batches():
@@ -339,21 +346,42 @@ def test_a_packed_row_holds_every_prompt_and_every_response_once():
     assert ids.tolist() == sum(once, [])
 
 
-def test_every_text_sees_its_tokens_in_order_and_the_last_of_them_are_its_own():
+def test_every_text_is_a_row_of_one_table_with_its_tokens_and_positions_in_order():
     for pairs in random_batches():
-        ids, positions, texts = packed(pairs)
-        keys = texts.keys.split(texts.seen)
-        assert [ids[places].tolist() for places in keys] == texts_of(pairs)
-        for places in keys:
-            assert positions[places].tolist() == list(range(len(places)))
-        own = [places[-count:] for places, count in zip(keys, texts.queries)]
-        assert torch.cat(own).tolist() == list(range(len(ids)))  # each token is one text's query
-        for starts, sizes in zip(texts.starts, (texts.queries, texts.seen)):
-            assert starts.dtype == torch.int32
-            assert starts.tolist() == [0, *np.cumsum(sizes)]
+        ids, positions, tables, _ = packed(pairs)
+        rows = text_rows(tables)
+        for row in rows:
+            assert positions[row].tolist() == list(range(len(row)))
+        held = [ids[row].tolist() for row in rows]
+        assert sorted(held) == sorted(texts_of(pairs))
+        assert sum(map(len, rows)) == sum(map(len, texts_of(pairs)))  # the rest is zeros
 
 
-# The pairs that are drawn in the docstring of pack. A token is its letter.
+def test_a_table_holds_texts_of_at_least_0_8_of_its_longest_and_the_next_one_shorter_texts():
+    for pairs in random_batches():
+        tables = packed(pairs)[2]
+        for table in tables:
+            lengths = [len(row) for row in text_rows([table])]
+            assert max(lengths) == table.shape[1] and min(lengths) >= 0.8 * table.shape[1]
+        for table, following in zip(tables, tables[1:]):
+            assert following.shape[1] < 0.8 * table.shape[1]
+
+
+def test_back_leads_every_place_of_the_packed_row_to_a_cell_that_holds_it():
+    for pairs in random_batches():
+        ids, positions, tables, back = packed(pairs)
+        cells, columns, real = [], [], []
+        for table in tables:
+            cells += table.flatten().tolist()
+            columns += list(range(table.shape[1])) * len(table)
+            for row in text_rows([table]):
+                real += [True] * len(row) + [False] * (table.shape[1] - len(row))
+        assert [cells[cell] for cell in back] == list(range(len(ids)))
+        assert [columns[cell] for cell in back] == positions.tolist()
+        assert all(real[cell] for cell in back)  # and not the padding, which has place 0 as well
+
+
+# The pairs that are drawn in the docstrings of pack and attention_tables. A token is its letter.
 DRAWN = [
     dict(prompt="pp", chosen="ccc", rejected="rr"),
     dict(prompt="P", chosen="CCC", rejected="RRR"),
@@ -362,101 +390,54 @@ DRAWN = [{side: list(map(ord, text)) for side, text in pair.items()} for pair in
 
 
 def numbers(text):
-    return list(map(int, re.findall(r"\d+", text)))
+    return list(map(int, text.split()))
 
 
 def test_the_docstring_of_pack_draws_what_pack_gives():
-    ids, positions, texts = packed(DRAWN)
+    ids, positions, tables, _ = packed(DRAWN)
     drawing = {}
     for name in ("place", "input_ids", "position_ids"):
         drawing[name] = re.search(rf"^ +{name} +(.*)", dpo.pack.__doc__, re.MULTILINE)[1].split()
     assert numbers(" ".join(drawing["place"])) == list(range(len(ids)))
     assert drawing["input_ids"] == [chr(token) for token in ids]
     assert numbers(" ".join(drawing["position_ids"])) == positions.tolist()
-    places = re.search(r"the places (.+?):", dpo.pack.__doc__, re.DOTALL)[1]
-    assert numbers(places) == texts.keys.tolist()
-    for name in ("seen", "queries"):
-        sizes = re.search(rf"`{name}` \((.+?)\)", dpo.pack.__doc__)[1]
-        assert numbers(sizes) == getattr(texts, name)
+    first = re.search(r"the places\s+([\d ]+) and ([\d ]+)\.", dpo.pack.__doc__)
+    rows = [row.tolist() for row in text_rows(tables)]
+    for places in first.groups():
+        assert numbers(places) in rows
+        letters = {chr(ids[place]) for place in numbers(places)}
+        assert letters in ({"p", "c"}, {"p", "r"})  # the texts of the first pair
+
+
+def test_the_docstring_of_attention_tables_draws_what_it_gives():
+    lines = dpo.attention_tables.__doc__.splitlines()
+    drawn = [re.fullmatch(r" {8}((?:\d+ +){4}\d+)(.*)", line) for line in lines]
+    drawn = [match for match in drawn if match]
+    _, _, tables, back = packed(DRAWN)
+    assert len(tables) == 1
+    assert [numbers(match[1]) for match in drawn] == tables[0].tolist()
+    beside = " ".join(match[2] for match in drawn)
+    assert numbers(re.search(r"flattened: +([\d ]+)\.", beside)[1]) == back.tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "mixtral"])
-def test_attention_computes_no_padding_and_no_prompt_twice(tiny_model, monkeypatch, family):
+def test_attention_is_one_call_per_table_and_layer(tiny_model, monkeypatch, family):
     policy, shapes = make_policy(tiny_model(family), "packed"), []
     kernel = torch.nn.functional.scaled_dot_product_attention
 
-    def counted(query, key, *args, **kwargs):
-        shapes.append((query.shape[2], key.shape[2]))
-        return kernel(query, key, *args, **kwargs)
+    def counted(query, *args, **kwargs):
+        shapes.append((query.shape[0], query.shape[2]))  # texts, tokens of the longest
+        return kernel(query, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     for name in BATCHES:
         shapes.clear()
         with torch.no_grad():
             policy(dpo.collate(batch_of(name), "packed"))
-        texts = packed(batch_of(name))[2]
+        tables = packed(batch_of(name))[2]
         layers = policy.model.config.num_hidden_layers
-        assert shapes == layers * list(zip(texts.queries, texts.seen))
-
-
-# ---- the kernel for GPUs, with a stand-in: this machine has none ----
-
-
-def varlen_loop(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                window_size=(-1, -1), enable_gqa=False):
-    """What the documentation of torch.nn.attention.varlen says, in the precision of the query: the
-    last query of a text is beside its last key (https://docs.pytorch.org/docs/2.12/)."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    groups = query.shape[1] // key.shape[1]
-    assert groups == 1 or enable_gqa or not dpo.GROUPED
-    assert cu_seq_q.diff().max() == max_q and cu_seq_k.diff().max() == max_k
-    before, after = window_size
-    outputs = []
-    for q, k, v in zip(*(tensor.split(starts.diff().tolist()) for tensor, starts in
-                         ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k)))):
-        place = torch.arange(len(q))[:, None] + len(k) - len(q)
-        distance = torch.arange(len(k)) - place  # (queries, keys)
-        seen = (distance <= after) & ((distance >= -before) | (before < 0))
-        logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(groups, 1))
-        logits = logits * (scale or q.shape[-1] ** -0.5)
-        weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(groups, 1)))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize("checkpointing", ["off", "full"])
-@pytest.mark.parametrize("family", ATTENTION)
-def test_the_kernel_for_gpus_is_given_what_it_needs(
-    tiny_model, monkeypatch, family, checkpointing
-):
-    calls, real = [], dpo.fits_flash
-
-    def fits(query, key, value, softcap=None, s_aux=None, **kwargs):
-        assert not real(query, key, value, softcap=softcap, s_aux=s_aux, **kwargs)  # on a CPU
-        calls.append(softcap is None and s_aux is None and query.shape[-1] == value.shape[-1])
-        return calls[-1]
-
-    monkeypatch.setattr(dpo, "fits_flash", fits)
-    monkeypatch.setattr(dpo, "varlen_attn", varlen_loop)
-    for name in BATCHES:
-        policy = make_policy(tiny_model(family), "packed", checkpointing)
-        result = ours(policy, dpo.collate(batch_of(name), "packed"), batch_of(name))
-        assert_same(result, hugging_face(tiny_model(family), name))
-    assert len(set(calls)) == 1 and calls[0] == (family not in ("gemma2", "gpt-oss"))
-
-
-def test_torchs_kernel_takes_these_arguments_and_gives_gradients_of_these_shapes():
-    """On tensors without content, as there is no GPU: names, types and shapes are checked."""
-    texts = packed(batch_of(FIVE))[2]
-    shapes = (8, sum(texts.queries)), (2, sum(texts.seen)), (2, sum(texts.seen))
-    options = dict(device="meta", dtype=torch.bfloat16, requires_grad=True)
-    tensors = [torch.empty(1, heads, tokens, 16, **options) for heads, tokens in shapes]
-    texts.starts = [starts.to("meta") for starts in texts.starts]
-    output = dpo.flash_attention(*tensors, texts, sliding_window=7, scaling=0.5)
-    assert output.shape == (1, sum(texts.queries), 8, 16)
-    output.sum().backward()
-    assert [tensor.grad.shape for tensor in tensors] == [tensor.shape for tensor in tensors]
+        assert shapes == layers * [tuple(table.shape) for table in tables]
+    assert len(tables) > 2  # the last batch needs several
 
 
 # ---- the output head ----
@@ -673,7 +654,7 @@ def test_checkpointing_saves_as_much_when_blocks_are_compiled(tiny_model, compil
 def test_compiled_blocks_are_not_compiled_again_for_other_shapes(
     tiny_model, compiler, layout, checkpointing
 ):
-    """Another number of pairs or of tokens is no reason to, after the first batch."""
+    """Another number of pairs, of tokens or of tables is no reason to, after the first batch."""
     folder = tiny_model("llama")
     policy, graphs = tiny_policy(dpo, folder, layout, checkpointing, compile=True), []
     for name in (FIVE, "one long pair"):

@@ -85,10 +85,7 @@ def test_losses_margins_gradient_norms_and_accuracies_are_equal_in_every_step(mi
     assert micro[0].keys() == efficient[0].keys() and len(micro[0]) == 10 * 4 + 2 * 2
     for key, value in micro[0].items():
         digits = 1e-3 if key[1] in ("eval accuracy", "lr") else 1e-5  # as many as are printed
-        # Against float64, each of these log-probs is off by 1.7e-6 (root mean square, in float32),
-        # which makes 0.9e-6 of the difference of two margins: 0.3 / 3 * sqrt(24) * 1.7e-6.
-        rounding = 4e-6 if key[1] == "margin" else 2e-6
-        assert value == pytest.approx(efficient[0][key], rel=digits, abs=rounding), key
+        assert value == pytest.approx(efficient[0][key], rel=digits, abs=2e-6), key
 
 
 def test_the_run_is_one_in_which_losses_and_gradients_move(micro):

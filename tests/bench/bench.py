@@ -89,8 +89,11 @@ def make_work(name, folder):
 
 # ---------------------------------------------------------------------- contenders: step(pairs) -> loss
 def ours(layout, how, model_folder, pairs, max_tokens):
-    """max_tokens holds for each layout, and is more if a pair needs it; how: nothing, compile, selective or full."""
+    """max_tokens holds for each layout, and is more if a pair needs it; how: nothing, compile, selective, full or loop."""
     import dpo
+    if how == "loop":
+        import unpadded
+        unpadded.use(dpo, kernel=False)
     import numpy as np
     lengths = np.array([[len(pair[side]) for side in ("prompt", "chosen", "rejected")] for pair in pairs])
     max_tokens = max(max_tokens, dpo.pair_tokens(lengths, layout).max())

@@ -13,7 +13,7 @@ directly under autocast, so that its Trainer's own overhead is not counted, and 
 shape for 0.1 s, is off as in ours, but for the variants called cudnn. With LoRA its base is bfloat16.
 
 A variant is written in words: a layout and --max_tokens of ours or the pairs of a micro-batch of TRL; full, selective:
-activation checkpointing; compile; zero2, zero3; lora; loop: attention text by text in place of one kernel;
+activation checkpointing; compile; zero2, zero3; lora; single: one table in attention; kernel, loop: none (unpadded.py);
 head: the output head and its loss compiled too; auxdpo: a step of auxdpo.py with random sketches; hh, long: pairs of these
 lengths, not of the slice's. The variant compo is compo.py on one pair with a head of Mistral's shape. Columns:
 
@@ -53,6 +53,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 
 import bench  # noqa: E402
 import gpu_check  # noqa: E402
+import unpadded  # noqa: E402
 
 PAIRS = dict(ultrafeedback=64, hh=128, long=16)  # of a step
 SLICES = {  # name: (size, lengths, variants of ours, of TRL)
@@ -68,7 +69,8 @@ SLICES = {  # name: (size, lengths, variants of ours, of TRL)
                 ["trl 1", "trl 2", "trl 4", "trl 4 full"]),
     "memory15b": ("1.5B", "ultrafeedback", ["packed 16384", "packed 16384 selective", "packed 16384 full", "packed 32768 selective",
                                             "packed 32768 full", "packed 8192 zero3 full"], ["trl 8 full", "trl 32 full"]),
-    "layouts15b": ("1.5B", "ultrafeedback", ["packed 16384", "packed 16384 loop", "concatenated 16384", "separate 16384"], []),
+    "layouts15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 16384 single", "packed 16384 kernel*",
+                                             "packed 16384 kernel compile*", "concatenated 16384", "separate 16384"], []),
     "compile15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 16384 compile*", "packed 16384 full compile",
                                              "packed 16384 zero3 compile", "packed 16384 compile head*"], []),
     "full3b": ("3B", "ultrafeedback", ["packed 16384 selective*", "packed 16384 full", "packed 32768 full"],
@@ -134,13 +136,16 @@ def ours(folder, pairs, tiny):
     split = dict(pairs=rows, lengths=lengths, ref_logps=np.zeros((len(pairs), 2), np.float32),
                  responses=np.arange(2 * len(pairs)).reshape(-1, 2))
     auxdpo.find_sketch = lambda _, args: np.random.default_rng(0).standard_normal((2 * len(pairs), args.sketch_dim), np.float32)
-    fits_flash, head_pass = dpo.fits_flash, dpo.head_pass
+    tables, gathered, head_pass = dpo.attention_tables, dpo.gathered_attention, dpo.head_pass
 
     def make(words):
         script = auxdpo if "auxdpo" in words else dpo
         args = settings(words, folder, tiny, script)
         dpo.head_pass = torch.compile(head_pass, dynamic=True) if "head" in words else head_pass
-        dpo.fits_flash = (lambda *args, **kwargs: False) if "loop" in words else fits_flash
+        dpo.gathered_attention = gathered
+        dpo.attention_tables = functools.partial(tables, shortest=0) if "single" in words else tables
+        if "kernel" in words or "loop" in words:
+            unpadded.use(dpo, "kernel" in words)
         if hasattr(weights, "peft_config"):  # of the variant before
             weights.delete_adapter("default")
         policy = script.build_policy(copy.deepcopy(model), weights, script.token_logps, device, dtype, args)
