@@ -394,8 +394,8 @@ def main():
     if args.old and not Path(args.old, "dpo.py").is_file():
         sys.exit(f"error: --old {args.old} is no checkout of this repository: git worktree add {args.old} 937b6ad")
     for name in args.contenders.split(","):
-        if not re.fullmatch(r"(packed|concatenated|separate)( selective| full| compile| zero3)?|trl( [1-9]\d*( full)?)?", name):
-            sys.exit(f"error: --contenders {name!r} is none: packed, concatenated, separate (selective, full, compile, zero3), trl, trl N (full)")
+        if not re.fullmatch(r"(packed|concatenated|separate)( selective| full| compile| zero3| loop)?|trl( [1-9]\d*( full)?)?", name):
+            sys.exit(f"error: --contenders {name!r} is none: packed, concatenated, separate (selective, full, compile, zero3, loop), trl, trl N (full)")
     args.out.mkdir(parents=True, exist_ok=True)
     known = args.out / "bench.json"
     found = json.loads(known.read_text()) if known.exists() else {}  # of other workloads, maybe of other calls
