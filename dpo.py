@@ -525,8 +525,10 @@ def attention_tables(places, size, shortest=0.5 if torch.cuda.is_available() els
         for place in group:
             back[place] = start + torch.arange(len(place))
             start += table.shape[1]
-        tables.append(to_device(table))
-    return types.SimpleNamespace(tables=tables, back=to_device(back))  # as compile looks into dicts
+        tables.append(table)
+    places = to_device(torch.cat([table.flatten() for table in tables]))
+    shapes = [table.shape for table in tables]  # a namespace, as compile looks into dicts
+    return types.SimpleNamespace(places=places, shapes=shapes, back=to_device(back))
 
 # -- forward pass and attention
 def token_logps(logits, targets):
@@ -582,13 +584,11 @@ def gathered_attention(module, query, key, value, attention_mask, texts=None, **
         kwargs["sliding_window"] = attention_mask
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
-    outputs = []
-    for table in texts.tables:  # (k, T)
-        gathered = []
-        for tensor in (query, key, value):
-            tokens = tensor[0].index_select(1, table.flatten())  # (H, k T, d)
-            gathered.append(tokens.unflatten(1, table.shape).transpose(0, 1))  # (k, H, T, d)
-        output = causal_attention(module, *gathered, **kwargs)  # (k, T, H, d)
+    outputs, sizes = [], [shape.numel() for shape in texts.shapes]
+    gathered = [x[0].index_select(1, texts.places).split(sizes, 1) for x in (query, key, value)]
+    for shape, *parts in zip(texts.shapes, *gathered):  # (k, T), three times (H, k T, d)
+        parts = [part.unflatten(1, shape).transpose(0, 1) for part in parts]  # (k, H, T, d)
+        output = causal_attention(module, *parts, **kwargs)  # (k, T, H, d)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).index_select(0, texts.back)[None], None
 

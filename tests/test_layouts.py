@@ -321,8 +321,10 @@ def packed(pairs):
     """What collate makes of them: ids and positions (L,), tables, back."""
     (batch,) = dpo.collate(pairs, "packed")
     inputs = batch["inputs"]
-    texts = vars(inputs["texts"])
-    return inputs["input_ids"][0], inputs["position_ids"][0], texts["tables"], texts["back"]
+    texts = inputs["texts"]
+    cells = texts.places.split([shape.numel() for shape in texts.shapes])
+    tables = [part.view(shape) for part, shape in zip(cells, texts.shapes)]
+    return inputs["input_ids"][0], inputs["position_ids"][0], tables, texts.back
 
 
 def text_rows(tables):
