@@ -59,8 +59,8 @@ PAIRS = dict(ultrafeedback=64, hh=128, long=16)  # of a step
 SLICES = {  # name: (size, lengths, variants of ours, of TRL)
     # The first is for a lease of ten minutes: what is compiled comes first, while another process may run tests.
     "lease15b": ("1.5B", "ultrafeedback",
-                 ["packed 16384 compile*", "packed 16384 compile head", "packed 16384*", "packed 16384 hh*", "packed 16384 full",
-                  "packed 16384 full auxdpo", "compo"],
+                 ["packed 16384 compile*", "packed 16384 kernel compile*", "packed 16384*", "packed 16384 kernel*", "packed 16384 single",
+                  "packed 16384 hh*", "packed 16384 hh kernel", "packed 16384 full", "packed 16384 full auxdpo", "compo"],
                  ["trl 8", "trl 32 hh", "trl 4", "trl 16 hh"]),
     "speed15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 8192", "packed 32768", "packed 16384 zero3"],
                  ["trl 4", "trl 8*", "trl 16", "trl 16 full", "trl 8 cudnn"]),
