@@ -60,8 +60,8 @@ SLICES = {  # name: (size, lengths, variants of ours, of TRL)
     # The first is for a lease of ten minutes: what is compiled comes first, while another process may run tests.
     "lease15b": ("1.5B", "ultrafeedback",
                  ["packed 16384 compile*", "packed 16384 kernel compile*", "packed 16384*", "packed 16384 kernel*", "packed 16384 single",
-                  "packed 16384 hh*", "packed 16384 hh kernel", "packed 16384 full", "packed 16384 full auxdpo", "compo"],
-                 ["trl 8", "trl 32 hh", "trl 4", "trl 16 hh"]),
+                  "packed 16384 hh*", "packed 16384 full", "packed 16384 full auxdpo", "compo"],
+                 ["trl 4", "trl 32 hh", "trl 8"]),
     "speed15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 8192", "packed 32768", "packed 16384 zero3"],
                  ["trl 4", "trl 8*", "trl 16", "trl 16 full", "trl 8 cudnn"]),
     "hh15b": ("1.5B", "hh", ["packed 16384*", "packed 8192", "packed 32768"], ["trl 8", "trl 16", "trl 32", "trl 32 full"]),
