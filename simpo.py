@@ -504,8 +504,8 @@ def attention_tables(places, size, shortest=0.5 if torch.cuda.is_available() els
             start += table.shape[1]
         tables.append(table)
     places = to_device(torch.cat([table.flatten() for table in tables]))
-    shapes = [table.shape for table in tables]  # a namespace, as compile looks into dicts
-    return types.SimpleNamespace(places=places, shapes=shapes, back=to_device(back))
+    return types.SimpleNamespace(  # as compile looks into dicts
+        places=places, shapes=[table.shape for table in tables], back=to_device(back))
 
 # -- forward pass and attention
 def token_logps(logits, targets):
@@ -563,7 +563,7 @@ def gathered_attention(module, query, key, value, attention_mask, texts=None, **
         return causal_attention(module, query, key, value, **kwargs), None
     outputs, sizes = [], [shape.numel() for shape in texts.shapes]
     gathered = [x[0].index_select(1, texts.places).split(sizes, 1) for x in (query, key, value)]
-    for shape, *parts in zip(texts.shapes, *gathered):  # (k, T), three times (H, k T, d)
+    for shape, *parts in zip(texts.shapes, *gathered):  # of a table: (k, T), parts (H, k T, d)
         parts = [part.unflatten(1, shape).transpose(0, 1) for part in parts]  # (k, H, T, d)
         output = causal_attention(module, *parts, **kwargs)  # (k, T, H, d)
         outputs.append(output.flatten(0, 1))
