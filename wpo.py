@@ -525,26 +525,31 @@ def attention_tables(places, size, shortest=0.5 if torch.cuda.is_available() els
     """Group texts of similar length into padded tables of their places in a packed row of `size`
     tokens. For the row drawn in pack it is one table, with zeros as padding:
 
-        0  1  2  3  4
-        5  6  7  8  0     back: where each token of the row stands in all tables, flattened:
-        0  1  9 10  0     10 11 2 3 4 15 6 7 8 12 13 16 17 18. A prompt stands in two texts, with
-        5 11 12 13  0     the same result in both, so that back may lead to either."""
+        0  1  2  3  4     back: the cells, counted over all tables, in which each token stands:
+        5  6  7  8  0       10 11  2  3  4 15  6  7  8 12 13 16 17 18
+        0  1  9 10  0        0  1 -1 -1 -1  5 -1 -1 -1 -1 -1 -1 -1 -1
+        5 11 12 13  0     A prompt stands in two texts, with the same result in both. takers: the
+                          token that takes the result of each cell, or -1."""
     groups = []
     for place in sorted(places, key=len, reverse=True):
         # Padding is at most a fifth, on a GPU a half, where four more tables cost 13 % of a step.
         if not groups or len(place) < shortest * len(groups[-1][0]):
             groups.append([])
         groups[-1].append(place)
-    tables, back, start = [], torch.zeros(size, dtype=torch.long), 0
+    tables, cells, back = [], 0, torch.full((2, size), -1)
     for group in groups:
         table = pad_sequence(group, batch_first=True)  # (k, T) for k texts
         for place in group:
-            back[place] = start + torch.arange(len(place))
-            start += table.shape[1]
+            back[1, place] = back[0, place]
+            back[0, place] = cells + torch.arange(len(place))
+            cells += table.shape[1]
         tables.append(table)
+    takers = torch.full((1, cells), -1)
+    takers[0, back[0]] = torch.arange(size)
     places = to_device(torch.cat([table.flatten() for table in tables]))
     return types.SimpleNamespace(  # as compile looks into dicts
-        places=places, shapes=[table.shape for table in tables], back=to_device(back))
+        places=places, shapes=[table.shape for table in tables], back=to_device(back),
+        takers=to_device(takers))
 
 # -- forward pass and attention
 def token_logps(logits, targets):
@@ -592,6 +597,18 @@ def window_as_mask(local_size=None, **kwargs):
     """What models get in place of a mask, and give to attention: the size of a sliding window."""
     return local_size
 
+class Gather(torch.autograd.Function):
+    """rows (a, ...), index (b,) -> rows[index]. The gradient is gathered too, from all `cells`
+    (k, a) in which a row ended, -1 = none: torch's own adds by atomic operations, slow on a GPU."""
+    @staticmethod
+    def forward(ctx, rows, index, cells):
+        ctx.save_for_backward(cells)
+        return rows.index_select(0, index)
+    @staticmethod
+    def backward(ctx, grad):
+        grad = torch.cat([grad, torch.zeros_like(grad[:1])])  # -1 is the last
+        return grad[ctx.saved_tensors[0]].sum(0), None, None
+
 @torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
     """Every layer calls this with query (b, H, L, d), key and value (maybe fewer heads), and wants
@@ -601,12 +618,13 @@ def gathered_attention(module, query, key, value, attention_mask, texts=None, **
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs, sizes = [], [shape.numel() for shape in texts.shapes]
-    gathered = [x[0].index_select(1, texts.places).split(sizes, 1) for x in (query, key, value)]
-    for shape, *parts in zip(texts.shapes, *gathered):  # of a table: (k, T), parts (H, k T, d)
-        parts = [part.unflatten(1, shape).transpose(0, 1) for part in parts]  # (k, H, T, d)
+    gathered = [Gather.apply(x[0].transpose(0, 1), texts.places, texts.back)
+                for x in (query, key, value)]  # (cells, H, d)
+    for shape, *parts in zip(texts.shapes, *[x.split(sizes) for x in gathered]):
+        parts = [part.unflatten(0, shape).transpose(1, 2) for part in parts]  # (k, H, T, d)
         output = causal_attention(module, *parts, **kwargs)  # (k, T, H, d)
         outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, texts.back)[None], None
+    return Gather.apply(torch.cat(outputs), texts.back[0], texts.takers)[None], None
 
 def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
     """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d). Padding comes last, so

@@ -318,7 +318,7 @@ def test_the_targets_are_the_response_tokens_in_order_and_nothing_else(layout):
 
 
 def packed(pairs):
-    """What collate makes of them: ids and positions (L,), tables, back."""
+    """What collate makes of them: ids and positions (L,), tables, back (2, L)."""
     (batch,) = dpo.collate(pairs, "packed")
     inputs = batch["inputs"]
     texts = inputs["texts"]
@@ -369,7 +369,7 @@ def test_a_table_holds_texts_of_at_least_0_8_of_its_longest_and_the_next_one_sho
             assert following.shape[1] < 0.8 * table.shape[1]
 
 
-def test_back_leads_every_place_of_the_packed_row_to_a_cell_that_holds_it():
+def test_back_leads_every_place_of_the_packed_row_to_the_cells_that_hold_it():
     for pairs in random_batches():
         ids, positions, tables, back = packed(pairs)
         cells, columns, real = [], [], []
@@ -378,9 +378,13 @@ def test_back_leads_every_place_of_the_packed_row_to_a_cell_that_holds_it():
             columns += list(range(table.shape[1])) * len(table)
             for row in text_rows([table]):
                 real += [True] * len(row) + [False] * (table.shape[1] - len(row))
-        assert [cells[cell] for cell in back] == list(range(len(ids)))
-        assert [columns[cell] for cell in back] == positions.tolist()
-        assert all(real[cell] for cell in back)  # and not the padding, which has place 0 as well
+        for first, other in [(back[0], back[0]), back[:, back[1] >= 0]]:
+            assert [cells[cell] for cell in first] == [cells[cell] for cell in other]
+            assert [columns[cell] for cell in first] == [columns[cell] for cell in other]
+            assert all(real[cell] for cell in other)  # and not the padding, which has place 0 as well
+        assert [cells[cell] for cell in back[0]] == list(range(len(ids)))
+        assert [columns[cell] for cell in back[0]] == positions.tolist()
+        assert (back >= 0).sum() == sum(real)
 
 
 # The pairs that are drawn in the docstrings of pack and attention_tables. A token is its letter.
@@ -419,7 +423,32 @@ def test_the_docstring_of_attention_tables_draws_what_it_gives():
     assert len(tables) == 1
     assert [numbers(match[1]) for match in drawn] == tables[0].tolist()
     beside = " ".join(match[2] for match in drawn)
-    assert numbers(re.search(r"flattened: +([\d ]+)\.", beside)[1]) == back.tolist()
+    assert numbers(re.search(r"stands: +([-\d ]+) A", beside)[1]) == back.flatten().tolist()
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_gradients_of_the_gathers_are_those_of_autograd(name):
+    texts = dpo.collate(batch_of(name), "packed")[0]["inputs"]["texts"]
+    rows = torch.randn(texts.back.shape[1], 2, 3, dtype=torch.float64, requires_grad=True)
+    cells = torch.randn(len(texts.places), 2, 3, dtype=torch.float64, requires_grad=True)
+    stands = texts.back[texts.back >= 0].tolist()
+    padding = sorted({*range(len(cells))} - {*stands})
+    assert len(stands) == len({*stands}) and (texts.places[padding] == 0).all()
+    into, out = torch.randn_like(cells), torch.randn_like(rows)  # the gradients that come from attention, and go to it
+    into[padding] = 0  # no token sees padding
+    ours = torch.autograd.grad(dpo.Gather.apply(rows, texts.places, texts.back), rows, into)
+    assert torch.equal(ours[0], torch.autograd.grad(rows[texts.places], rows, into)[0])
+    ours = torch.autograd.grad(dpo.Gather.apply(cells, texts.back[0], texts.takers), cells, out)
+    assert torch.equal(ours[0], torch.autograd.grad(cells[texts.back[0]], cells, out)[0])
+
+
+def test_attention_scatters_no_gradients(tiny_model):
+    policy = make_policy(tiny_model("llama"), "packed")
+    logps = policy(dpo.collate(batch_of(FIVE), "packed"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        logps.sum().backward()
+    scattered = [event.name for event in found.events() if re.search("index_add|index_put", event.name)]
+    assert scattered == ["aten::index_add_"]  # the gradient of the tokens that predict responses
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "mixtral"])

@@ -13,7 +13,8 @@ directly under autocast, so that its Trainer's own overhead is not counted, and 
 shape for 0.1 s, is off as in ours, but for the variants called cudnn. With LoRA its base is bfloat16.
 
 A variant is written in words: a layout and --max_tokens of ours or the pairs of a micro-batch of TRL; full, selective:
-activation checkpointing; compile; zero2, zero3; lora; single: one table in attention; kernel, loop: none (unpadded.py);
+activation checkpointing; compile; zero2, zero3; lora; single: one table in attention; scatter: its gradients as autograd
+adds them up, not as Gather does; kernel, loop: no tables (unpadded.py);
 head: the output head and its loss compiled too; auxdpo: a step of auxdpo.py with random sketches; hh, long: pairs of these
 lengths, not of the slice's. The variant compo is compo.py on one pair with a head of Mistral's shape. Columns:
 
@@ -59,8 +60,8 @@ PAIRS = dict(ultrafeedback=64, hh=128, long=16)  # of a step
 SLICES = {  # name: (size, lengths, variants of ours, of TRL)
     # The first is for a lease of ten minutes: what is compiled comes first, while another process may run tests.
     "lease15b": ("1.5B", "ultrafeedback",
-                 ["packed 16384 compile*", "packed 16384 kernel compile*", "packed 16384*", "packed 16384 kernel*", "packed 16384 single",
-                  "packed 16384 hh*", "packed 16384 full", "packed 16384 full auxdpo", "compo"],
+                 ["packed 16384 compile*", "packed 16384 kernel compile*", "packed 16384*", "packed 16384 scatter*",
+                  "packed 16384 single", "packed 16384 hh*", "packed 16384 full", "packed 16384 full auxdpo", "compo"],
                  ["trl 4", "trl 32 hh", "trl 8"]),
     "speed15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 8192", "packed 32768", "packed 16384 zero3"],
                  ["trl 4", "trl 8*", "trl 16", "trl 16 full", "trl 8 cudnn"]),
@@ -136,13 +137,14 @@ def ours(folder, pairs, tiny):
     split = dict(pairs=rows, lengths=lengths, ref_logps=np.zeros((len(pairs), 2), np.float32),
                  responses=np.arange(2 * len(pairs)).reshape(-1, 2))
     auxdpo.find_sketch = lambda _, args: np.random.default_rng(0).standard_normal((2 * len(pairs), args.sketch_dim), np.float32)
-    tables, gathered, head_pass = dpo.attention_tables, dpo.gathered_attention, dpo.head_pass
+    tables, gathered, gather, head_pass = dpo.attention_tables, dpo.gathered_attention, dpo.Gather, dpo.head_pass
 
     def make(words):
         script = auxdpo if "auxdpo" in words else dpo
         args = settings(words, folder, tiny, script)
         dpo.head_pass = torch.compile(head_pass, dynamic=True) if "head" in words else head_pass
         dpo.gathered_attention = gathered
+        dpo.Gather = types.SimpleNamespace(apply=scattered) if "scatter" in words else gather
         dpo.attention_tables = functools.partial(tables, shortest=0) if "single" in words else tables
         if "kernel" in words or "loop" in words:
             unpadded.use(dpo, "kernel" in words)
@@ -155,6 +157,11 @@ def ours(folder, pairs, tiny):
         auxdpo.prepare_delta(dict(train=train, val=dict(pairs=[])), "", args)
         return auxdpo_step(policy, train, args)
     return make
+
+
+def scattered(rows, index, cells):
+    """What Gather gives, with the gradient of torch, which index_add makes."""
+    return rows.index_select(0, index)
 
 
 def auxdpo_step(policy, split, args):
