@@ -29,7 +29,7 @@ bfloat16, which loses most of a step; here it is float32, and never tied to the 
 code's trial step, --accept_step, is off. 7. Ours: span, exact, --pairs_per_step, --baseline.
 Differs from dpo.py: votes, not a loss and AdamW; no cache.
 
-Read to line 354: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 355: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -139,7 +139,8 @@ def estimate(head, batch, constant, step, args):
     """-> u = sum_i (y_i - constant) z_i (V, h), and p. The ranks share the m perturbations."""
     changes, span = changes_by(head, batch, args)  # span is Q (k, h)
     shape, m, device = (len(head.weight), len(span)), args.perturbations, span.device
-    size = max(1, 2**26 // (4 * len(head.weight) * (len(span) + len(batch.targets))))  # 64 MiB
+    memory = 2**31 if head.weight.is_cuda else 2**26  # bytes of as many as are handled at once
+    size = max(1, memory // (4 * len(head.weight) * (len(span) + len(batch.targets))))
     sums, successes = torch.zeros(shape, device=device), torch.zeros(1, device=device)
     mine = range(dist.get_rank(), m, dist.get_world_size())
     for first in range(0, len(mine), size):
