@@ -43,7 +43,6 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow.compute as pc
 import safetensors.torch
@@ -52,6 +51,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -684,8 +684,7 @@ def find_model(name):
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
         with explain(f"the model {name} is no folder here, and the hub has none ({{}})"):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
-                                                            ignore_patterns="*/*"))
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
         return [folder]

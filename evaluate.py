@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -346,8 +346,7 @@ def load_model(name, args, dtype, device):
             wrong |= {*info.missing_keys, *info.unexpected_keys}
             assert not wrong, f"{adapter} does not fit {folder} in {sorted(wrong)[:3]}"
             model = model.merge_and_unload()
-            if (adapter / "tokenizer_config.json").exists():
-                folder = adapter
+            folder = adapter if (adapter / "tokenizer_config.json").exists() else folder
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=args.trust_remote_code)
     if is_checkpoint:
@@ -785,8 +784,7 @@ def find_model(name):
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
         with explain(f"the model {name} is no folder here, and the hub has none ({{}})"):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
-                                                            ignore_patterns="*/*"))
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
         return [folder]
