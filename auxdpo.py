@@ -885,7 +885,7 @@ def in_files(model, state, folder):
             own = name if name in state else f"{model.base_model_prefix}.{name}"  # as in gpt2
             if own in state:
                 assert state[own].shape == old.shape and old.itemsize > 1, f"{name} is {old.dtype}"
-                tensors[name] = state.pop(own).to(old.dtype).contiguous()
+                tensors[name] = state.pop(own).to(old.dtype, copy=True).contiguous()
         yield tensors, path
     missing = state.keys() - tied.keys()
     assert not missing, f"no model*.safetensors of it has {sorted(missing)[:3]}"
@@ -1158,12 +1158,12 @@ def own_logps(model, pairs):
 def check_final(policy, split, dtype, args):
     """Rank 0 reads final/ back: it must give two short pairs the log-probs of the policy, in the
     precision of final/, which may have lost much of a short training."""
-    stored = safetensors.torch.load_file(min(find_model(args.model)[0].glob("model*.safetensors")))
-    half = [t.dtype for t in stored.values() if t.dtype in (torch.bfloat16, torch.float16)]
-    precision = half[0] if half else torch.float32
-    if not args.lora_rank:
-        for parameter in policy.parameters():
-            parameter.copy_(parameter.to(precision))
+    kinds = set()
+    for path in find_model(args.model)[0].glob("model*.safetensors"):
+        kinds |= {tensor.dtype for tensor in safetensors.torch.load_file(path).values()}
+    precision = next((k for k in (torch.bfloat16, torch.float16) if k in kinds), torch.float32)
+    for parameter in policy.parameters():
+        parameter.copy_(parameter.to(precision))
     rows = split["lengths"].sum(1).argsort()[:2]
     pairs = [split["pairs"][int(row)] for row in rows]
     logps = policy(collate(pairs, args.layout))

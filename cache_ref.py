@@ -837,7 +837,7 @@ def in_files(model, state, folder):
             own = name if name in state else f"{model.base_model_prefix}.{name}"  # as in gpt2
             if own in state:
                 assert state[own].shape == old.shape and old.itemsize > 1, f"{name} is {old.dtype}"
-                tensors[name] = state.pop(own).to(old.dtype).contiguous()
+                tensors[name] = state.pop(own).to(old.dtype, copy=True).contiguous()
         yield tensors, path
     missing = state.keys() - tied.keys()
     assert not missing, f"no model*.safetensors of it has {sorted(missing)[:3]}"

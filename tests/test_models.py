@@ -144,6 +144,9 @@ def test_a_tied_head_is_not_stored_twice_and_one_that_is_there_twice_stays_so(wo
     final = tensors(tmp_path / "twice/final")
     assert torch.equal(final["lm_head.weight"], final["model.embed_tokens.weight"])
     assert_final_is_the_model(tmp_path / "twice/final", model, {"lm_head.weight"})
+    edit_tensors(model, lambda found: found.update({name: each.float() for name, each in found.items()}))
+    train(program, "simpo", model, data, tmp_path / "float32")  # the two are one tensor until they are written
+    assert_final_is_the_model(tmp_path / "float32/final", model, {"lm_head.weight"})
 
 
 def test_weights_in_parts_come_back_in_the_same_parts(world, program, tmp_path):
@@ -222,13 +225,22 @@ def test_parts_beside_a_whole_file_are_not_read(world, program, tmp_path):
     assert not torch.equal(whole["lm_head.weight"], final["lm_head.weight"])
 
 
-def test_float32_embeddings_beside_bfloat16_blocks_are_no_fault_of_final(world, program, tmp_path):
+@pytest.mark.parametrize("parts", [False, True])
+def test_float32_embeddings_beside_bfloat16_blocks_are_no_fault_of_final(world, program, tmp_path, parts):
     model, data = world(tiny_hf_model("llama"), dtype=torch.float32)
 
     def change(found):
         for name in found:
             found[name] = found[name] if "embed" in name or "lm_head" in name else found[name].bfloat16()
     edit_tensors(model, change)
+    if parts:  # the first has the embeddings only
+        found = load_file(model / "model.safetensors")
+        (model / "model.safetensors").unlink()
+        first = {name: found.pop(name) for name in sorted(found) if "embed" in name}
+        save_file(first, model / "model-00001-of-00002.safetensors", metadata=dict(format="pt"))
+        save_file(found, model / "model-00002-of-00002.safetensors", metadata=dict(format="pt"))
+        index = dict.fromkeys(first, "model-00001-of-00002.safetensors") | dict.fromkeys(found, "model-00002-of-00002.safetensors")
+        (model / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
     train(program, "simpo", model, data, tmp_path / "out")
     assert_final_is_the_model(tmp_path / "out/final", model, {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"})
 
