@@ -598,7 +598,7 @@ def find_model(name):
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
-        with explain(f"the model {name} is no folder here, and the hub has none ({{}})"):
+        with explain(f"{name} (--model or its base) is no folder, and the hub has none ({{}})"):
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
