@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow.compute as pc
 import safetensors.torch
@@ -40,6 +39,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
@@ -464,9 +464,8 @@ def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
     try:
         yield
     except kinds as error:
-        lines = str(error).strip().splitlines() or [""]
-        line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
-        fail(trouble.replace("{}", f"{type(error).__name__}: {line[:200]}"))
+        reason = re.sub(r"(?s).*Traceback.*\n", "", str(error).strip())  # checkpoints: a traceback
+        fail(trouble.replace("{}", f"{type(error).__name__}: {reason[:300]}"))
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
@@ -794,28 +793,27 @@ MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 
 @functools.cache
 def find_model(name):
-    """A name -> folder of the model, and that of a LoRA adapter or None. A run's folder means its
-    final/, and what is no folder is downloaded from the hub."""
+    """A name -> the folder of the model, then those of the LoRA adapters on it. A run's folder
+    means its final/, and what is no folder is downloaded from the hub."""
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
-        with explain(f"--model {name} is no folder here, and the hub has none ({{}})"):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
-                                                            ignore_patterns="*/*"))
+        with explain(f"{name} (--model or its base) is no folder, and the hub has none ({{}})"):
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
-        return folder, None
+        return [folder]
     if any(folder.glob("model*.safetensors")):
         fail(f"{folder} holds a model and a LoRA adapter: take one of them out")
     base = json.loads(adapter.read_text())["base_model_name_or_path"]
     base = folder / base if (folder / base).is_dir() else base  # its path may begin here
-    return find_model(str(base))[0], folder
+    return [*find_model(str(base)), folder]
 
 def read_model(name, args):
     """-> the model `name` without weights (on the meta device), and on rank 0 a second one with
-    them, in which a LoRA adapter is merged."""
+    them, in which LoRA adapters are merged."""
     transformers.utils.logging.disable_progress_bar()
-    auto, (folder, adapter) = transformers.AutoModelForCausalLM, find_model(name)
+    auto, (folder, *adapters) = transformers.AutoModelForCausalLM, find_model(name)
     trust = dict(trust_remote_code=args.trust_remote_code)
     config = transformers.AutoConfig.from_pretrained(folder, **trust)
     if getattr(config, "quantization_config", None):
@@ -825,19 +823,21 @@ def read_model(name, args):
     if dist.get_rank() > 0:
         return model, None
     weights, info = auto.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **trust,
-        generation_config=transformers.GenerationConfig())  # that of the folder is not judged
-    tied = dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
-    wrong = info["missing_keys"] | info["unexpected_keys"] | tied  # such as a second output head
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+        generation_config=transformers.GenerationConfig(), **trust)  # the folder's is not judged
+    wrong = info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
     model._weight_conversions = weights._weight_conversions  # for in_files
-    if adapter:
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    for adapter in adapters:
         from peft import PeftModel
         weights = PeftModel.from_pretrained(weights, adapter)
         info = weights.load_adapter(adapter, "default")  # again, as this says what does not fit
         wrong |= {*info.missing_keys, *info.unexpected_keys}
+        wrong |= tied & {f"{module}.weight" for module in weights.targeted_module_names}
         weights = weights.merge_and_unload()
-    if wrong:
-        fail(f"--model {name}: config and weights do not agree on {sorted(wrong)[:3]}")
+    wrong |= dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
+    if wrong:  # such as a second output head, or one that is tied and that an adapter has changed
+        fail(f"--model {name}: config and weights do not agree on {sorted(map(str, wrong))[:3]}")
     list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
     return model, weights
 
@@ -854,8 +854,8 @@ def in_files(model, state, folder):
         for name, old in tensors.items():
             own = name if name in state else f"{model.base_model_prefix}.{name}"  # as in gpt2
             if own in state:
-                assert state[own].shape == old.shape, name
-                tensors[name] = state.pop(own).to(old.dtype).contiguous()
+                assert state[own].shape == old.shape and old.itemsize > 1, f"{name} is {old.dtype}"
+                tensors[name] = state.pop(own).to(old.dtype, copy=True).contiguous()
         yield tensors, path
     missing = state.keys() - tied.keys()
     assert not missing, f"no model*.safetensors of it has {sorted(missing)[:3]}"
@@ -877,7 +877,7 @@ def choose_trained(model, weights, args):
     """Train LoRA adapters if --lora_rank says so, and only what --train_modules matches. Towers
     for images get no gradient from text, and stay as they are."""
     if args.lora_rank:
-        if find_model(args.model)[1]:
+        if find_model(args.model)[1:]:
             fail(f"--lora_rank cannot add to --model {args.model}, an adapter: merge it first")
         from peft import LoraConfig
         routers = [name for name, _ in model.named_modules() if name.endswith("router")]  # Phi-MoE

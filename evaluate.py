@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -321,7 +321,7 @@ def check_model(name):
     """End the program now, not after an hour, if a name stands for no model."""
     if Path(name, "args.json").is_file() and not Path(name, "final").is_dir():
         fail(f"{name} is a run without final/: let it finish (--resume), or take another model")
-    if find_model(name)[1] and not importlib.util.find_spec("peft"):
+    if find_model(name)[1:] and not importlib.util.find_spec("peft"):
         fail(f"{name} is a LoRA adapter, which needs a package: pip install peft")
 
 def load_model(name, args, dtype, device):
@@ -332,19 +332,21 @@ def load_model(name, args, dtype, device):
         source, is_checkpoint = name, Path(name, ".metadata").is_file()
         if is_checkpoint:
             source = json.loads(Path(name).with_name("args.json").read_text())["args"]["model"]
-        folder, adapter = find_model(source)
+        folder, *adapters = find_model(source)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map="auto" if args.spread else None,
             trust_remote_code=args.trust_remote_code, output_loading_info=True)
         assert not info["missing_keys"], f"it lacks {', '.join(info['missing_keys'])}"
-        if adapter:
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        for adapter in adapters:
             from peft import PeftModel
             model = PeftModel.from_pretrained(model, adapter)
             info = model.load_adapter(adapter, "default")  # again, as this says what does not fit
-            assert not info.missing_keys + info.unexpected_keys, f"{adapter} does not fit {folder}"
+            wrong = tied & {f"{module}.weight" for module in model.targeted_module_names}
+            wrong |= {*info.missing_keys, *info.unexpected_keys}
+            assert not wrong, f"{adapter} does not fit {folder} in {sorted(wrong)[:3]}"
             model = model.merge_and_unload()
-            if (adapter / "tokenizer_config.json").exists():
-                folder = adapter
+            folder = adapter if (adapter / "tokenizer_config.json").exists() else folder
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=args.trust_remote_code)
     if is_checkpoint:
@@ -741,9 +743,8 @@ def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
     try:
         yield
     except kinds as error:
-        lines = str(error).strip().splitlines() or [""]
-        line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
-        fail(trouble.replace("{}", f"{type(error).__name__}: {line[:200]}"))
+        reason = re.sub(r"(?s).*Traceback.*\n", "", str(error).strip())  # checkpoints: a traceback
+        fail(trouble.replace("{}", f"{type(error).__name__}: {reason[:300]}"))
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
@@ -777,22 +778,21 @@ MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 
 @functools.cache
 def find_model(name):
-    """A name -> folder of the model, and that of a LoRA adapter or None. A run's folder means its
-    final/, and what is no folder is downloaded from the hub."""
+    """A name -> the folder of the model, then those of the LoRA adapters on it. A run's folder
+    means its final/, and what is no folder is downloaded from the hub."""
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
-        with explain(f"--model {name} is no folder here, and the hub has none ({{}})"):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
-                                                            ignore_patterns="*/*"))
+        with explain(f"{name} (--model or its base) is no folder, and the hub has none ({{}})"):
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
-        return folder, None
+        return [folder]
     if any(folder.glob("model*.safetensors")):
         fail(f"{folder} holds a model and a LoRA adapter: take one of them out")
     base = json.loads(adapter.read_text())["base_model_name_or_path"]
     base = folder / base if (folder / base).is_dir() else base  # its path may begin here
-    return find_model(str(base))[0], folder
+    return [*find_model(str(base)), folder]
 
 if __name__ == "__main__":
     with explain("{}; mend this and run the same command again",

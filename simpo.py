@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow.compute as pc
 import safetensors.torch
@@ -38,6 +37,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -231,9 +231,8 @@ def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
     try:
         yield
     except kinds as error:
-        lines = str(error).strip().splitlines() or [""]
-        line = lines[-1] if "Traceback" in str(error) else lines[0]  # checkpoints: a traceback
-        fail(trouble.replace("{}", f"{type(error).__name__}: {line[:200]}"))
+        reason = re.sub(r"(?s).*Traceback.*\n", "", str(error).strip())  # checkpoints: a traceback
+        fail(trouble.replace("{}", f"{type(error).__name__}: {reason[:300]}"))
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
@@ -612,28 +611,27 @@ MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 
 @functools.cache
 def find_model(name):
-    """A name -> folder of the model, and that of a LoRA adapter or None. A run's folder means its
-    final/, and what is no folder is downloaded from the hub."""
+    """A name -> the folder of the model, then those of the LoRA adapters on it. A run's folder
+    means its final/, and what is no folder is downloaded from the hub."""
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
-        with explain(f"--model {name} is no folder here, and the hub has none ({{}})"):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted,
-                                                            ignore_patterns="*/*"))
+        with explain(f"{name} (--model or its base) is no folder, and the hub has none ({{}})"):
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
-        return folder, None
+        return [folder]
     if any(folder.glob("model*.safetensors")):
         fail(f"{folder} holds a model and a LoRA adapter: take one of them out")
     base = json.loads(adapter.read_text())["base_model_name_or_path"]
     base = folder / base if (folder / base).is_dir() else base  # its path may begin here
-    return find_model(str(base))[0], folder
+    return [*find_model(str(base)), folder]
 
 def read_model(name, args):
     """-> the model `name` without weights (on the meta device), and on rank 0 a second one with
-    them, in which a LoRA adapter is merged."""
+    them, in which LoRA adapters are merged."""
     transformers.utils.logging.disable_progress_bar()
-    auto, (folder, adapter) = transformers.AutoModelForCausalLM, find_model(name)
+    auto, (folder, *adapters) = transformers.AutoModelForCausalLM, find_model(name)
     trust = dict(trust_remote_code=args.trust_remote_code)
     config = transformers.AutoConfig.from_pretrained(folder, **trust)
     if getattr(config, "quantization_config", None):
@@ -643,19 +641,21 @@ def read_model(name, args):
     if dist.get_rank() > 0:
         return model, None
     weights, info = auto.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **trust,
-        generation_config=transformers.GenerationConfig())  # that of the folder is not judged
-    tied = dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
-    wrong = info["missing_keys"] | info["unexpected_keys"] | tied  # such as a second output head
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+        generation_config=transformers.GenerationConfig(), **trust)  # the folder's is not judged
+    wrong = info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
     model._weight_conversions = weights._weight_conversions  # for in_files
-    if adapter:
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    for adapter in adapters:
         from peft import PeftModel
         weights = PeftModel.from_pretrained(weights, adapter)
         info = weights.load_adapter(adapter, "default")  # again, as this says what does not fit
         wrong |= {*info.missing_keys, *info.unexpected_keys}
+        wrong |= tied & {f"{module}.weight" for module in weights.targeted_module_names}
         weights = weights.merge_and_unload()
-    if wrong:
-        fail(f"--model {name}: config and weights do not agree on {sorted(wrong)[:3]}")
+    wrong |= dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
+    if wrong:  # such as a second output head, or one that is tied and that an adapter has changed
+        fail(f"--model {name}: config and weights do not agree on {sorted(map(str, wrong))[:3]}")
     list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
     return model, weights
 
@@ -672,8 +672,8 @@ def in_files(model, state, folder):
         for name, old in tensors.items():
             own = name if name in state else f"{model.base_model_prefix}.{name}"  # as in gpt2
             if own in state:
-                assert state[own].shape == old.shape, name
-                tensors[name] = state.pop(own).to(old.dtype).contiguous()
+                assert state[own].shape == old.shape and old.itemsize > 1, f"{name} is {old.dtype}"
+                tensors[name] = state.pop(own).to(old.dtype, copy=True).contiguous()
         yield tensors, path
     missing = state.keys() - tied.keys()
     assert not missing, f"no model*.safetensors of it has {sorted(missing)[:3]}"
@@ -709,7 +709,7 @@ def choose_trained(model, weights, args):
     """Train LoRA adapters if --lora_rank says so, and only what --train_modules matches. Towers
     for images get no gradient from text, and stay as they are."""
     if args.lora_rank:
-        if find_model(args.model)[1]:
+        if find_model(args.model)[1:]:
             fail(f"--lora_rank cannot add to --model {args.model}, an adapter: merge it first")
         from peft import LoraConfig
         routers = [name for name, _ in model.named_modules() if name.endswith("router")]  # Phi-MoE
@@ -827,7 +827,7 @@ def open_run(content, args):
         last = [max(steps, default=0)]
         settings = dataclasses.asdict(args)
         settings |= {f"hash of {name}": value for name, value in content.items()}
-        if steps or log.exists():
+        if steps or log.exists() or any(out.glob("*model*.safetensors")):
             check_settings(settings, args)
             if not steps and (out / "final").exists():
                 fail(f"the run in --out {out} is complete: take {out}/final")
@@ -843,7 +843,7 @@ def open_run(content, args):
 def check_settings(settings, args):
     """Stop unless --resume is given, and the run in --out has the same settings."""
     if not args.resume:
-        fail(f"--out {args.out} holds a run: use --resume, or choose another --out")
+        fail(f"--out {args.out} holds a run or a model: use --resume, or choose another --out")
     with explain(f"{args.out}/args.json is damaged ({{}}): choose another --out"):
         old = json.loads(Path(args.out, "args.json").read_text())["args"]
     for name in sorted(settings.keys() - MAY_CHANGE):
@@ -911,7 +911,7 @@ def load_checkpoint(policy, optimizer, step, args):
 def copy_model_files(folder, args):
     """All files of --model but its weights, as they are: configs, tokenizer, chat template, ..."""
     folder.mkdir(exist_ok=True)
-    for source in filter(None, find_model(args.model)):  # an adapter may have its own tokenizer
+    for source in find_model(args.model):  # an adapter may have its own tokenizer
         for path in source.iterdir():
             if path.suffix in MODEL_FILES and path.name != "adapter_config.json":
                 shutil.copyfile(path, folder / path.name)
@@ -957,12 +957,12 @@ def own_logps(model, pairs):
 def check_final(policy, split, dtype, args):
     """Rank 0 reads final/ back: it must give two short pairs the log-probs of the policy, in the
     precision of final/, which may have lost much of a short training."""
-    stored = safetensors.torch.load_file(min(find_model(args.model)[0].glob("model*.safetensors")))
-    half = [t.dtype for t in stored.values() if t.dtype in (torch.bfloat16, torch.float16)]
-    precision = half[0] if half else torch.float32
-    if not args.lora_rank:
-        for parameter in policy.parameters():
-            parameter.copy_(parameter.to(precision))
+    kinds = set()
+    for path in find_model(args.model)[0].glob("model*.safetensors"):
+        kinds |= {tensor.dtype for tensor in safetensors.torch.load_file(path).values()}
+    precision = next((k for k in (torch.bfloat16, torch.float16) if k in kinds), torch.float32)
+    for parameter in policy.parameters():
+        parameter.copy_(parameter.to(precision))
     rows = split["lengths"].sum(1).argsort()[:2]
     pairs = [split["pairs"][int(row)] for row in rows]
     logps = policy(collate(pairs, args.layout))

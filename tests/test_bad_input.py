@@ -360,7 +360,7 @@ TABLE = [
     ("dpo", "a model without weights", no_weights, "--model model.safetensors"),
     ("dpo", "weights cut off", lambda w: cut(w.model / "model.safetensors"), "--model"),
     ("dpo", "weights that lack a tensor", one_tensor_less, "--model up_proj"),
-    ("dpo", "weights of another shape", lambda w: edit(w.model / "config.json", intermediate_size=40), "--model mismatched"),
+    ("dpo", "weights of another shape", lambda w: edit(w.model / "config.json", intermediate_size=40), "--model up_proj 48 40"),
     ("dpo", "a config cut off", lambda w: cut(w.model / "config.json"), "--model config.json"),
     ("dpo", "a config of no known model", lambda w: edit(w.model / "config.json", model_type="best"), "--model best"),
     ("dpo", "a model without tokenizer", no_tokenizer, "tokenizer"),

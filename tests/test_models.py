@@ -144,6 +144,9 @@ def test_a_tied_head_is_not_stored_twice_and_one_that_is_there_twice_stays_so(wo
     final = tensors(tmp_path / "twice/final")
     assert torch.equal(final["lm_head.weight"], final["model.embed_tokens.weight"])
     assert_final_is_the_model(tmp_path / "twice/final", model, {"lm_head.weight"})
+    edit_tensors(model, lambda found: found.update({name: each.float() for name, each in found.items()}))
+    train(program, "simpo", model, data, tmp_path / "float32")  # the two are one tensor until they are written
+    assert_final_is_the_model(tmp_path / "float32/final", model, {"lm_head.weight"})
 
 
 def test_weights_in_parts_come_back_in_the_same_parts(world, program, tmp_path):
@@ -222,13 +225,22 @@ def test_parts_beside_a_whole_file_are_not_read(world, program, tmp_path):
     assert not torch.equal(whole["lm_head.weight"], final["lm_head.weight"])
 
 
-def test_float32_embeddings_beside_bfloat16_blocks_are_no_fault_of_final(world, program, tmp_path):
+@pytest.mark.parametrize("parts", [False, True])
+def test_float32_embeddings_beside_bfloat16_blocks_are_no_fault_of_final(world, program, tmp_path, parts):
     model, data = world(tiny_hf_model("llama"), dtype=torch.float32)
 
     def change(found):
         for name in found:
             found[name] = found[name] if "embed" in name or "lm_head" in name else found[name].bfloat16()
     edit_tensors(model, change)
+    if parts:  # the first has the embeddings only
+        found = load_file(model / "model.safetensors")
+        (model / "model.safetensors").unlink()
+        first = {name: found.pop(name) for name in sorted(found) if "embed" in name}
+        save_file(first, model / "model-00001-of-00002.safetensors", metadata=dict(format="pt"))
+        save_file(found, model / "model-00002-of-00002.safetensors", metadata=dict(format="pt"))
+        index = dict.fromkeys(first, "model-00001-of-00002.safetensors") | dict.fromkeys(found, "model-00002-of-00002.safetensors")
+        (model / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
     train(program, "simpo", model, data, tmp_path / "out")
     assert_final_is_the_model(tmp_path / "out/final", model, {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"})
 
@@ -325,17 +337,35 @@ def nan(found):
     found["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
 
 
+def eight_bits(found):
+    """Which final/ would have to keep, and with it nothing that was trained."""
+    found["model.norm.weight"] = found["model.norm.weight"].to(torch.float8_e4m3fn)
+
+
+def other_shape(found):
+    found["model.layers.0.mlp.up_proj.weight"] = torch.ones(32, 48)
+
+
 @pytest.mark.parametrize("family, change, words", [
     ("llama-tied", wrong_head, ["config", "head"]),
     ("llama", one_layer_more, ["config", "layers.2"]),
     ("llama", one_layer_less, ["config", "layers.1"]),
     ("llama", nan, ["not all weights in", "layers.0.mlp.up_proj.weight", "finite"]),
+    ("llama", eight_bits, ["model.norm.weight", "float8"]),
+    ("llama", other_shape, ["config", "layers.0.mlp.up_proj.weight", "[32, 48]", "[48, 32]"]),
 ])
 def test_weights_that_do_not_fit_the_config_or_are_not_finite_are_named(world, program, family, change, words):
     model, data = world(tiny_hf_model(family))
     edit_tensors(model, change)
     line = refusal(program, "cache_ref", model=model, data=data)
     assert [word for word in words if word not in line] == [], line
+
+
+def test_a_reason_that_stands_on_the_second_line_of_an_error_is_told(world, program):
+    model, data = world(tiny_hf_model("llama"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | dict(num_attention_heads=3)))
+    assert "not a multiple of the number of attention heads (3)" in refusal(program, "cache_ref", model=model, data=data)
 
 
 def test_a_quantised_model_is_named_so(world, program):
@@ -496,6 +526,47 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(adapter, program, tmp_
     assert "does not fit" in refusal(program, "evaluate", models=run, data=data, out=tmp_path / "table")
 
 
+def save_adapter(base, folder, seed=0, **settings):
+    """A folder as peft writes it, with random adapters -> the model that it is, in peft's words."""
+    import peft
+
+    torch.manual_seed(seed)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.get_peft_model(whole, peft.LoraConfig(init_lora_weights=False, **settings))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_an_adapter_of_an_adapter_is_merged_after_it(world, program, tmp_path):
+    """As of a second round of LoRA. The first was left out, without a word."""
+    model, data = world(tiny_hf_model("llama"), dtype=torch.float32)
+    first = save_adapter(model, tmp_path / "first", target_modules=["q_proj", "up_proj"])
+    first.merge_and_unload().save_pretrained(tmp_path / "merged")
+    second = save_adapter(tmp_path / "merged", tmp_path / "second", seed=1, target_modules=["v_proj"])
+    file = tmp_path / "second/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(base_model_name_or_path="../first")))
+    program("cache_ref", model=tmp_path / "second", data=data)
+    stored, = Path(data).glob("ref-*/train-logps.npy")
+    truth = cache_ref.own_logps(second, PAIRS)
+    assert np.load(stored).reshape(-1, 2).T == pytest.approx(truth, abs=1e-4)
+    tiny_tokenizer().save_pretrained(tmp_path / "second")
+    program("evaluate", models=tmp_path / "second", data=data, out=tmp_path / "table")
+    assert np.load(tmp_path / "table/logps.npz")["logps"][0].T == pytest.approx(truth, abs=1e-4)
+
+
+@pytest.mark.parametrize("script, changed", [
+    ("cache_ref", dict(target_modules=["embed_tokens"])), ("cache_ref", dict(target_modules=["lm_head"])),
+    ("cache_ref", dict(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    ("evaluate", dict(target_modules=["embed_tokens"]))])
+def test_an_adapter_that_changes_one_of_two_tied_tables_is_refused(world, program, tmp_path, script, changed):
+    """Merged, it would change both: 3 to 9 nats per response."""
+    model, data = world(tiny_hf_model("qwen3"), dtype=torch.float32)
+    save_adapter(model, tmp_path / "adapter", **changed)
+    models = dict(models=tmp_path / "adapter", out=tmp_path / "table") if script == "evaluate" else dict(model=tmp_path / "adapter")
+    line = refusal(program, script, data=data, **models)
+    assert "embed_tokens" in line or "lm_head" in line
+
+
 @pytest.mark.parametrize("base", ["absolute", "relative to the adapter"])
 def test_an_adapter_finds_its_base_from_anywhere(adapter, program, tmp_path, monkeypatch, base):
     model, data, run = adapter
@@ -521,7 +592,15 @@ def test_a_runs_folder_means_its_final_and_a_slash_at_the_end_nothing(world, pro
     program("cache_ref", model=f"{tmp_path}/first/", data=f"{data}/")
     train(program, "dpo", tmp_path / "first/final", data, tmp_path / "second")
     train(program, "dpo", f"{model}/", data, tmp_path / "third", reference=f"{tmp_path}/first")
-    assert (tmp_path / "second/final").is_dir() and (tmp_path / "third/final").is_dir()
+    train(program, "dpo", model, data, tmp_path / "fourth", reference=f"{tmp_path}/first/final")
+    assert all((tmp_path / name / "final").is_dir() for name in ("second", "third", "fourth"))
+
+
+def test_a_run_is_not_written_into_the_folder_of_its_model(world, program):
+    """Which would then mean the final/ in it."""
+    model, data = world(tiny_hf_model("llama"))
+    assert "holds a run or a model" in refusal(train, program, "simpo", model, data, model)
+    assert not (model / "final").exists()
 
 
 def test_the_reference_is_the_same_folder_by_any_path(world, program, tmp_path, monkeypatch):
