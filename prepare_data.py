@@ -45,7 +45,7 @@ class Args:
     out: str  # folder to make, such as data/NAME
     trust_remote_code: bool = False  # run the Python files that come with some models
     subset: str = ""  # configuration of a hub dataset
-    split: str = "train"  # split of a hub dataset, of a folder, or of a .json that holds several
+    split: str = "train"  # of --dataset: of the hub, of a folder, or of a .json that holds several
     val: str = ""  # validation set: files, or a split of --dataset; empty = part of the prompts
     convert: str = ""  # FILE.py:FUNCTION, from a row to one of a known format, a list, or None
     overwrite: bool = False  # replace an earlier result in --out
@@ -370,8 +370,10 @@ CHUNK_SIZE = 2**18  # characters of the rows that a process handles at once
 ARROW_ROWS = 16  # that are taken out of an Arrow table at once: few, as they may be large
 
 def file_names(text):
-    """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
-    parts = [text] if os.path.isfile(text) else next(csv.reader([text], skipinitialspace=True), [])
+    """"a.jsonl, b.csv", or one on a line -> paths; [] if it is a folder or a hub name. Quotes
+    protect commas."""
+    names = text.replace("\n", ",")
+    parts = [text] if os.path.isfile(text) else next(csv.reader([names], skipinitialspace=True))
     paths = [Path(part.strip()).expanduser() for part in parts if part.strip()]
     return paths if all(FILE.fullmatch(path.name) and not path.is_dir() for path in paths) else []
 
@@ -399,9 +401,10 @@ def find_sources(args):
                 stem=mark + FILE.fullmatch(path.name)[1], size=path.stat().st_size))
         if not file_names(text):
             table = load_table(args, text, split)
+            rows = enumerate(arrow_rows(table.iter(ARROW_ROWS)), 1)
             sources.append(types.SimpleNamespace(
-                rows=table_rows(table), target=target, name=text, place=text, stem=mark + text,
-                size=len(table)))
+                rows=((number, row, number) for number, row in rows), target=target, name=text,
+                place=text, stem=mark + text, size=len(table)))
     stems = Counter(source.stem for source in sources)
     for source in sources:
         if stems[source.stem] > 1:  # ids are unique over all files
@@ -423,8 +426,8 @@ def load_table(args, name, split):
         return rows.with_format("arrow")  # so that no image is decoded
     except Exception as error:  # hub, network, name, split, folder: each raises its own errors
         fail(f"--dataset {name} --subset '{args.subset}' --split {split}: {type(error).__name__}: "
-             f"{short(error)}; give a hub name, a folder, or .jsonl, .json, .csv, .tsv or .parquet "
-             "files (.gz, .zst); quote a name that has a comma")
+             f"{short(error.__cause__ or error)}; give a hub name, a folder, or .jsonl, .json, "
+             ".csv, .tsv or .parquet files (.gz, .zst); quote a name that has a comma")
 
 def all_rows(sources):
     """-> (split or "", source, id, number, place in the whole input, row: a dict or its JSON)"""
@@ -449,11 +452,6 @@ def file_rows(path, split):
         for number, row in enumerate(rows, 1):
             if row != "":  # a blank line
                 yield number, row, size * number / total if total else raw.tell()
-
-def table_rows(table):
-    """A datasets.Dataset -> (row number, row, how many rows are read)"""
-    for number, row in enumerate(arrow_rows(table.iter(ARROW_ROWS)), 1):
-        yield number, row, number
 
 def unzip(path, raw):
     if path.suffix == ".zst":
@@ -1012,7 +1010,8 @@ OWN = re.compile(r"(train|val)(\.arrow)?|meta\.json|dropped\.jsonl|ref-.*|clean|
 FIRST_USER = "if the template takes no system turn: --system first_user"
 HINTS = {  # reason of a drop: what to do
     "others": "mend the rows, or use --convert", "template": FIRST_USER,
-    "too long": "raise --max_length", "ties": "add --ties",
+    "too long": "raise --max_length", "ties": "add --ties", "convert": "by --convert",
+    "scores tie": "by --drop_ties", "scores contradict": "by --drop_ties",
     "special token": "add --plain if the text is rendered already",
     "images": "this trains on text only", "more pairs of a row": f"at most {PAIRS_OF_A_ROW}",
     "text of system turn left out by the template": FIRST_USER,
@@ -1091,7 +1090,7 @@ def check_pairs(args, counts, folder):
         fail(f"--dataset {args.dataset} has 0 rows: give others")
     record = Path(f"{Path(args.out)}.dropped.jsonl")
     shutil.copy(folder / "dropped.jsonl", record)
-    mostly, way = "", "give others"
+    mostly, way = "", "give another --dataset or --val"
     if counts["dropped"]:
         reason = max(counts["dropped"], key=counts["dropped"].get)
         records = map(json.loads, record.read_text().splitlines())

@@ -515,6 +515,12 @@ def test_a_folder_is_read_through_load_dataset(chat, tmp_path):
     assert splits["val"][0]["id"].startswith(f"{tmp_path}/hub:0000")
 
 
+def test_a_folder_that_cannot_be_read_is_a_line_that_names_the_cause(chat, tmp_path, capsys):
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub/train.jsonl", [*ROWS, '{"prompt": "Wh'])
+    assert "JSON parse error" in fails(capsys, tmp_path / "hub", chat, tmp_path / "out")
+
+
 def test_the_result_depends_neither_on_processes_nor_on_a_second_run(chat, tmp_path):
     path = write(tmp_path / "a.jsonl", [*ROWS * 12, '{"prompt": "cut'])
     results, drops = [], []
@@ -1058,8 +1064,8 @@ def test_keys_that_the_template_does_not_know_are_said(chat, with_tools, tmp_pat
                chat_template_kwargs=dict(enable_thinking=False))
     texts, _ = one(row, chat, tmp_path)
     assert len(texts) == 2 and "not used: key enable_thinking (1 rows), key country (1 rows), key reasoning_details (1 rows)\n" in capsys.readouterr().out
-    one(dict(prompt="Why?", chosen="good", rejected="bad", chat_template_kwargs=dict(tools=[TOOL])), with_tools, tmp_path)
-    assert "Looks." in capsys.readouterr().out
+    texts, _ = one(dict(prompt="Why?", chosen="good", rejected="bad", chat_template_kwargs=dict(tools=[TOOL])), with_tools, tmp_path)
+    assert "Looks." in texts[0][0]
 
 
 @pytest.mark.parametrize("columns, order", [
@@ -1131,6 +1137,8 @@ def test_what_is_left_out_is_said_with_a_way_out_and_nothing_is_said_of_no_drops
     path = write(tmp_path / "b.jsonl", [dict(prompt="So?", chosen="", rejected="b")])
     message = fails(capsys, write(tmp_path / "a.jsonl", TABLE), chat, tmp_path / "out", "--val", path)
     assert "no pair for val" in message and "--val_fraction" not in message and "'empty'" in message
+    path.write_text("")
+    assert "give another --dataset or --val" in fails(capsys, tmp_path / "a.jsonl", chat, tmp_path / "out", "--val", path)
 
 
 # ---- kinds of files ----
@@ -1174,6 +1182,8 @@ def test_names_with_commas_are_quoted_and_several_files_of_all_kinds_go_together
     meta, splits, _ = run(f'"{tmp_path}/one,two.jsonl", {tmp_path}/a.csv', chat, tmp_path / "out")
     assert meta["counts"]["pairs_out"] == 80 and set(splits["train"]["source"]) == {"one,two.jsonl", "a.csv"}
     assert run(f"{tmp_path}/a.csv,", chat, tmp_path / "b")[0]["counts"]["pairs_out"] == 40
+    (tmp_path / "b.csv").write_text(as_csv(","))  # as "$(ls *.csv)" gives names
+    assert run(f"{tmp_path}/a.csv\n{tmp_path}/b.csv", chat, tmp_path / "c")[0]["counts"]["pairs_out"] == 80
 
 
 def test_a_home_and_a_folder_that_is_named_like_a_file_are_found(chat, tmp_path, monkeypatch):
