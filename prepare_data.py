@@ -198,7 +198,7 @@ def read_row(kit, row, key, counts):
         raise row
     if not isinstance(row, dict):
         drop("malformed", f"no row: {row}")
-    values = {name: each for name, each in row.items() if each not in (None, []) and each == each}
+    values = {key: each for key, each in row.items() if isinstance(each, str) or not is_blank(each)}
     media = find_media(values)  # a null, NaN or empty list is no value
     if media:
         counts["formats"]["images"] += 1
@@ -565,10 +565,10 @@ def as_list(value):
     return value if isinstance(value, list) else [value]
 
 def is_blank(value):
-    """Is it null, white space, or a list or dict of such?"""
+    """Is it null, NaN, white space, or a list or dict of such?"""
     if isinstance(value, (list, dict)):
         return all(map(is_blank, value.values() if isinstance(value, dict) else value))
-    return value is None or isinstance(value, str) and not value.strip()
+    return value is None or value != value or isinstance(value, str) and not value.strip()
 
 def find_media(values):
     """The first key of a dict that stands for an image, a video or a sound and is not blank."""

@@ -885,7 +885,7 @@ KINDS = {  # what the row has: (row, prompt)
                                                      rejected=[WHY, YES, dict(role="user", content="So?"), NO]), turns("Why?", "good", "So?")),
     "a text prompt with other white space": (dict(prompt=" Why  so?", chosen=[dict(role="user", content="Why\nso?"), YES],
                                                   rejected=[dict(role="user", content="Why\nso?"), NO]), turns("Why\nso?")),
-    "empty lists in other columns": (dict(prompt="Why?", conversations=[], messages=[], options=[], question="So?", answer="x", chosen="good", rejected="bad"),
+    "empty lists in other columns": (dict(prompt="Why?", conversations=[{}], messages=[None], options=[], question="So?", answer="x", chosen="good", rejected="bad"),
                                      turns("Why?")),
     "a text prompt that is rendered": (dict(prompt="<|user|>\nWhy?\n<|assistant|>\n", chosen=[WHY, YES], rejected=[WHY, NO]), turns("Why?")),
 }
