@@ -486,17 +486,21 @@ def without_nulls(value):
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 def csv_rows(text, path):
-    """Of .csv or .tsv. A row whose quotes are wrong is a drop: it would lose or shift some text."""
     csv.field_size_limit(2**31 - 1)
     header = text.readline()
     delimiter = "\t" if kind_of(path) == "tsv" else max(",;\t", key=header.count)
     rows = csv.DictReader(itertools.chain([header], text), delimiter=delimiter, strict=True)
-    for row in iter(functools.partial(attempt, next, rows, None), None):  # None is the end
-        if isinstance(row, dict) and None in row:  # cells without a column
-            row = ValueError("malformed", short(f"more cells than columns: {row}"))
-        if isinstance(row, dict):
-            row = {str(name).strip(): cell or None for name, cell in row.items()}
-        yield row
+    return iter(functools.partial(csv_row, rows), None)  # None is the end
+
+def csv_row(rows):
+    """The next row, None at the end, or the ValueError that drops it."""
+    try:
+        row = next(rows, {})
+    except csv.Error as error:  # of wrong quotes, which would lose or shift some text
+        return ValueError("malformed", str(error))
+    if None in row:  # cells without a column
+        return ValueError("malformed", short(f"more cells than columns: {row}"))
+    return {str(name).strip(): cell or None for name, cell in row.items()} or None
 
 def json_rows(text, path, split):
     """The rows of .json or .jsonl as JSON text, which can be sent to another process however deep
@@ -633,10 +637,8 @@ def dialogue(text, name, kit):
     all before that answer is one message, as it is."""
     text = text_of(text if text.startswith("\n\nHuman:") else "\n\n" + text.lstrip(), name)
     turns = re.findall(r"(?s)\n\n(Human|Assistant):(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)", text)
-    if turns[-1][0] == "Human":
-        if name in PAIR:
-            drop("malformed", f"{name} does not end with an answer of the Assistant: {text}")
-        turns.append(("Assistant", ""))  # a prompt that lacks its end
+    if turns[-1][0] == "Human":  # the answer is empty
+        turns.append(("Assistant", ""))
     if not kit.template:
         answer = turns[-1][1]
         return [user_turn(text.removesuffix(answer)), {"role": "assistant", "content": answer}]
@@ -1086,8 +1088,6 @@ def check_pairs(args, counts, folder):
     empty = [name for name in SPLITS if not counts[name]]
     if not empty:
         return
-    if not counts["rows"]:
-        fail(f"--dataset {args.dataset} has 0 rows: give others")
     record = Path(f"{Path(args.out)}.dropped.jsonl")
     shutil.copy(folder / "dropped.jsonl", record)
     mostly, way = "", "give another --dataset or --val"
@@ -1097,7 +1097,7 @@ def check_pairs(args, counts, folder):
         example = next(each for each in records if each["reason"] == reason)
         mostly = f", mostly '{reason}' ({example['id']}: {example['value']})"
         way = HINTS.get(reason, HINTS["others"])
-    if not counts["formats"]:
+    if counts["rows"] and not counts["formats"]:
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
         fail(f"--dataset {args.dataset}: no row of the first {counts['rows']} has a known format"
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "

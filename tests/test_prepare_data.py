@@ -1203,6 +1203,11 @@ def test_a_row_whose_quotes_are_wrong_is_a_drop(wrong, chat, tmp_path):
     assert meta["counts"]["pairs_out"] == 40 and "expected after" in dropped[0]["value"] and dropped[0]["line"] == 1
 
 
+def test_a_table_that_ends_too_early_is_a_line(chat, tmp_path, capsys):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(as_csv(",").encode())[:-20])
+    assert "end-of-stream" in fails(capsys, tmp_path / "a.csv.gz", chat, tmp_path / "out")
+
+
 def test_two_datasets_are_not_taken_for_one(chat, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", TABLE)
     assert "--dataset is given twice" in fails(capsys, path, chat, tmp_path / "out", "--dataset", path)
