@@ -90,7 +90,7 @@ def read_choice(row, kit):
 
 def read_alpaca(row, kit):
     """instruction and input are one question, history the turns before it: pairs or messages."""
-    if is_blank(row["instruction"]) and prompt_column(row):
+    if is_blank(row["instruction"]):
         return None
     prompt, extra = row.pop("instruction"), text_of(row.pop("input", ""), "input")
     if extra.strip():
@@ -372,10 +372,11 @@ ARROW_ROWS = 16  # that are taken out of an Arrow table at once: few, as they ma
 def file_names(text):
     """"a.jsonl, b.csv", or one on a line -> paths; [] if it is a folder or a hub name. Quotes
     protect commas."""
-    names = text.replace("\n", ",")
+    names = ",".join(text.splitlines())
     parts = [text] if os.path.isfile(text) else next(csv.reader([names], skipinitialspace=True))
     paths = [Path(part.strip()).expanduser() for part in parts if part.strip()]
-    return paths if all(FILE.fullmatch(path.name) and not path.is_dir() for path in paths) else []
+    are_files = all(FILE.fullmatch(path.name) and not os.path.isdir(path) for path in paths)
+    return paths if are_files else []
 
 def kind_of(path):
     return FILE.fullmatch(path.name)[2]
@@ -392,7 +393,7 @@ def find_sources(args):
     for target, text, split in inputs:
         mark = "" if split == args.split else f"{split}/"
         for path in file_names(text):
-            if not path.exists():
+            if not os.path.exists(path):
                 fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
             if split != "train" and kind_of(path) != "json":
                 fail(f"{path} has no split {split}: give --val a file, or leave --split out")
@@ -661,15 +662,13 @@ def read_message(value, name):
         more["tool_calls"] = [read_call(call) for call in as_list(calls)]
     if content is None and (calls or any(more.get(key) for key in SPOKEN)):
         content = ""
-    parts = content if isinstance(content, list) else []
-    parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
+    parts = [part if isinstance(part, dict) else {"text": part} for part in as_list(content)]
     for part in [value, *parts]:
         media = find_media(part)
         if media or MEDIA.fullmatch(str(part.get("type"))):
             drop("images", f"{name} has a message with {media or part['type']}")
-    if isinstance(content, list):
-        content = "\n".join(text_of(part.get("text"), f"{part.get('type')} part") for part in parts)
-    return {"role": ROLES[role.lower()], "content": text_of(content, f"content in {name}")} | more
+    said = [text_of(part.get("text"), f"{part.get('type', 'content')} in {name}") for part in parts]
+    return {"role": ROLES[role.lower()], "content": "\n".join(said)} | more
 
 def read_call(call):
     """A tool call as templates expect it: {type, function: {name, arguments as a dict}}."""

@@ -1002,7 +1002,7 @@ DROP_KINDS = {  # what is wrong: (row, reason, words of the value)
     "a tool that is no JSON": (dict(prompt="Why?", chosen="a", rejected="b", tools=["look"]), "malformed", "a tool is not JSON"),
     "a numbered image column": (dict(prompt="Why?", image_0="a.png", chosen="a", rejected="b"), "images", "image_0"),
     "a part that has no text": (dict(prompt=[WHY], chosen=[dict(role="assistant", content=[dict(type="tool_use", name="look")])], rejected=[NO]),
-                                "malformed", "tool_use part"),
+                                "malformed", "tool_use in chosen"),
     "calls as a text of their own, as OLMo writes them": (call_answer(dict(content="So:", function_calls="look(town='Lund')")),
                                                           "function_calls left out by the template", "look(town="),
     "an image part without a type": (dict(prompt=[dict(role="user", content=[dict(image="a.png"), dict(text="x")])], chosen="a", rejected="b"),
@@ -1176,14 +1176,15 @@ def test_a_layout_of_a_file_gives_the_pairs_of_its_rows(name, chat, tmp_path):
     assert (start, chosen, rejected) == (turns("Why, 0?"), "good\nday<|im_end|>", '"bad"<|im_end|>')
 
 
-def test_names_with_commas_are_quoted_and_several_files_of_all_kinds_go_together(chat, tmp_path):
+def test_names_with_commas_are_quoted_and_several_files_of_all_kinds_go_together(chat, tmp_path, capsys):
     write(tmp_path / "one,two.jsonl", TABLE)
     (tmp_path / "a.csv").write_text(as_csv(","))
     meta, splits, _ = run(f'"{tmp_path}/one,two.jsonl", {tmp_path}/a.csv', chat, tmp_path / "out")
     assert meta["counts"]["pairs_out"] == 80 and set(splits["train"]["source"]) == {"one,two.jsonl", "a.csv"}
     assert run(f"{tmp_path}/a.csv,", chat, tmp_path / "b")[0]["counts"]["pairs_out"] == 40
     (tmp_path / "b.csv").write_text(as_csv(","))  # as "$(ls *.csv)" gives names
-    assert run(f"{tmp_path}/a.csv\n{tmp_path}/b.csv", chat, tmp_path / "c")[0]["counts"]["pairs_out"] == 80
+    assert "No such file" in fails(capsys, f"{tmp_path}/" + "a.csv " * 99, chat, tmp_path / "d")
+    assert run(f"{tmp_path}/a.csv\r\n{tmp_path}/b.csv\r\n", chat, tmp_path / "c")[0]["counts"]["pairs_out"] == 80
 
 
 def test_a_home_and_a_folder_that_is_named_like_a_file_are_found(chat, tmp_path, monkeypatch):
