@@ -19,11 +19,10 @@ dropped; a row that cannot be read counts as one pair. A response ends in exactl
 which is scored: the special token that the template puts after an answer, else the tokenizer's EOS,
 or --eos_token.
 
-Read to line 291: settings, formats, what happens to a row, main. The helpers stand below.
+Read to line 290: settings, formats, what happens to a row, main. The helpers stand below.
 """
 import csv, dataclasses, functools, gzip, hashlib, inspect, io, itertools, json, math
 import multiprocessing, os, platform, random, re, runpy, shutil, signal, sys, time, types
-import zlib
 from ast import literal_eval
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, process
@@ -46,7 +45,7 @@ class Args:
     out: str  # folder to make, such as data/NAME
     trust_remote_code: bool = False  # run the Python files that come with some models
     subset: str = ""  # configuration of a hub dataset
-    split: str = "train"  # split of a hub dataset, of a folder, or of a .json that holds several
+    split: str = "train"  # of --dataset: of the hub, of a folder, or of a .json that holds several
     val: str = ""  # validation set: files, or a split of --dataset; empty = part of the prompts
     convert: str = ""  # FILE.py:FUNCTION, from a row to one of a known format, a list, or None
     overwrite: bool = False  # replace an earlier result in --out
@@ -89,13 +88,9 @@ def read_choice(row, kit):
     prompt = "\n".join([question, *lines, "Answer:"])
     return prompt, [replies[right]], replies[:right] + replies[right + 1:]
 
-def read_sharegpt(row, kit):
-    if not is_blank(row["conversations"]):
-        return read_any(row, kit)
-
 def read_alpaca(row, kit):
     """instruction and input are one question, history the turns before it: pairs or messages."""
-    if is_blank(row["instruction"]) and prompt_column(row):
+    if is_blank(row["instruction"]):
         return None
     prompt, extra = row.pop("instruction"), text_of(row.pop("input", ""), "input")
     if extra.strip():
@@ -115,12 +110,15 @@ def read_dialogue(row, kit):
     if all(is_dialogue(side) and str(prompt).strip() in side for side in sides):
         row.pop(column, None)
         return [], *([dialogue(row.pop(name), name, kit)] for name in ("chosen", "rejected"))
-    if not kit.template or not is_dialogue(prompt) or not all(isinstance(s, str) for s in sides):
+    if not kit.template or not is_dialogue(prompt):
         return None
     *turns, opened = dialogue(row.pop(column), column, kit)
     if opened["content"]:
         drop("malformed", f"{column} does not end where an answer begins: {opened['content']}")
-    return turns, [row.pop("chosen").strip()], [row.pop("rejected").strip()]
+    sides = pop_answers(row)
+    for side in sides:
+        side[:] = [answer.strip() if isinstance(answer, str) else answer for answer in side]
+    return turns, *sides
 
 def read_several(row, kit):
     if is_several(row["chosen"]) or is_several(row["rejected"]):
@@ -137,7 +135,7 @@ def read_any(row, kit):
 PAIR = {"chosen", "rejected"}
 FORMATS = {  # name: (columns that must have a value, function); the first that fits reads the row
     "multiple choice": ({"question", "answer"}, read_choice),
-    "ShareGPT": ({"conversations"} | PAIR, read_sharegpt),
+    "ShareGPT": ({"conversations"} | PAIR, read_any),
     "Alpaca": ({"instruction"} | PAIR, read_alpaca),
     "hh-rlhf": (PAIR, read_dialogue),
     "RewardBench-2": (PAIR, read_several),
@@ -180,6 +178,7 @@ def prepare_row(kit, key, row, counts):
             yield name, found
         else:
             yield from prepare_pairs(kit, name + found.suffix, found)
+            counts["unused"].update(found.unused)
 
 def prepare_pairs(kit, name, found):
     """What read_row found -> (id, columns or ValueError) of each chosen with each rejected one."""
@@ -199,8 +198,8 @@ def read_row(kit, row, key, counts):
         raise row
     if not isinstance(row, dict):
         drop("malformed", f"no row: {row}")
-    values = {name: value for name, value in row.items() if value is not None and value == value}
-    media = find_media(values)  # a null or NaN is no value
+    values = {key: each for key, each in row.items() if isinstance(each, str) or not is_blank(each)}
+    media = find_media(values)  # a null, NaN or empty list is no value
     if media:
         counts["formats"]["images"] += 1
         drop("images", f"column {media}: {values[media]}")
@@ -227,7 +226,7 @@ def read_row(kit, row, key, counts):
     counts["scores"][order] += 1
     if kit.template and isinstance(prompt, str) and RENDERED.search(prompt):
         counts["rendered"][name] += 1
-    counts["unused"].update(name for name in values if not is_blank(values[name]))
+    found.unused = {name: 1 for name in values if not is_blank(values[name])}
     return found
 
 def read_format(values, row, kit, counts):
@@ -241,7 +240,7 @@ def read_format(values, row, kit, counts):
             return name, found
     if PAIR <= row.keys():
         counts["formats"]["no answer"] += 1
-        drop("malformed", f"{min(PAIR - values.keys())} is not valid text: None")
+        drop("malformed", f"{min(PAIR - values.keys())} is not valid text: None or []")
     drop("malformed", f"columns of no known format: {', '.join(map(str, row))}")
 
 def prepare_pair(kit, found, chosen, rejected):
@@ -346,6 +345,7 @@ def short(value):
 def load_converter(spec):
     """The function that --convert FILE.py:FUNCTION names, loaded once per process."""
     path, _, name = spec.rpartition(":")
+    sys.path.append(os.path.dirname(path))  # the file may import its neighbours
     try:
         return runpy.run_path(path)[name]
     except Exception as error:  # whatever the user's file raises
@@ -370,10 +370,13 @@ CHUNK_SIZE = 2**18  # characters of the rows that a process handles at once
 ARROW_ROWS = 16  # that are taken out of an Arrow table at once: few, as they may be large
 
 def file_names(text):
-    """"a.jsonl, b.csv" -> paths; [] if that is a folder or a hub name. Quotes protect commas."""
-    parts = [text] if os.path.isfile(text) else next(csv.reader([text], skipinitialspace=True), [])
-    paths = [Path(part.strip()) for part in parts if part.strip()]
-    return paths if all(FILE.fullmatch(path.name) for path in paths) else []
+    """"a.jsonl, b.csv", or one on a line -> paths; [] if it is a folder or a hub name. Quotes
+    protect commas."""
+    names = ",".join(text.splitlines())
+    parts = [text] if os.path.isfile(text) else next(csv.reader([names], skipinitialspace=True))
+    paths = [Path(part.strip()).expanduser() for part in parts if part.strip()]
+    are_files = all(FILE.fullmatch(path.name) and not os.path.isdir(path) for path in paths)
+    return paths if are_files else []
 
 def kind_of(path):
     return FILE.fullmatch(path.name)[2]
@@ -383,22 +386,26 @@ def find_sources(args):
     prompts decide), its name, where it is, the stem of its ids, its size in bytes or rows."""
     inputs = [("train" if args.val else "", args.dataset, args.split)]
     if args.val and (file_names(args.val) or os.path.exists(args.val)):
-        inputs.append(("val", args.val, args.split))
+        inputs.append(("val", args.val, "train" if file_names(args.val) else args.split))
     elif args.val:
         inputs.append(("val", args.dataset, args.val))
     sources = []
     for target, text, split in inputs:
         mark = "" if split == args.split else f"{split}/"
         for path in file_names(text):
-            check_file(args, path, split)
+            if not os.path.exists(path):
+                fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
+            if split != "train" and kind_of(path) != "json":
+                fail(f"{path} has no split {split}: give --val a file, or leave --split out")
             sources.append(types.SimpleNamespace(
                 rows=file_rows(path, split), target=target, name=path.name, place=str(path),
                 stem=mark + FILE.fullmatch(path.name)[1], size=path.stat().st_size))
         if not file_names(text):
             table = load_table(args, text, split)
+            rows = enumerate(arrow_rows(table.iter(ARROW_ROWS)), 1)
             sources.append(types.SimpleNamespace(
-                rows=table_rows(table), target=target, name=text, place=text, stem=mark + text,
-                size=len(table)))
+                rows=((number, row, number) for number, row in rows), target=target, name=text,
+                place=text, stem=mark + text, size=len(table)))
     stems = Counter(source.stem for source in sources)
     for source in sources:
         if stems[source.stem] > 1:  # ids are unique over all files
@@ -406,12 +413,6 @@ def find_sources(args):
     if len({source.stem for source in sources}) < len(sources):
         fail(f"--dataset {args.dataset} --val {args.val} names a file twice")
     return sources
-
-def check_file(args, path, split):
-    if not path.exists():
-        fail(f"{path}: No such file; check --dataset {args.dataset} --val {args.val}")
-    if split != "train" and kind_of(path) != "json":
-        fail(f"{path} has no split {split}: give --val a file, or leave --split out")
 
 def load_table(args, name, split):
     """A split of a hub dataset, of a folder of files, or of a folder made by save_to_disk."""
@@ -426,8 +427,8 @@ def load_table(args, name, split):
         return rows.with_format("arrow")  # so that no image is decoded
     except Exception as error:  # hub, network, name, split, folder: each raises its own errors
         fail(f"--dataset {name} --subset '{args.subset}' --split {split}: {type(error).__name__}: "
-             f"{short(error)}; give a hub name, a folder, or .jsonl, .json, .csv, .tsv or .parquet "
-             "files (.gz, .zst); quote a name that has a comma")
+             f"{short(error.__cause__ or error)}; give a hub name, a folder, or .jsonl, .json, "
+             ".csv, .tsv or .parquet files (.gz, .zst); quote a name that has a comma")
 
 def all_rows(sources):
     """-> (split or "", source, id, number, place in the whole input, row: a dict or its JSON)"""
@@ -438,7 +439,7 @@ def all_rows(sources):
             for number, row, place in source.rows:
                 key, place = f"{source.stem}:{number:06d}", start + place
                 yield source.target, source.name, key, number, place, row
-        except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
+        except Exception as error:  # of the file: gzip, zstd, Arrow and codecs raise their own
             fail(f"cannot read {source.place} after row {number}: {short(error)}; check --dataset "
                  "or the file")
         start += source.size
@@ -452,11 +453,6 @@ def file_rows(path, split):
         for number, row in enumerate(rows, 1):
             if row != "":  # a blank line
                 yield number, row, size * number / total if total else raw.tell()
-
-def table_rows(table):
-    """A datasets.Dataset -> (row number, row, how many rows are read)"""
-    for number, row in enumerate(arrow_rows(table.iter(ARROW_ROWS)), 1):
-        yield number, row, number
 
 def unzip(path, raw):
     if path.suffix == ".zst":
@@ -494,10 +490,18 @@ def csv_rows(text, path):
     csv.field_size_limit(2**31 - 1)
     header = text.readline()
     delimiter = "\t" if kind_of(path) == "tsv" else max(",;\t", key=header.count)
-    for row in csv.DictReader(itertools.chain([header], text), delimiter=delimiter):
-        cells = {str(name).strip(): cell or None for name, cell in row.items()}
-        too_long = ValueError("malformed", short(f"more cells than columns: {row}"))
-        yield too_long if None in row else cells  # None has cells without a column
+    rows = csv.DictReader(itertools.chain([header], text), delimiter=delimiter, strict=True)
+    return iter(functools.partial(csv_row, rows), None)  # None is the end
+
+def csv_row(rows):
+    """The next row, None at the end, or the ValueError that drops it."""
+    try:
+        row = next(rows, {})
+    except csv.Error as error:  # of wrong quotes, which would lose or shift some text
+        return ValueError("malformed", str(error))
+    if None in row:  # cells without a column
+        return ValueError("malformed", short(f"more cells than columns: {row}"))
+    return {str(name).strip(): cell or None for name, cell in row.items()} or None
 
 def json_rows(text, path, split):
     """The rows of .json or .jsonl as JSON text, which can be sent to another process however deep
@@ -515,7 +519,8 @@ def json_rows(text, path, split):
     if isinstance(value, (dict, list)):
         return [attempt(json.dumps, row) for row in rows_in(value, path, split)]
     if kind_of(path) == "json" and not whole.lstrip().startswith("{"):
-        fail(f"{path} is not JSON, or no list of rows: {value}; give a list of rows, or .jsonl")
+        why = value.args[1] if isinstance(value, ValueError) else value
+        fail(f"{path} is not JSON, or no list of rows: {why}; give a list of rows, or .jsonl")
     rows = re.split(r"\n(?=\{)", whole.strip())  # one after another, each begins a line
     return [row.strip().rstrip(",") for row in rows]
 
@@ -549,7 +554,7 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", 
              system="system", developer="system", tool="tool", function="tool", observation="tool",
              function_call="assistant")
 HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
+SPOKEN = ("reasoning_content", "reasoning", "thinking", "function_calls", "functions")  # texts
 MEDIA = re.compile(r"(input_)?(image|img|video|audio)s?(_?(\d+|path|file|url|id|name|bytes)s?)?",
                    re.IGNORECASE)
 RENDERED = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<start_of_turn>|\[/?INST\]|"
@@ -558,17 +563,17 @@ MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["']\w+["']:\s*["']?[\w.-]*["']?,\s*)*"
                       r"""["'](role|from|content|value)["']\s*:""")  # as text
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-SCORE = re.compile("(score|rating|reward)_chosen|chosen[_-](score|rating|reward)")
+SCORE = re.compile(r"(\w+_)?(score|rating|reward)_chosen|chosen[_-](\w+_)?(score|rating|reward)")
 VERDICTS = dict(chosen=1, tie=0, tied=0, equal=0, same=0, draw=0, both=0, neither=0, rejected=-1)
 
 def as_list(value):
     return value if isinstance(value, list) else [value]
 
 def is_blank(value):
-    """Is it null, white space, or a list or dict of such?"""
+    """Is it null, NaN, white space, or a list or dict of such?"""
     if isinstance(value, (list, dict)):
         return all(map(is_blank, value.values() if isinstance(value, dict) else value))
-    return value is None or isinstance(value, str) and not value.strip()
+    return value is None or value != value or isinstance(value, str) and not value.strip()
 
 def find_media(values):
     """The first key of a dict that stands for an image, a video or a sound and is not blank."""
@@ -619,8 +624,6 @@ def is_several(answer):
 def pop_answers(row):
     """-> list of the chosen answers, list of the rejected ones"""
     sides = [row.pop("chosen"), row.pop("rejected")]
-    if [] in sides:
-        drop("malformed", f"chosen or rejected is an empty list: {sides}")
     return [side if is_several(side) else [side] for side in sides]
 
 def user_turn(text):
@@ -633,16 +636,13 @@ def is_dialogue(text):
 def dialogue(text, name, kit):
     """Text of Human and Assistant -> messages that end with the last answer. Without a template
     all before that answer is one message, as it is."""
-    text = text if text.startswith("\n\nHuman:") else "\n\n" + text.lstrip()
-    prompt, turn, answer = text_of(text, name).rpartition("\n\nAssistant:")
-    if name not in PAIR and (not turn or "\n\nHuman:" in answer):  # a prompt that lacks its end
-        prompt, turn, answer = text, "\n\nAssistant:", ""
-    if not turn or "\n\nHuman:" in answer:
-        drop("malformed", f"no prompt, and {name} is no Human/Assistant dialogue: {text}")
+    text = text_of(text if text.startswith("\n\nHuman:") else "\n\n" + text.lstrip(), name)
+    turns = re.findall(r"(?s)\n\n(Human|Assistant):(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)", text)
+    if turns[-1][0] == "Human":  # the answer is empty
+        turns.append(("Assistant", ""))
     if not kit.template:
-        return [user_turn(prompt + turn), {"role": "assistant", "content": answer}]
-    turns = re.findall(r"\n\n(Human|Assistant):(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)",
-                       prompt + turn + answer, re.DOTALL)
+        answer = turns[-1][1]
+        return [user_turn(text.removesuffix(answer)), {"role": "assistant", "content": answer}]
     return [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in turns]
 
 def read_message(value, name):
@@ -660,17 +660,15 @@ def read_message(value, name):
         calls, content = from_json(content, "function_call"), None
     if calls:
         more["tool_calls"] = [read_call(call) for call in as_list(calls)]
-    if content is None and (calls or any(more.get(key) for key in REASONING)):
+    if content is None and (calls or any(more.get(key) for key in SPOKEN)):
         content = ""
-    parts = content if isinstance(content, list) else []
-    parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
+    parts = [part if isinstance(part, dict) else {"text": part} for part in as_list(content)]
     for part in [value, *parts]:
         media = find_media(part)
         if media or MEDIA.fullmatch(str(part.get("type"))):
             drop("images", f"{name} has a message with {media or part['type']}")
-    if isinstance(content, list):
-        content = "\n".join(text_of(part.get("text"), f"a part of {name}") for part in parts)
-    return {"role": ROLES[role.lower()], "content": text_of(content, f"content in {name}")} | more
+    said = [text_of(part.get("text"), f"{part.get('type', 'content')} in {name}") for part in parts]
+    return {"role": ROLES[role.lower()], "content": "\n".join(said)} | more
 
 def read_call(call):
     """A tool call as templates expect it: {type, function: {name, arguments as a dict}}."""
@@ -721,9 +719,12 @@ def read_pair(kit, found, chosen, rejected):
         unequal = (f"{a} / {b}" for a, b in zip(before, other) if a != b)
         drop("prompts differ", next(unequal, before or other))
     messages = read_prompt(found.prompt, before, [chosen, rejected])
+    keys = dict(found.options)
     for message in [*messages, chosen, rejected]:
         tools = read_tools(message.pop("tools", []))
         found.tools += [tool for tool in tools if tool not in found.tools]
+        keys |= {key: 1 for key in message if key not in ("role", "content")}
+    found.unused |= {f"key {key}": 1 for key in keys if str(key) not in kit.template}
     systems = [turn["content"].strip() for turn in messages if turn["role"] == "system"]
     if found.system.strip() not in ["", *systems]:
         messages = [{"role": "system", "content": found.system}, *messages]
@@ -864,7 +865,7 @@ def render_chat(kit, messages, answers, found):
     """By the chat template. Templates strip, reorder and leave out, so a response is whatever
     follows the prompt in the rendered conversation; with --score_header it begins where the
     question ends."""
-    options = found.options | {"tools": found.tools or None, "tokenize": False}
+    options = {"tools": found.tools or None} | found.options | {"tokenize": False}
     chat = functools.partial(kit.tokenizer.apply_chat_template, **options)
     try:
         prompt = chat(messages, add_generation_prompt=True)
@@ -888,7 +889,7 @@ def check_content(said, text, size):
     for i, own in enumerate(said):
         begin, end = at, size if i < len(said) - 1 else len(text)
         for what, piece in own:
-            anywhere = what in ("tools", "text of system turn")
+            anywhere = what in ("tools", "functions", "text of system turn")
             found = find_end(piece, text, 0 if anywhere else begin, end)
             if found is None:
                 drop(f"{what} left out by the template", piece)
@@ -910,7 +911,7 @@ def pieces(message):
     if message["content"][:20].lstrip().startswith("<think>"):
         thought, _, rest = message["content"].partition("</think>")
         found = [("<think>", thought), (f"text of {message['role']} turn", rest)]
-    found += [("reasoning", text_of(message[key], key)) for key in REASONING if message.get(key)]
+    found += [(key, text_of(message[key], key)) for key in SPOKEN if message.get(key)]
     for call in message.get("tool_calls", []):
         said = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         said = re.sub(r"\\(u....|.)", " ", said)  # \n and the like, which a template may not escape
@@ -1010,7 +1011,8 @@ OWN = re.compile(r"(train|val)(\.arrow)?|meta\.json|dropped\.jsonl|ref-.*|clean|
 FIRST_USER = "if the template takes no system turn: --system first_user"
 HINTS = {  # reason of a drop: what to do
     "others": "mend the rows, or use --convert", "template": FIRST_USER,
-    "too long": "raise --max_length", "ties": "add --ties",
+    "too long": "raise --max_length", "ties": "add --ties", "convert": "by --convert",
+    "scores tie": "by --drop_ties", "scores contradict": "by --drop_ties",
     "special token": "add --plain if the text is rendered already",
     "images": "this trains on text only", "more pairs of a row": f"at most {PAIRS_OF_A_ROW}",
     "text of system turn left out by the template": FIRST_USER,
@@ -1069,31 +1071,32 @@ def count(splits, seen):
     dropped, subsets = seen["dropped"], both["subset"].value_counts().to_pylist()
     different = both.group_by(["chosen_id", "rejected_id"]).aggregate([]).num_rows
     in_both = np.intersect1d(train["prompt_text"], val["prompt_text"])
+    tokens = sum(pc.list_value_length(both[side]).to_numpy() for side in SIDES)  # (pairs,)
+    longest = np.argsort(-tokens, kind="stable")[:5]
     return dict(
         rows=seen["rows"].total(), formats=seen["formats"], pairs_in=len(both) + dropped.total(),
         pairs_out=len(both), train=len(train), val=len(val), dropped=dropped,
         subsets={each["values"]: each["counts"] for each in subsets},
         distinct_prompts=pc.count_distinct(both["prompt_text"]).as_py(),
         repeats=len(both) - different, prompts_in_both=len(in_both),
-        scores=seen["scores"], looks_rendered=seen["rendered"].total(), unused=seen["unused"])
+        scores=seen["scores"], looks_rendered=seen["rendered"].total(), unused=seen["unused"],
+        longest=list(zip(both["id"].take(longest).to_pylist(), tokens[longest].tolist())))
 
 def check_pairs(args, counts, folder):
     """End the program unless both splits have pairs; the drops are kept beside --out."""
     empty = [name for name in SPLITS if not counts[name]]
     if not empty:
         return
-    if not counts["rows"]:
-        fail(f"--dataset {args.dataset} has 0 rows: give others")
     record = Path(f"{Path(args.out)}.dropped.jsonl")
     shutil.copy(folder / "dropped.jsonl", record)
-    mostly, way = "", "give others"
+    mostly, way = "", "give another --dataset or --val"
     if counts["dropped"]:
         reason = max(counts["dropped"], key=counts["dropped"].get)
         records = map(json.loads, record.read_text().splitlines())
         example = next(each for each in records if each["reason"] == reason)
         mostly = f", mostly '{reason}' ({example['id']}: {example['value']})"
         way = HINTS.get(reason, HINTS["others"])
-    if not counts["formats"]:
+    if counts["rows"] and not counts["formats"]:
         names = [f"{name} ({', '.join(sorted(needs))})" for name, (needs, _) in FORMATS.items()]
         fail(f"--dataset {args.dataset}: no row of the first {counts['rows']} has a known format"
              f"{mostly}; known formats: {', '.join(names)}, a prompt under {', '.join(PROMPTS)}; "
@@ -1114,15 +1117,10 @@ def save(kit, folder, splits, counts):
         rows, distinct[name] = number_texts(rows)
         rows.save_to_disk(f"{folder}/{name}")
         os.remove(f"{folder}/{name}.arrow")  # stays readable while it is open
-    both = pa.concat_tables([rows.data.table for rows in splits.values()])
-    tokens = sum(pc.list_value_length(both[side]).to_numpy() for side in SIDES)  # (pairs,)
-    longest = np.argsort(-tokens, kind="stable")[:5]
-    longest = list(zip(both["id"].take(longest).to_pylist(), tokens[longest].tolist()))
     versions = {each.__name__: each.__version__ for each in (datasets, transformers, pa, np)}
     meta = dict(
         arguments=dataclasses.asdict(kit.args), vocab_hash=vocab_hash(kit.tokenizer),
-        eos_token=kit.end_token, eos_token_id=kit.end, distinct=distinct,
-        counts=counts | {"longest": longest},
+        eos_token=kit.end_token, eos_token_id=kit.end, distinct=distinct, counts=counts,
         versions=versions | {"python": platform.python_version()})
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return meta

@@ -515,6 +515,12 @@ def test_a_folder_is_read_through_load_dataset(chat, tmp_path):
     assert splits["val"][0]["id"].startswith(f"{tmp_path}/hub:0000")
 
 
+def test_a_folder_that_cannot_be_read_is_a_line_that_names_the_cause(chat, tmp_path, capsys):
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub/train.jsonl", [*ROWS, '{"prompt": "Wh'])
+    assert "JSON parse error" in fails(capsys, tmp_path / "hub", chat, tmp_path / "out")
+
+
 def test_the_result_depends_neither_on_processes_nor_on_a_second_run(chat, tmp_path):
     path = write(tmp_path / "a.jsonl", [*ROWS * 12, '{"prompt": "cut'])
     results, drops = [], []
@@ -857,6 +863,9 @@ KINDS = {  # what the row has: (row, prompt)
     "a conversation in numbered columns of null": (dict(prompt=[WHY | dict(name=None, tool_calls=None)], chosen=[YES | dict(tool_calls=None)],
                                                         rejected=[NO]), turns("Why?")),
     "scores beside the answers": (dict(prompt="Why?", chosen="good", rejected="bad", chosen_rating=5, rejected_rating=1), turns("Why?")),
+    "a dialogue as prompt, answers as messages": (dict(prompt="\n\nHuman: Why?\n\nAssistant: Hm?\n\nHuman: So?\n\nAssistant:", chosen=[YES], rejected=[NO]),
+                                                  turns("Why?", "Hm?", "So?")),
+    "a dialogue as prompt, answers in lists": (dict(prompt="\n\nHuman: Why?\n\nAssistant:", chosen=[" good"], rejected=[" bad"]), turns("Why?")),
     "history as messages": (dict(instruction="So?", history=[WHY, YES], chosen="good", rejected="bad"), turns("Why?", "good", "So?")),
     "history as ShareGPT's messages": (dict(instruction="So?", history=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Hm?"}],
                                             chosen="good", rejected="bad"), turns("Why?", "Hm?", "So?")),
@@ -876,6 +885,8 @@ KINDS = {  # what the row has: (row, prompt)
                                                      rejected=[WHY, YES, dict(role="user", content="So?"), NO]), turns("Why?", "good", "So?")),
     "a text prompt with other white space": (dict(prompt=" Why  so?", chosen=[dict(role="user", content="Why\nso?"), YES],
                                                   rejected=[dict(role="user", content="Why\nso?"), NO]), turns("Why\nso?")),
+    "empty lists in other columns": (dict(prompt="Why?", conversations=[{}], messages=[None], options=[], question="So?", answer="x", chosen="good", rejected="bad"),
+                                     turns("Why?")),
     "a text prompt that is rendered": (dict(prompt="<|user|>\nWhy?\n<|assistant|>\n", chosen=[WHY, YES], rejected=[WHY, NO]), turns("Why?")),
 }
 
@@ -990,6 +1001,10 @@ DROP_KINDS = {  # what is wrong: (row, reason, words of the value)
     "a text prompt that the conversation lacks": (dict(prompt="Lund is windy.", chosen=[WHY, YES], rejected=[WHY, NO]), "prompts differ", "windy"),
     "a tool that is no JSON": (dict(prompt="Why?", chosen="a", rejected="b", tools=["look"]), "malformed", "a tool is not JSON"),
     "a numbered image column": (dict(prompt="Why?", image_0="a.png", chosen="a", rejected="b"), "images", "image_0"),
+    "a part that has no text": (dict(prompt=[WHY], chosen=[dict(role="assistant", content=[dict(type="tool_use", name="look")])], rejected=[NO]),
+                                "malformed", "tool_use in chosen"),
+    "calls as a text of their own, as OLMo writes them": (call_answer(dict(content="So:", function_calls="look(town='Lund')")),
+                                                          "function_calls left out by the template", "look(town="),
     "an image part without a type": (dict(prompt=[dict(role="user", content=[dict(image="a.png"), dict(text="x")])], chosen="a", rejected="b"),
                                      "images", "image"),
     "half a surrogate pair in an argument": ('{"prompt": "Why?", "chosen": {"role": "assistant", "content": "x", "tool_calls": [{"function": '
@@ -1044,9 +1059,18 @@ def test_a_prompt_that_looks_rendered_and_columns_that_are_not_used_are_said(cha
     assert "1 prompts look rendered already" in text and "not used: source (1 rows), model (1 rows)" in text
 
 
+def test_keys_that_the_template_does_not_know_are_said(chat, with_tools, tmp_path, capsys):
+    row = dict(prompt=[WHY | dict(country="Sweden")], chosen=["good", YES | dict(reasoning_details=["hm"])], rejected="bad",
+               chat_template_kwargs=dict(enable_thinking=False))
+    texts, _ = one(row, chat, tmp_path)
+    assert len(texts) == 2 and "not used: key enable_thinking (1 rows), key country (1 rows), key reasoning_details (1 rows)\n" in capsys.readouterr().out
+    texts, _ = one(dict(prompt="Why?", chosen="good", rejected="bad", chat_template_kwargs=dict(tools=[TOOL])), with_tools, tmp_path)
+    assert "Looks." in texts[0][0]
+
+
 @pytest.mark.parametrize("columns, order", [
     (dict(score_chosen=2, score_rejected=1), "agree"), (dict(rating_chosen="1", rating_rejected="1"), "tie"),
-    (dict(chosen_score=1, rejected_score=2.5), "contradict"), ({"chosen-rating": 1, "rejected-rating": 1}, "tie"),
+    (dict(chosen_score=1, rejected_score=2.5), "contradict"), (dict(chosen_avg_rating=2, rejected_avg_rating=1), "agree"), ({"chosen-rating": 1, "rejected-rating": 1}, "tie"),
     (dict(margin=-0.1), "contradict"), (dict(margin=0), "tie"), (dict(label=1), "agree"), (dict(label=0), "contradict"),
     (dict(preference="tie"), "tie"), (dict(preference="chosen"), "agree"), (dict(label=" Rejected"), "contradict"),
     (dict(label="math"), "none"), (dict(score_chosen="n/a", score_rejected="n/a"), "none"), (dict(score_chosen=None, score_rejected=1), "none")])
@@ -1097,7 +1121,8 @@ def test_a_first_chunk_of_known_rows_that_are_all_dropped_does_not_end_the_run(b
 
 
 def test_the_hook_may_leave_out_all_rows_of_the_first_chunk_and_finds_null_columns(chat, tmp_path):
-    (tmp_path / "hook.py").write_text("f = lambda r: r | dict(prompt='Why %d?' % r['n']) if r['note'] is None and r['n'] >= 250 else None\n")
+    (tmp_path / "words.py").write_text("ASK = 'Why %d?'\n")  # a neighbour of the hook
+    (tmp_path / "hook.py").write_text("import words\nf = lambda r: r | dict(prompt=words.ASK % r['n']) if r['note'] is None and r['n'] >= 250 else None\n")
     rows = [dict(n=i, chosen="good", rejected="bad", note=None if i % 2 else "x") for i in range(300)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     meta, _, dropped = run(tmp_path / "a.parquet", chat, tmp_path / "out", "--convert", f"{tmp_path}/hook.py:f", "--val_fraction", 0.3)
@@ -1112,6 +1137,8 @@ def test_what_is_left_out_is_said_with_a_way_out_and_nothing_is_said_of_no_drops
     path = write(tmp_path / "b.jsonl", [dict(prompt="So?", chosen="", rejected="b")])
     message = fails(capsys, write(tmp_path / "a.jsonl", TABLE), chat, tmp_path / "out", "--val", path)
     assert "no pair for val" in message and "--val_fraction" not in message and "'empty'" in message
+    path.write_text("")
+    assert "give another --dataset or --val" in fails(capsys, tmp_path / "a.jsonl", chat, tmp_path / "out", "--val", path)
 
 
 # ---- kinds of files ----
@@ -1149,12 +1176,37 @@ def test_a_layout_of_a_file_gives_the_pairs_of_its_rows(name, chat, tmp_path):
     assert (start, chosen, rejected) == (turns("Why, 0?"), "good\nday<|im_end|>", '"bad"<|im_end|>')
 
 
-def test_names_with_commas_are_quoted_and_several_files_of_all_kinds_go_together(chat, tmp_path):
+def test_names_with_commas_are_quoted_and_several_files_of_all_kinds_go_together(chat, tmp_path, capsys):
     write(tmp_path / "one,two.jsonl", TABLE)
     (tmp_path / "a.csv").write_text(as_csv(","))
     meta, splits, _ = run(f'"{tmp_path}/one,two.jsonl", {tmp_path}/a.csv', chat, tmp_path / "out")
     assert meta["counts"]["pairs_out"] == 80 and set(splits["train"]["source"]) == {"one,two.jsonl", "a.csv"}
     assert run(f"{tmp_path}/a.csv,", chat, tmp_path / "b")[0]["counts"]["pairs_out"] == 40
+    (tmp_path / "b.csv").write_text(as_csv(","))  # as "$(ls *.csv)" gives names
+    assert "No such file" in fails(capsys, f"{tmp_path}/" + "a.csv " * 99, chat, tmp_path / "d")
+    assert run(f"{tmp_path}/a.csv\r\n{tmp_path}/b.csv\r\n", chat, tmp_path / "c")[0]["counts"]["pairs_out"] == 80
+
+
+def test_a_home_and_a_folder_that_is_named_like_a_file_are_found(chat, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", TABLE)
+    (tmp_path / "b.parquet").mkdir()  # as Spark writes
+    pq.write_table(pa.Table.from_pylist(TABLE), tmp_path / "b.parquet/part-0.parquet")
+    assert run("~/a.jsonl", chat, tmp_path / "out")[0]["counts"]["pairs_out"] == 40
+    assert run(tmp_path / "b.parquet", chat, tmp_path / "out2")[0]["counts"]["pairs_out"] == 40
+
+
+@pytest.mark.parametrize("wrong", [r'"Why?","say \"hi\"","b"', '"Why?","Hi" he said,"b"'])
+def test_a_row_whose_quotes_are_wrong_is_a_drop(wrong, chat, tmp_path):
+    lines = as_csv(",").split("\n", 1)
+    (tmp_path / "a.csv").write_text(f"{lines[0]}\n{wrong}\n{lines[1]}")
+    meta, _, dropped = run(tmp_path / "a.csv", chat, tmp_path / "out")
+    assert meta["counts"]["pairs_out"] == 40 and "expected after" in dropped[0]["value"] and dropped[0]["line"] == 1
+
+
+def test_a_table_that_ends_too_early_is_a_line(chat, tmp_path, capsys):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(as_csv(",").encode())[:-20])
+    assert "end-of-stream" in fails(capsys, tmp_path / "a.csv.gz", chat, tmp_path / "out")
 
 
 def test_two_datasets_are_not_taken_for_one(chat, tmp_path, capsys):
@@ -1182,6 +1234,8 @@ def test_a_folder_of_save_to_disk_and_its_splits(chat, tmp_path, capsys):
     assert run(tmp_path / "one", chat, tmp_path / "a")[0]["counts"]["pairs_out"] == 40
     meta, splits, _ = run(tmp_path / "two", chat, tmp_path / "b", "--val", "test")
     assert (len(splits["train"]), len(splits["val"]), meta["counts"]["prompts_in_both"]) == (40, 5, 5)
+    path = write(tmp_path / "a.jsonl", TABLE)
+    assert len(run(tmp_path / "two", chat, tmp_path / "d", "--split", "test", "--val", path)[1]["val"]) == 40  # a file has no splits
     message = fails(capsys, tmp_path / "two", chat, tmp_path / "c", "--split", "no")
     assert "'no'" in message and "train, test" in message
 
@@ -1190,6 +1244,8 @@ def test_what_is_not_read_is_one_line_with_the_way_out(chat, tmp_path, capsys):
     (tmp_path / "a.xlsx").write_text("x")
     (tmp_path / "two.json").write_text(json.dumps({"a": TABLE, "b": TABLE}))
     assert ".jsonl, .json, .csv" in fails(capsys, tmp_path / "a.xlsx", chat, tmp_path / "out")
+    (tmp_path / "comma.json").write_text(json.dumps(TABLE)[:-1] + ",]")
+    assert "no list of rows: JSONDecodeError: Expecting value" in fails(capsys, tmp_path / "comma.json", chat, tmp_path / "out")
     assert "a, b: choose one with --split" in fails(capsys, tmp_path / "two.json", chat, tmp_path / "out")
     assert run(tmp_path / "two.json", chat, tmp_path / "out", "--split", "b")[0]["counts"]["pairs_out"] == 40
 
