@@ -423,6 +423,10 @@ def load_table(args, name, split):
                 fail(f"{name} has no split '{split}': choose one of {', '.join(rows)}")
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
+            kinds = {path.suffix for path in Path(name).glob("**/*")}
+            kinds &= {".jsonl", ".csv", ".tsv", ".parquet"}  # .json may describe the data
+            if len(kinds) > 1:  # datasets would read the most frequent kind only
+                fail(f"{name} has {' and '.join(sorted(kinds))} files: give the files themselves")
             rows = datasets.load_dataset(name, args.subset or None, split=split)
         return rows.with_format("arrow")  # so that no image is decoded
     except Exception as error:  # hub, network, name, split, folder: each raises its own errors

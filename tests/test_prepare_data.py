@@ -515,6 +515,13 @@ def test_a_folder_is_read_through_load_dataset(chat, tmp_path):
     assert splits["val"][0]["id"].startswith(f"{tmp_path}/hub:0000")
 
 
+def test_a_folder_with_files_of_two_kinds_is_not_read_in_part(chat, tmp_path, capsys):
+    (tmp_path / "x").mkdir()
+    write(tmp_path / "x" / "a.jsonl", ROWS)
+    (tmp_path / "x" / "b.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
+    assert "x has .csv and .jsonl files: give the files themselves" in fails(capsys, tmp_path / "x", chat, tmp_path / "out")
+
+
 def test_a_folder_that_cannot_be_read_is_a_line_that_names_the_cause(chat, tmp_path, capsys):
     (tmp_path / "hub").mkdir()
     write(tmp_path / "hub/train.jsonl", [*ROWS, '{"prompt": "Wh'])
