@@ -942,7 +942,7 @@ def check_forward(policy, split, dtype, args):
     together with two short ones, as then every layout has padding."""
     config = policy.model.config.get_text_config()
     texts = split["lengths"][:, 0] + split["lengths"][:, 1:].max(1)  # (rows,) the longer one
-    rows = texts.argsort()[[-1, 0, len(texts) > 2]]
+    rows = texts.argsort()[[-1, 0, 1 if len(texts) > 2 else 0]]
     pairs = [split["pairs"][int(row)] for row in rows]
     cause = "try another --layout or --dtype, or adapt Policy and head_pass to it"
     with explain(f"--layout {args.layout} does not fit --model {args.model}: {cause}"):
