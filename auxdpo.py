@@ -35,10 +35,10 @@ Departures from the paper and from its authors' notebook:
 
 Differs from dpo.py: delta and its solver, a first pass for the margins, the sketches; no
 label_smoothing, no sft_weight.
-Read to line 396: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 397: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
-Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
+Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are indices of
 pairs. A batch is the pairs of an optimiser step, a micro-batch those that a rank computes at once.
 Shapes: N pairs of the data, U distinct responses, K numbers of a sketch, q delta that are renewed
 in a step; n pairs of a batch or micro-batch, L its tokens, M those in responses, T tokens of the
@@ -92,10 +92,10 @@ class Args:
     # memory and speed
     layout: Literal["packed", "concatenated", "separate"] = "packed"  # how pairs enter the model
     max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on a GPU, else float32
     activation_checkpointing: Literal["off", "selective", "full"] = "off"  # less memory, more time
     compile: bool = False  # torch.compile each block
-    zero: Literal["auto", "2", "3"] = "auto"  # 2: whole weights during a step; auto: on one rank
+    zero: Literal["auto", "2", "3"] = "auto"  # 2 gathers weights once a step; auto: on one rank
     shard_group: int = 0  # ranks that share one copy of the weights, such as a node's; 0 = all
     lora_rank: int = 0  # train LoRA adapters of this rank (peft) instead of all weights; 0 = off
     train_modules: str = ""  # train only the parameters whose names match this regex; empty = all
@@ -166,15 +166,15 @@ def update_delta(batch, margins, split, args):
     split["c"][columns] = rest + scores.T @ delta
 
 def rows_of_groups(batch, split, args):
-    """Rows (n,) of all pairs of the groups that `batch` has pairs of, itself first, cut to 2048 by
-    chance, the same on all ranks. --null exact: all rows, as only all delta together can keep c
-    at 0."""
+    """Rows (n,) of the batch, then of all other pairs of its groups; if they are over 2048, of a
+    random part, the same on all ranks. --null exact: all rows, as only all delta together can keep
+    c at 0."""
     groups = split["groups"][split["index"][:, 0]]  # (N,)
     if args.null == "exact":
         return np.arange(len(groups))
     same = np.isin(groups, groups[batch])
     same[batch] = False
-    others = np.random.default_rng(batch).permutation(np.flatnonzero(same))
+    others = np.random.default_rng(batch).permutation(np.flatnonzero(same))  # `batch` is the seed
     return np.concatenate([batch, others])[:max(2048, len(batch))]
 
 def centred_scores(index, split, args):
@@ -248,7 +248,7 @@ def prepare_delta(splits, reference, args):
     groups = connected_groups(index)
     count = len(groups)  # U
     source = np.zeros(count, int)
-    source[index] = train["responses"]
+    source[index] = train["responses"]  # the same for all pairs that share a delta
     weights = pairs["weight"] if "weight" in pairs.column_names else np.ones(len(pairs))
     train |= dict(index=index, groups=groups, source=source,
                   weights=torch.from_numpy(np.array(weights, float)))
@@ -268,7 +268,7 @@ def find_sketch(reference, args):
     """The file (U, K) of the reference's sketches with the settings of this run."""
     for path in Path(args.data, reference).glob("sketch-*/meta.json"):
         if json.loads(path.read_text())["key"] == sketch_key(args):
-            with explain(f"{path.parent} is damaged ({{}}): delete it, and run cache_ref.py again"):
+            with explain(f"{path.parent} is damaged: delete it, and run cache_ref.py again"):
                 return np.load(path.parent / "train-sketch.npy", mmap_mode="r")
     flags = dict(model=args.reference or args.model, data=args.data, dtype=args.dtype)
     flags = [f"--{name} '{value}'" for name, value in (flags | sketch_key(args)).items() if value]
@@ -293,7 +293,7 @@ def main():
     sigterm = threading.Event()  # set when the job's time is up
     signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
 
-    with explain(f"--data {args.data}, --model {args.model} or --out {args.out}: {{}}"):
+    with explain(f"--data {args.data}, --model {args.model} or --out {args.out} cannot be used"):
         splits = load_data(args)
         model, weights = read_model(args.model, args)  # without weights; with them, on rank 0
         content = content_hashes(weights, splits, dtype, args)
@@ -331,7 +331,8 @@ def main():
         parts = micro_batches(batch, train["lengths"], args, world)[rank::world]
         margins, computed = first_pass(policy, parts, train, args)
         update_delta(batch, margins, train, args)  # at fixed theta; the penalty acts here
-        for rows, logps in hold_weights(policy, computed):
+        for i, (rows, logps) in enumerate(computed):
+            policy.set_reshard_after_backward(policy.reshards or i == len(parts) - 1)  # see --zero
             losses, metrics = pair_losses(policy, rows, train, args, logps)
             loss = losses.sum() / len(batch)
             (loss * world).backward()  # FSDP takes the mean over ranks, we want the sum
@@ -353,7 +354,7 @@ def main():
         dist.all_reduce(stopping)  # a signal on any rank stops all of them
         saving = stopping or done == steps or (args.save_every and done % args.save_every == 0)
         # Checkpoints do not hold the sums, so these are logged before each.
-        if saving or done % args.log_every == 0 or done == steps:
+        if saving or done % args.log_every == 0:
             means = mean_over_pairs(sums) | delta_metrics(train, args)
             log({"step": done, "epoch": done / epoch_steps, "lr": rate, "grad_norm": grad_norm,
                  "tokens/s": means["tokens"] / seconds, "memory/GiB": peak_memory()} | means)
@@ -380,7 +381,7 @@ def main():
 def pair_losses(policy, rows, split, args, logps=None):
     """The pairs in these rows -> losses (n,) to be minimised, metrics {name: sum over the n}."""
     factor = 1.0
-    if len(rows) == 0:  # FSDP needs every rank: one without a pair computes some pair, times 0
+    if len(rows) == 0:  # FSDP needs every rank: without a pair, one computes row 0, times 0
         rows, factor = np.array([0]), 0.0
     pairs = [split["pairs"][int(row)] for row in rows]
     lengths = to_device(split["lengths"][rows].T)  # (3, n) prompt, chosen, rejected
@@ -390,7 +391,7 @@ def pair_losses(policy, rows, split, args, logps=None):
         logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
     losses, metrics = preference_loss(logps, ref_logps, delta, lengths[1:], args)
     metrics |= dict(preference_loss=losses, tokens=lengths.sum(0), pairs=torch.ones_like(losses))
-    losses = losses * to_device(np.float32([pair.get("weight", 1.0) for pair in pairs]))
+    losses = losses * to_device(torch.tensor([pair.get("weight", 1.0) for pair in pairs]))
     metrics["loss"] = losses
     sums = {name: factor * value.detach().double().sum() for name, value in metrics.items()}
     return factor * losses, sums
@@ -408,7 +409,7 @@ def parse_args(cls):
     values = vars(parser.parse_args())
     for name, value in values.items():
         if type(value) is str:
-            values[name] = value.rstrip("/") or value  # x/ is x
+            values[name] = value.rstrip("/") or value  # model/ and model are one name
     args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
@@ -420,25 +421,25 @@ def parse_args(cls):
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
+    if int(os.environ.get("RANK", 0)) > 0:  # mostly rank 0 fails too; then torchrun ends this one
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
 
 @contextlib.contextmanager
-def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
-    """An error in the `with` block ends the program with the line `trouble`, {} is the reason."""
+def explain(trouble, kinds=(Exception, dcp.CheckpointException)):  # dcp's is no Exception
+    """An error in the `with` block ends the program with one line: `trouble`, and the reason."""
     try:
         yield
     except kinds as error:
-        reason = re.sub(r"(?s).*Traceback.*\n", "", str(error).strip())  # checkpoints: a traceback
-        fail(trouble.replace("{}", f"{type(error).__name__}: {reason[:300]}"))
+        reason = re.sub(r"(?s).*Traceback.*\n", "", str(error).strip())  # dcp adds a traceback
+        fail(f"{trouble} ({type(error).__name__}: {reason[:300]})")
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
     # Each micro-batch has another shape. On a GPU these break the memory into pieces (138 GiB were
     # reserved at a peak of 65) unless its segments can grow, and cuDNN plans each for 0.1 s.
-    if not any("ALLOC_CONF" in name for name in os.environ):  # it has two older names
+    if not any("ALLOC_CONF" in name for name in os.environ):  # set by the user, by any of its names
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_flush_denormal(True)  # on a CPU, denormal numbers can be many times slower
@@ -447,22 +448,22 @@ def start_process_group(dtype):
     if cuda:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    with explain("the ranks do not find each other ({}): start them by torchrun, or use python"):
+    with explain("the ranks do not find each other: start them by torchrun, or use python"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    if not alone:
+    if "RANK" in os.environ:  # torchrun's
         sys.excepthook = late_traceback
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
 
 def late_traceback(*error):
-    """A rank that only lost its connection to the one that failed is ended before it says so."""
+    """Wait first: if another rank failed, and this one only lost it, torchrun ends this one."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(5)
     sys.__excepthook__(*error)
 
 def to_device(array):
-    """numpy (lists are slow) -> torch, where the model computes; the host does not wait for it."""
+    """Array or tensor -> tensor on the device of the model. The CPU does not wait for the copy."""
     tensor = torch.as_tensor(array)
     return tensor.pin_memory().cuda(non_blocking=True) if torch.cuda.is_available() else tensor
 
@@ -493,7 +494,7 @@ def evaluate(policy, split, args):
     rows = np.arange(len(split["pairs"]))
     parts = micro_batches(rows, split["lengths"], args, world)[rank::world]
     means = mean_over_pairs([pair_losses(policy, part, split, args)[1] for part in parts])
-    give_back(policy)
+    free_weights(policy)
     return {f"eval/{name}": means[name] for name in means if name not in ("pairs", "tokens")}
 
 def batch_rows(step, pairs, args):
@@ -515,11 +516,11 @@ def learning_rate(step, steps, args):
 def load_data(args):
     """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected,
     responses=(rows, 2) numbers of the chosen and the rejected one, hash=of all this)}"""
-    with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
+    with explain(f"{args.data}/meta.json cannot be read: run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
     folder, trust = find_model(args.model)[0], dict(trust_remote_code=args.trust_remote_code)
     if not (folder / "config.json").exists():
-        fail(f"--model {args.model} is no model, and no run that has its final/: no config.json")
+        fail(f"--model {args.model} is neither a model nor a run with final/: no config.json")
     config = transformers.AutoConfig.from_pretrained(folder, **trust).get_text_config()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
@@ -549,9 +550,9 @@ def load_data(args):
     return splits
 
 def most_positions(config):
-    """How many tokens a text may have; beyond that, some ropes follow the batch's longest text."""
+    """How many tokens a text may have by GPT-2's table, or by ropes that a longer text changes."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "table")  # a table of positions, as in GPT-2
+    kind = rope.get("rope_type", "table")
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     limit = rope.get("original_max_position_embeddings", limit)
     return limit if limit > 0 and kind in ("table", "dynamic", "longrope") else math.inf
@@ -584,14 +585,15 @@ def load_reference(content, splits, args):
     """Add ref_logps, float32 (rows, 2), to each split, from the cache made by cache_ref.py, which
     has each distinct response once -> its name."""
     remake = f"run cache_ref.py --model {args.reference or args.model} --data {args.data}"
-    found, reference = [], os.path.realpath(args.reference).removesuffix("/final")  # x/final is x
+    found, reference = [], os.path.realpath(args.reference).removesuffix("/final")
+    wanted = {args.reference, reference, f"{reference}/final"}  # a run and its final/ are one model
     for path in Path(args.data).glob("ref-*/meta.json"):
-        with explain(f"{path} is damaged ({{}}): delete {path.parent}, and {remake}"):
+        with explain(f"{path} is damaged: delete {path.parent}, and {remake}"):
             meta = json.loads(path.read_text())
         if args.reference:  # it has other weights, and is found by its name
             meta["key"]["weights"] = content["weights"]
-        names = {"", meta["args"]["model"], meta.get("folder")}
-        if meta["key"] == content and names & {args.reference, reference, f"{reference}/final"}:
+        same = not args.reference or wanted & {meta["args"]["model"], meta.get("folder")}
+        if same and meta["key"] == content:
             found.append((path.parent, meta["sha256"]))
     if len(found) != 1:
         fail(f"{args.data} has {len(found)} caches, not one, by these weights, of these tokens, in "
@@ -644,14 +646,8 @@ def micro_batches(rows, lengths, args, world):
     parts += [[]] * (count - len(parts))
     return [rows[np.array(part, int)] for part in parts]
 
-def hold_weights(policy, parts):
-    """Yields the parts of a step. With --zero 2, the gathered weights stay until the last one."""
-    for i, part in enumerate(parts):
-        policy.set_reshard_after_backward(policy.gives_back or i == len(parts) - 1)
-        yield part
-
-def give_back(policy):
-    """With --zero 2, end what a forward pass began that no backward pass follows."""
+def free_weights(policy):
+    """Give the gathered weights back after forward passes that no backward pass follows."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -659,7 +655,7 @@ def give_back(policy):
 def collate(pairs, layout):
     """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
     inputs        for the model: input_ids (1, L) packed or (texts, T) padded; position_ids, the
-                  places of tokens in their own texts; packed only, texts: see attention_tables
+                  places of tokens in their own texts; packed only: texts, the attention_tables
     targets (M,)  all response tokens, those of all chosen responses first; sizes, their lengths
     source (M,)   where, in the flattened input_ids, the token before each target stands"""
     chosen = [(pair["prompt"], pair["chosen"]) for pair in pairs]
@@ -712,34 +708,34 @@ def predictions(places, texts):
                 sizes=[len(response) for response in responses])
 
 def attention_tables(places, size, shortest=0.5 if torch.cuda.is_available() else 0.8):
-    """Group texts of similar length into padded tables of their places in a packed row of `size`
-    tokens. For the row drawn in pack it is one table, with zeros as padding:
+    """What gathered_attention needs: the `places` of each text in a packed row of `size` tokens, in
+    tables of texts of similar length, padded with 0. The row drawn in pack has one table:
 
-        0  1  2  3  4     back: the cells, counted over all tables, in which each token stands:
-        5  6  7  8  0       10 11  2  3  4 15  6  7  8 12 13 16 17 18
-        0  1  9 10  0        0  1 -1 -1 -1  5 -1 -1 -1 -1 -1 -1 -1 -1
-        5 11 12 13  0     A prompt stands in two texts, with the same result in both. takers: the
-                          token that takes the result of each cell, or -1."""
+        0  1  2  3  4    tokens (C,): the token in each of the C cells, counted over all tables
+        5  6  7  8  0    cells (2, L): the cells in which each token stands, -1 = none
+        0  1  9 10  0    takers (1, C): the token that takes the result of each cell, -1 = none
+        5 11 12 13  0
+
+    A prompt stands in two texts, with the same result, so its tokens have two cells. Here cells is
+    10 11 2 3 4 15 6 7 8 12 13 16 17 18, 0 1 -1 -1 -1 5 -1 -1 -1 -1 -1 -1 -1 -1"""
     groups = []
     for place in sorted(places, key=len, reverse=True):
-        # Padding is at most a fifth, on a GPU a half, where four more tables cost 13 % of a step.
+        # A GPU may pad to twice the length, as there each table costs time: four, 13 % of a step.
         if not groups or len(place) < shortest * len(groups[-1][0]):
             groups.append([])
         groups[-1].append(place)
-    tables, cells, back = [], 0, torch.full((2, size), -1)
-    for group in groups:
-        table = pad_sequence(group, batch_first=True)  # (k, T) for k texts
+    tables = [pad_sequence(group, batch_first=True) for group in groups]  # (k, T) for k texts
+    count, cells = 0, torch.full((2, size), -1)
+    for table, group in zip(tables, groups):
         for place in group:
-            back[1, place] = back[0, place]
-            back[0, place] = cells + torch.arange(len(place))
-            cells += table.shape[1]
-        tables.append(table)
-    takers = torch.full((1, cells), -1)
-    takers[0, back[0]] = torch.arange(size)
-    places = to_device(torch.cat([table.flatten() for table in tables]))
-    return types.SimpleNamespace(  # as compile looks into dicts
-        places=places, shapes=[table.shape for table in tables], back=to_device(back),
-        takers=to_device(takers))
+            cells[1, place] = cells[0, place]  # -1, or where a prompt stood first
+            cells[0, place] = count + torch.arange(len(place))
+            count += table.shape[1]
+    takers = torch.full((1, count), -1)
+    takers[0, cells[0]] = torch.arange(size)
+    return types.SimpleNamespace(  # torch.compile would look into a dict, and compile anew
+        shapes=[table.shape for table in tables], cells=to_device(cells), takers=to_device(takers),
+        tokens=to_device(torch.cat([table.flatten() for table in tables])))
 
 # -- forward pass and attention
 def token_logps(logits, targets):
@@ -748,7 +744,7 @@ def token_logps(logits, targets):
 
 def head_pass(hidden, targets, head, config, score):
     """Scores of hidden (t, h), targets (t,), with the scaling and soft-capping of some models."""
-    logits = head(hidden.to(head.weight.dtype)).float()  # (t, V) Mamba's are float32 until here
+    logits = head(hidden.to(head.weight.dtype)).float()  # (t, V) Mamba's hidden is float32
     scale = getattr(config, "logit_scale", None) or 1  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
     if scale != 1:
@@ -788,33 +784,33 @@ def window_as_mask(local_size=None, **kwargs):
     return local_size
 
 class Gather(torch.autograd.Function):
-    """rows (a, ...), index (b,) -> rows[index]. The gradient is gathered too, from all `cells`
-    (k, a) in which a row ended, -1 = none: torch's own adds by atomic operations, slow on a GPU."""
+    """rows (a, ...), index (b,) -> rows[index]. The gradient is gathered too: `uses` (k, a) tells
+    where in index each row stands, or -1. torch's own adds by atomic operations, slow on a GPU."""
     @staticmethod
-    def forward(ctx, rows, index, cells):
-        ctx.save_for_backward(cells)
+    def forward(ctx, rows, index, uses):
+        ctx.save_for_backward(uses)
         return rows.index_select(0, index)
     @staticmethod
     def backward(ctx, grad):
-        grad = torch.cat([grad, torch.zeros_like(grad[:1])])  # -1 is the last
+        grad = torch.cat([grad, torch.zeros_like(grad[:1])])  # -1 takes this zero
         return grad[ctx.saved_tensors[0]].sum(0), None, None
 
 @torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
     """Every layer calls this with query (b, H, L, d), key and value (maybe fewer heads), and wants
     (b, L, H, d). Packed, b is 1: gather the texts into tables, attend, put the results back."""
-    if kwargs.get("sliding_window") is None:  # some models have it in their masks only
+    if kwargs.get("sliding_window") is None:  # then window_as_mask may have sent it
         kwargs["sliding_window"] = attention_mask
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs, sizes = [], [shape.numel() for shape in texts.shapes]
-    gathered = [Gather.apply(x[0].transpose(0, 1), texts.places, texts.back)
-                for x in (query, key, value)]  # (cells, H, d)
-    for shape, *parts in zip(texts.shapes, *[x.split(sizes) for x in gathered]):
-        parts = [part.unflatten(0, shape).transpose(1, 2) for part in parts]  # (k, H, T, d)
-        output = causal_attention(module, *parts, **kwargs)  # (k, T, H, d)
+    gathered = [Gather.apply(x[0].transpose(0, 1), texts.tokens, texts.cells).split(sizes)
+                for x in (query, key, value)]  # of each of them, of each table: (its cells, H, d)
+    for shape, *table in zip(texts.shapes, *gathered):
+        table = [x.unflatten(0, shape).transpose(1, 2) for x in table]  # (k, H, T, d)
+        output = causal_attention(module, *table, **kwargs)  # (k, T, H, d)
         outputs.append(output.flatten(0, 1))
-    return Gather.apply(torch.cat(outputs), texts.back[0], texts.takers)[None], None
+    return Gather.apply(torch.cat(outputs), texts.cells[0], texts.takers)[None], None
 
 def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
     """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d). Padding comes last, so
@@ -846,7 +842,7 @@ def find_model(name):
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
-        with explain(f"{name} (--model or its base) is no folder, and the hub has none ({{}})"):
+        with explain(f"{name} (--model or its base) is no folder, and the hub has none"):
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
@@ -874,19 +870,19 @@ def read_model(name, args):
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
         generation_config=transformers.GenerationConfig(), **trust)  # the folder's is not judged
     wrong = info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
-    model._weight_conversions = weights._weight_conversions  # for in_files
+    model._weight_conversions = weights._weight_conversions  # which in_files undoes
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     for adapter in adapters:
         from peft import PeftModel
         weights = PeftModel.from_pretrained(weights, adapter)
-        info = weights.load_adapter(adapter, "default")  # again, as this says what does not fit
+        info = weights.load_adapter(adapter, "default")  # once more, for what it returns
         wrong |= {*info.missing_keys, *info.unexpected_keys}
         wrong |= tied & {f"{module}.weight" for module in weights.targeted_module_names}
         weights = weights.merge_and_unload()
     wrong |= dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
     if wrong:  # such as a second output head, or one that is tied and that an adapter has changed
         fail(f"--model {name}: config and weights do not agree on {sorted(map(str, wrong))[:3]}")
-    list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
+    list(in_files(model, model.state_dict(), folder))  # if this fails, then now, not at the end
     return model, weights
 
 def in_files(model, state, folder):
@@ -945,13 +941,13 @@ def choose_trained(model, weights, args):
         routers = [name for name, _ in model.named_modules() if name.endswith("router")]  # Phi-MoE
         lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
                           target_modules="all-linear", exclude_modules=routers or None)
-        with explain(f"--lora_rank does not fit --model {args.model} ({{}})"):
+        with explain(f"--lora_rank does not fit --model {args.model}"):
             model.add_adapter(lora)
         if weights is not None:  # rank 0, where the adapters get their random start
             torch.manual_seed(args.seed)
             weights.add_adapter(lora)
     text = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
-    with explain(f"--train_modules {args.train_modules}: {{}}"):
+    with explain(f"--train_modules {args.train_modules} is no regular expression"):
         for name, parameter in model.named_parameters():
             if parameter not in text or not re.search(args.train_modules, name):
                 parameter.requires_grad_(False)
@@ -983,7 +979,7 @@ def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
     the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
-    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
+    policy.reshards = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -992,11 +988,11 @@ def shard(policy, device, dtype, args):
     if group == world:
         mesh = mesh["shards"]
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-                 reshard_after_forward=policy.gives_back)
+                 reshard_after_forward=policy.reshards)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
-    # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
-    # instead of 1.87, with 128k words. Its backward pass needs the token ids only.
+    # On its own, an untied embedding's gradient is reduced after the head's, not together with it:
+    # the peak is 1.58 GiB instead of 1.87, with 128k words. Its backward pass needs no weights.
     table = policy.model.get_input_embeddings()
     if table.weight is not policy.model.get_output_embeddings().weight:
         fully_shard(table, **rules)
@@ -1017,7 +1013,7 @@ def place_weights(model, weights, device):
 def check_same(logps, truth, lengths, dtype, trouble):
     """Stop if log-probs (2, n) or (2, n, k) are not the true ones (2, n), but for rounding."""
     logps = logps.reshape(*truth.shape, -1)[..., 0].cpu().numpy()
-    errors = np.abs(logps - truth) / (lengths[:, 1:].T + 10)  # (2, n) nats per token
+    errors = np.abs(logps - truth) / (lengths[:, 1:].T + 10)  # (2, n) nats per token; 10: slack
     if not errors.max() < (1e-4 if dtype == torch.float32 else 0.05):
         fail(f"{trouble} (they differ by {errors.max():.2g} nats per token)")
 
@@ -1063,7 +1059,7 @@ def check_settings(settings, args):
     """Stop unless --resume is given, and the run in --out has the same settings."""
     if not args.resume:
         fail(f"--out {args.out} holds a run or a model: use --resume, or choose another --out")
-    with explain(f"{args.out}/args.json is damaged ({{}}): choose another --out"):
+    with explain(f"{args.out}/args.json is damaged: choose another --out"):
         old = json.loads(Path(args.out, "args.json").read_text())["args"]
     for name in sorted(settings.keys() - MAY_CHANGE):
         if settings[name] != old.get(name):
@@ -1108,7 +1104,7 @@ def checkpoint_state(policy, optimizer):
 def save_checkpoint(policy, optimizer, step, args):
     """out/step-NNNNNN: weights, optimiser, random state; written aside, renamed when complete."""
     out = Path(args.out)
-    with explain(f"{out}/new.tmp cannot be written ({{}}): make room, and continue with --resume"):
+    with explain(f"{out}/new.tmp cannot be written: make room, and continue with --resume"):
         dcp.save(checkpoint_state(policy, optimizer)[0], checkpoint_id=out / "new.tmp")
     if dist.get_rank() == 0:
         shutil.copyfile(out / "log.jsonl", out / "new.tmp" / "log.jsonl")
@@ -1120,8 +1116,7 @@ def save_checkpoint(policy, optimizer, step, args):
 def load_checkpoint(policy, optimizer, step, args):
     state, options = checkpoint_state(policy, optimizer)
     folder = Path(args.out, f"step-{step:06d}")
-    with explain(f"{folder} cannot be read ({{}}); if it is damaged, delete it, and --resume finds "
-                 "the one before it"):
+    with explain(f"{folder} cannot be read: if damaged, delete it; --resume takes the one before"):
         dcp.load(state, checkpoint_id=folder)
     set_state_dict(policy, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optim"], options=options)
@@ -1142,13 +1137,11 @@ def save_final(policy, args):
     state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     aside, final = Path(args.out, "final.tmp"), Path(args.out, "final")
     if dist.get_rank() == 0:
-        with explain(f"{aside} cannot be written ({{}}): make room, and run the same command with "
-                     "--resume; the last step is saved"):
+        with explain(f"{aside} cannot be written: make room and use --resume; no step is lost"):
             write = write_adapter if args.lora_rank else write_weights
             write(policy.model, state, args.model, aside)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
-    dist.barrier()  # a rank that ended now would end rank 0
 
 def write_weights(model, state, name, folder):
     for tensors, path in in_files(model, state, find_model(name)[0]):
@@ -1194,10 +1187,10 @@ def check_final(policy, split, dtype, args):
         check_same(logps, truth, split["lengths"][rows], dtype,
                    f"{args.out}/final gives other log-probs than the weights that were trained")
         for path in Path(args.out).glob("step-*[0-9]") if args.save_every == 0 else []:
-            shutil.rmtree(path)  # it was made in case that this goes wrong
-    dist.barrier()
+            shutil.rmtree(path)  # it was there in case that final/ is wrong
+    dist.barrier()  # a rank that ended now would end rank 0
 
 if __name__ == "__main__":
-    with explain("{}; mend this and run the same command again, a training with --resume",
+    with explain("mend the cause and run the same command again, a training with --resume",
                  (OSError, dcp.CheckpointException, ModuleNotFoundError)):
         main()

@@ -57,8 +57,8 @@ class Args:
     # memory and speed
     layout: Literal["packed", "concatenated", "separate"] = "packed"  # how pairs enter the model
     max_tokens: int = 8192  # bound on the tokens of one forward pass of one rank
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
-    zero: Literal["auto", "2", "3"] = "auto"  # 2: whole weights during a step; auto: on one rank
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on a GPU, else float32
+    zero: Literal["auto", "2", "3"] = "auto"  # 2 gathers weights once a step; auto: on one rank
     shard_group: int = 0  # ranks that share one copy of the weights, such as a node's; 0 = all
     # sketches for auxdpo.py
     sketch_dim: int = 0  # K, numbers that stand for the gradient of a response; 0 = no sketches
@@ -73,7 +73,7 @@ def main():
     rank, world, device, dtype = start_process_group(args.dtype)
     if args.sketch_dim:  # every text must be a row of its own
         args = dataclasses.replace(args, layout="concatenated")
-    with explain(f"--data {args.data} or --model {args.model} cannot be read ({{}})"):
+    with explain(f"--data {args.data} or --model {args.model} cannot be read"):
         splits = load_data(args)
         model, weights = read_model(args.model, args)  # without weights; with them, on rank 0
     content = content_hashes(weights, splits, dtype, args)
@@ -185,7 +185,7 @@ def new_file(path, shape, dtype):
         tqdm.write(f"{path} is damaged or of another type, and will be computed again")
         path.with_name("meta.json").unlink(missing_ok=True)  # it may have the old file's hash
     aside = path.with_name(f"{uuid.uuid4().hex}.npy")
-    with explain(f"{path} cannot be written ({{}}); mend this and run the same command again"):
+    with explain(f"{path} cannot be written; mend this and run the same command again"):
         try:
             np.save(aside, np.full(shape, np.nan, dtype))
             aside.rename(path)
@@ -266,7 +266,7 @@ def watch(model, args):
     """Freeze all weights, and let every backward pass sketch the gradients of those that would be
     trained and that --sketch_modules matches -> what its hooks share."""
     names = {}  # {weight: its name in the model}; a tied weight has one
-    with explain(f"--sketch_modules {args.sketch_modules}: {{}}"):
+    with explain(f"--sketch_modules {args.sketch_modules} is no regular expression"):
         for name, weight in model.named_parameters():
             if weight.requires_grad and re.search(args.sketch_modules, name):
                 names[weight] = name
@@ -441,7 +441,7 @@ def parse_args(cls):
     values = vars(parser.parse_args())
     for name, value in values.items():
         if type(value) is str:
-            values[name] = value.rstrip("/") or value  # x/ is x
+            values[name] = value.rstrip("/") or value  # model/ and model are one name
     args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
@@ -453,25 +453,25 @@ def parse_args(cls):
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
+    if int(os.environ.get("RANK", 0)) > 0:  # mostly rank 0 fails too; then torchrun ends this one
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
 
 @contextlib.contextmanager
-def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
-    """An error in the `with` block ends the program with the line `trouble`, {} is the reason."""
+def explain(trouble, kinds=(Exception, dcp.CheckpointException)):  # dcp's is no Exception
+    """An error in the `with` block ends the program with one line: `trouble`, and the reason."""
     try:
         yield
     except kinds as error:
-        reason = re.sub(r"(?s).*Traceback.*\n", "", str(error).strip())  # checkpoints: a traceback
-        fail(trouble.replace("{}", f"{type(error).__name__}: {reason[:300]}"))
+        reason = re.sub(r"(?s).*Traceback.*\n", "", str(error).strip())  # dcp adds a traceback
+        fail(f"{trouble} ({type(error).__name__}: {reason[:300]})")
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
     # Each micro-batch has another shape. On a GPU these break the memory into pieces (138 GiB were
     # reserved at a peak of 65) unless its segments can grow, and cuDNN plans each for 0.1 s.
-    if not any("ALLOC_CONF" in name for name in os.environ):  # it has two older names
+    if not any("ALLOC_CONF" in name for name in os.environ):  # set by the user, by any of its names
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_flush_denormal(True)  # on a CPU, denormal numbers can be many times slower
@@ -480,22 +480,22 @@ def start_process_group(dtype):
     if cuda:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    with explain("the ranks do not find each other ({}): start them by torchrun, or use python"):
+    with explain("the ranks do not find each other: start them by torchrun, or use python"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    if not alone:
+    if "RANK" in os.environ:  # torchrun's
         sys.excepthook = late_traceback
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
 
 def late_traceback(*error):
-    """A rank that only lost its connection to the one that failed is ended before it says so."""
+    """Wait first: if another rank failed, and this one only lost it, torchrun ends this one."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(5)
     sys.__excepthook__(*error)
 
 def to_device(array):
-    """numpy (lists are slow) -> torch, where the model computes; the host does not wait for it."""
+    """Array or tensor -> tensor on the device of the model. The CPU does not wait for the copy."""
     tensor = torch.as_tensor(array)
     return tensor.pin_memory().cuda(non_blocking=True) if torch.cuda.is_available() else tensor
 
@@ -503,11 +503,11 @@ def to_device(array):
 def load_data(args):
     """{split: dict(pairs=dataset, lengths=(rows, 3) tokens of prompt, chosen, rejected,
     responses=(rows, 2) numbers of the chosen and the rejected one, hash=of all this)}"""
-    with explain(f"{args.data}/meta.json cannot be read ({{}}): run prepare_data.py"):
+    with explain(f"{args.data}/meta.json cannot be read: run prepare_data.py"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
     folder, trust = find_model(args.model)[0], dict(trust_remote_code=args.trust_remote_code)
     if not (folder / "config.json").exists():
-        fail(f"--model {args.model} is no model, and no run that has its final/: no config.json")
+        fail(f"--model {args.model} is neither a model nor a run with final/: no config.json")
     config = transformers.AutoConfig.from_pretrained(folder, **trust).get_text_config()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
@@ -537,9 +537,9 @@ def load_data(args):
     return splits
 
 def most_positions(config):
-    """How many tokens a text may have; beyond that, some ropes follow the batch's longest text."""
+    """How many tokens a text may have by GPT-2's table, or by ropes that a longer text changes."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "table")  # a table of positions, as in GPT-2
+    kind = rope.get("rope_type", "table")
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     limit = rope.get("original_max_position_embeddings", limit)
     return limit if limit > 0 and kind in ("table", "dynamic", "longrope") else math.inf
@@ -602,8 +602,8 @@ def micro_batches(rows, lengths, args, world):
     parts += [[]] * (count - len(parts))
     return [rows[np.array(part, int)] for part in parts]
 
-def give_back(policy):
-    """With --zero 2, end what a forward pass began that no backward pass follows."""
+def free_weights(policy):
+    """Give the gathered weights back after forward passes that no backward pass follows."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -611,7 +611,7 @@ def give_back(policy):
 def collate(pairs, layout):
     """Tensors of a micro-batch -> a list, one dict per forward pass (two if layout is separate).
     inputs        for the model: input_ids (1, L) packed or (texts, T) padded; position_ids, the
-                  places of tokens in their own texts; packed only, texts: see attention_tables
+                  places of tokens in their own texts; packed only: texts, the attention_tables
     targets (M,)  all response tokens, those of all chosen responses first; sizes, their lengths
     source (M,)   where, in the flattened input_ids, the token before each target stands"""
     chosen = [(pair["prompt"], pair["chosen"]) for pair in pairs]
@@ -664,34 +664,34 @@ def predictions(places, texts):
                 sizes=[len(response) for response in responses])
 
 def attention_tables(places, size, shortest=0.5 if torch.cuda.is_available() else 0.8):
-    """Group texts of similar length into padded tables of their places in a packed row of `size`
-    tokens. For the row drawn in pack it is one table, with zeros as padding:
+    """What gathered_attention needs: the `places` of each text in a packed row of `size` tokens, in
+    tables of texts of similar length, padded with 0. The row drawn in pack has one table:
 
-        0  1  2  3  4     back: the cells, counted over all tables, in which each token stands:
-        5  6  7  8  0       10 11  2  3  4 15  6  7  8 12 13 16 17 18
-        0  1  9 10  0        0  1 -1 -1 -1  5 -1 -1 -1 -1 -1 -1 -1 -1
-        5 11 12 13  0     A prompt stands in two texts, with the same result in both. takers: the
-                          token that takes the result of each cell, or -1."""
+        0  1  2  3  4    tokens (C,): the token in each of the C cells, counted over all tables
+        5  6  7  8  0    cells (2, L): the cells in which each token stands, -1 = none
+        0  1  9 10  0    takers (1, C): the token that takes the result of each cell, -1 = none
+        5 11 12 13  0
+
+    A prompt stands in two texts, with the same result, so its tokens have two cells. Here cells is
+    10 11 2 3 4 15 6 7 8 12 13 16 17 18, 0 1 -1 -1 -1 5 -1 -1 -1 -1 -1 -1 -1 -1"""
     groups = []
     for place in sorted(places, key=len, reverse=True):
-        # Padding is at most a fifth, on a GPU a half, where four more tables cost 13 % of a step.
+        # A GPU may pad to twice the length, as there each table costs time: four, 13 % of a step.
         if not groups or len(place) < shortest * len(groups[-1][0]):
             groups.append([])
         groups[-1].append(place)
-    tables, cells, back = [], 0, torch.full((2, size), -1)
-    for group in groups:
-        table = pad_sequence(group, batch_first=True)  # (k, T) for k texts
+    tables = [pad_sequence(group, batch_first=True) for group in groups]  # (k, T) for k texts
+    count, cells = 0, torch.full((2, size), -1)
+    for table, group in zip(tables, groups):
         for place in group:
-            back[1, place] = back[0, place]
-            back[0, place] = cells + torch.arange(len(place))
-            cells += table.shape[1]
-        tables.append(table)
-    takers = torch.full((1, cells), -1)
-    takers[0, back[0]] = torch.arange(size)
-    places = to_device(torch.cat([table.flatten() for table in tables]))
-    return types.SimpleNamespace(  # as compile looks into dicts
-        places=places, shapes=[table.shape for table in tables], back=to_device(back),
-        takers=to_device(takers))
+            cells[1, place] = cells[0, place]  # -1, or where a prompt stood first
+            cells[0, place] = count + torch.arange(len(place))
+            count += table.shape[1]
+    takers = torch.full((1, count), -1)
+    takers[0, cells[0]] = torch.arange(size)
+    return types.SimpleNamespace(  # torch.compile would look into a dict, and compile anew
+        shapes=[table.shape for table in tables], cells=to_device(cells), takers=to_device(takers),
+        tokens=to_device(torch.cat([table.flatten() for table in tables])))
 
 # -- forward pass and attention
 def token_logps(logits, targets):
@@ -700,7 +700,7 @@ def token_logps(logits, targets):
 
 def head_pass(hidden, targets, head, config, score):
     """Scores of hidden (t, h), targets (t,), with the scaling and soft-capping of some models."""
-    logits = head(hidden.to(head.weight.dtype)).float()  # (t, V) Mamba's are float32 until here
+    logits = head(hidden.to(head.weight.dtype)).float()  # (t, V) Mamba's hidden is float32
     scale = getattr(config, "logit_scale", None) or 1  # Cohere
     scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite
     if scale != 1:
@@ -740,33 +740,33 @@ def window_as_mask(local_size=None, **kwargs):
     return local_size
 
 class Gather(torch.autograd.Function):
-    """rows (a, ...), index (b,) -> rows[index]. The gradient is gathered too, from all `cells`
-    (k, a) in which a row ended, -1 = none: torch's own adds by atomic operations, slow on a GPU."""
+    """rows (a, ...), index (b,) -> rows[index]. The gradient is gathered too: `uses` (k, a) tells
+    where in index each row stands, or -1. torch's own adds by atomic operations, slow on a GPU."""
     @staticmethod
-    def forward(ctx, rows, index, cells):
-        ctx.save_for_backward(cells)
+    def forward(ctx, rows, index, uses):
+        ctx.save_for_backward(uses)
         return rows.index_select(0, index)
     @staticmethod
     def backward(ctx, grad):
-        grad = torch.cat([grad, torch.zeros_like(grad[:1])])  # -1 is the last
+        grad = torch.cat([grad, torch.zeros_like(grad[:1])])  # -1 takes this zero
         return grad[ctx.saved_tensors[0]].sum(0), None, None
 
 @torch.compiler.disable  # compiled, it would be another graph for each number of tables
 def gathered_attention(module, query, key, value, attention_mask, texts=None, **kwargs):
     """Every layer calls this with query (b, H, L, d), key and value (maybe fewer heads), and wants
     (b, L, H, d). Packed, b is 1: gather the texts into tables, attend, put the results back."""
-    if kwargs.get("sliding_window") is None:  # some models have it in their masks only
+    if kwargs.get("sliding_window") is None:  # then window_as_mask may have sent it
         kwargs["sliding_window"] = attention_mask
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs, sizes = [], [shape.numel() for shape in texts.shapes]
-    gathered = [Gather.apply(x[0].transpose(0, 1), texts.places, texts.back)
-                for x in (query, key, value)]  # (cells, H, d)
-    for shape, *parts in zip(texts.shapes, *[x.split(sizes) for x in gathered]):
-        parts = [part.unflatten(0, shape).transpose(1, 2) for part in parts]  # (k, H, T, d)
-        output = causal_attention(module, *parts, **kwargs)  # (k, T, H, d)
+    gathered = [Gather.apply(x[0].transpose(0, 1), texts.tokens, texts.cells).split(sizes)
+                for x in (query, key, value)]  # of each of them, of each table: (its cells, H, d)
+    for shape, *table in zip(texts.shapes, *gathered):
+        table = [x.unflatten(0, shape).transpose(1, 2) for x in table]  # (k, H, T, d)
+        output = causal_attention(module, *table, **kwargs)  # (k, T, H, d)
         outputs.append(output.flatten(0, 1))
-    return Gather.apply(torch.cat(outputs), texts.back[0], texts.takers)[None], None
+    return Gather.apply(torch.cat(outputs), texts.cells[0], texts.takers)[None], None
 
 def causal_attention(module, query, key, value, sliding_window=None, **kwargs):
     """query (b, H, T, d), key, value (b, H or fewer, T, d) -> (b, T, H, d). Padding comes last, so
@@ -798,7 +798,7 @@ def find_model(name):
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
-        with explain(f"{name} (--model or its base) is no folder, and the hub has none ({{}})"):
+        with explain(f"{name} (--model or its base) is no folder, and the hub has none"):
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
@@ -826,19 +826,19 @@ def read_model(name, args):
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
         generation_config=transformers.GenerationConfig(), **trust)  # the folder's is not judged
     wrong = info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
-    model._weight_conversions = weights._weight_conversions  # for in_files
+    model._weight_conversions = weights._weight_conversions  # which in_files undoes
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     for adapter in adapters:
         from peft import PeftModel
         weights = PeftModel.from_pretrained(weights, adapter)
-        info = weights.load_adapter(adapter, "default")  # again, as this says what does not fit
+        info = weights.load_adapter(adapter, "default")  # once more, for what it returns
         wrong |= {*info.missing_keys, *info.unexpected_keys}
         wrong |= tied & {f"{module}.weight" for module in weights.targeted_module_names}
         weights = weights.merge_and_unload()
     wrong |= dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
     if wrong:  # such as a second output head, or one that is tied and that an adapter has changed
         fail(f"--model {name}: config and weights do not agree on {sorted(map(str, wrong))[:3]}")
-    list(in_files(model, model.state_dict(), folder))  # so that final/ can be written at the end
+    list(in_files(model, model.state_dict(), folder))  # if this fails, then now, not at the end
     return model, weights
 
 def in_files(model, state, folder):
@@ -883,13 +883,13 @@ def choose_trained(model, weights, args):
         routers = [name for name, _ in model.named_modules() if name.endswith("router")]  # Phi-MoE
         lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
                           target_modules="all-linear", exclude_modules=routers or None)
-        with explain(f"--lora_rank does not fit --model {args.model} ({{}})"):
+        with explain(f"--lora_rank does not fit --model {args.model}"):
             model.add_adapter(lora)
         if weights is not None:  # rank 0, where the adapters get their random start
             torch.manual_seed(args.seed)
             weights.add_adapter(lora)
     text = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
-    with explain(f"--train_modules {args.train_modules}: {{}}"):
+    with explain(f"--train_modules {args.train_modules} is no regular expression"):
         for name, parameter in model.named_parameters():
             if parameter not in text or not re.search(args.train_modules, name):
                 parameter.requires_grad_(False)
@@ -905,7 +905,7 @@ def shard(policy, device, dtype, args):
     """FSDP2: every block is gathered when it is needed, and the rest with the root. --zero 3 gives
     the gathered weights back at once, 2 keeps them until the step ends: no copies in between."""
     world = dist.get_world_size()
-    policy.gives_back = args.zero == "3" or (args.zero == "auto" and world > 1)
+    policy.reshards = args.zero == "3" or (args.zero == "auto" and world > 1)
     group = args.shard_group or world
     if world % group:
         fail(f"--shard_group {group} does not divide the {world} ranks")
@@ -914,11 +914,11 @@ def shard(policy, device, dtype, args):
     if group == world:
         mesh = mesh["shards"]
     rules = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
-                 reshard_after_forward=policy.gives_back)
+                 reshard_after_forward=policy.reshards)
     for block in reversed(blocks_of(policy.model)):  # a block within a block must come first
         fully_shard(block, **rules)
-    # An untied embedding on its own is reduced after the head, not beside it: 1.58 GiB at the peak
-    # instead of 1.87, with 128k words. Its backward pass needs the token ids only.
+    # On its own, an untied embedding's gradient is reduced after the head's, not together with it:
+    # the peak is 1.58 GiB instead of 1.87, with 128k words. Its backward pass needs no weights.
     table = policy.model.get_input_embeddings()
     if table.weight is not policy.model.get_output_embeddings().weight:
         fully_shard(table, **rules)
@@ -942,17 +942,17 @@ def check_forward(policy, split, dtype, args):
     together with two short ones, as then every layout has padding."""
     config = policy.model.config.get_text_config()
     texts = split["lengths"][:, 0] + split["lengths"][:, 1:].max(1)  # (rows,) the longer one
-    rows = texts.argsort()[[-1, 0, len(texts) > 2]]
+    rows = texts.argsort()[[-1, 0, 1 if len(texts) > 2 else 0]]
     pairs = [split["pairs"][int(row)] for row in rows]
     cause = "try another --layout or --dtype, or adapt Policy and head_pass to it"
-    with explain(f"--layout {args.layout} does not fit --model {args.model} ({{}}): {cause}"):
+    with explain(f"--layout {args.layout} does not fit --model {args.model}: {cause}"):
         logps = policy(collate(pairs, args.layout))
         # Before transformers 5.23, Gemma-2's cap was ignored by SDPA.
         sdpa = policy.model._supports_sdpa and not hasattr(config, "attn_logit_softcapping")
         policy.model.set_attn_implementation("sdpa" if sdpa else "eager")
         policy.unshard()
         truth = own_logps(policy.model, pairs)
-        give_back(policy)
+        free_weights(policy)
         choose_attention(policy.model, args)  # ours again
     check_same(logps, truth, split["lengths"][rows], dtype, f"in --layout {args.layout} the "
                f"log-probs are not those of the forward pass of --model {args.model}: {cause}")
@@ -960,7 +960,7 @@ def check_forward(policy, split, dtype, args):
 def check_same(logps, truth, lengths, dtype, trouble):
     """Stop if log-probs (2, n) or (2, n, k) are not the true ones (2, n), but for rounding."""
     logps = logps.reshape(*truth.shape, -1)[..., 0].cpu().numpy()
-    errors = np.abs(logps - truth) / (lengths[:, 1:].T + 10)  # (2, n) nats per token
+    errors = np.abs(logps - truth) / (lengths[:, 1:].T + 10)  # (2, n) nats per token; 10: slack
     if not errors.max() < (1e-4 if dtype == torch.float32 else 0.05):
         fail(f"{trouble} (they differ by {errors.max():.2g} nats per token)")
 
@@ -977,6 +977,6 @@ def own_logps(model, pairs):
     return np.array(sums).reshape(2, -1)
 
 if __name__ == "__main__":
-    with explain("{}; what is computed is kept: mend this and run the same command again",
+    with explain("what is computed is kept: mend the cause and run the same command again",
                  (OSError, dcp.CheckpointException, ModuleNotFoundError)):
         main()

@@ -63,7 +63,7 @@ class Args:
     # memory and speed
     max_tokens: int = 8192  # bound on the tokens of one forward pass, or of one batch of samples
     spread: bool = False  # spread each model over the GPUs of a single process (needs accelerate)
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bfloat16 on a GPU
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on a GPU, else float32
 
 # ---- what is measured ----
 
@@ -191,7 +191,7 @@ def main():
     data = load_pairs(args, names) if args.data else None
     rank, world, device, dtype = start_process_group(args.dtype)
     out = Path(args.out)
-    writing = f"cannot write --out {out} or --plot {args.plot} ({{}})"
+    writing = f"cannot write --out {out} or --plot {args.plot}"
     with explain(writing):
         for folder in (out, Path(args.plot).parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def main():
     answers = {name: [] for name in names if args.samples}  # {model: records, see `answer`}
     for name in order:
         began = time.time()
-        with explain(f"{name} lacks memory or positions ({{}}): lower --max_tokens "
+        with explain(f"{name} lacks memory or positions: lower --max_tokens "
                      f"{args.max_tokens}, use --spread, or take shorter texts",
                      (torch.OutOfMemoryError, IndexError)):
             model, tokenizer = load_model(name, args, dtype, device)
@@ -276,7 +276,7 @@ def model_names(args):
 def load_pairs(args, names):
     """The pairs of --split as a dict, whose fields are explained where it is made."""
     remake = f"run: prepare_data.py --model {names[0]} --out {args.data} --dataset ..."
-    with explain(f"--data {args.data}, --split {args.split}: cannot be read ({{}}); {remake}"):
+    with explain(f"--data {args.data}, --split {args.split}: cannot be read; {remake}"):
         meta = json.loads(Path(args.data, "meta.json").read_text())
         folders = [f"{args.data}/{split}" for split in args.split.split(",")]
         rows = datasets.concatenate_datasets([datasets.load_from_disk(path) for path in folders])
@@ -328,7 +328,7 @@ def load_model(name, args, dtype, device):
     """-> model in eval mode, its tokenizer. A checkpoint has no config, so the model that its run
     began with is loaded, and gets the checkpoint's weights."""
     transformers.utils.logging.disable_progress_bar()
-    with explain(f"{name} of --models or --reference is no causal language model ({{}})"):
+    with explain(f"{name} of --models or --reference is no causal language model"):
         source, is_checkpoint = name, Path(name, ".metadata").is_file()
         if is_checkpoint:
             source = json.loads(Path(name).with_name("args.json").read_text())["args"]["model"]
@@ -351,7 +351,7 @@ def load_model(name, args, dtype, device):
             folder, trust_remote_code=args.trust_remote_code)
     if is_checkpoint:
         state = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
-        with explain(f"{name} is no checkpoint of all of {source} ({{}}); take its run's final/"):
+        with explain(f"{name} is no checkpoint of all of {source}; take its run's final/"):
             dcp.load(dict(model=state), checkpoint_id=name, no_dist=True)  # in place
     return (model if args.spread else model.to(device)).eval(), tokenizer
 
@@ -480,7 +480,7 @@ def add_logps(key, model, records, name, args):
 def load_reward(args):
     """The function that --reward FILE.py:FUNCTION names, from (prompt, response) to a number."""
     path, _, function = args.reward.rpartition(":")
-    with explain(f"--reward {args.reward} is no FILE.py:FUNCTION ({{}})"):
+    with explain(f"--reward {args.reward} is no FILE.py:FUNCTION"):
         place = importlib.util.spec_from_file_location("reward", path)
         module = importlib.util.module_from_spec(place)
         place.loader.exec_module(module)
@@ -499,7 +499,7 @@ def reward_everything(data, answers, tokenizer, args):
     if dist.get_rank() == 0:
         for record in records:
             with explain(f"--reward {args.reward} has to return a number, but failed on pair "
-                         f"{record['id']} and the answer of {record['model']}: {{}}"):
+                         f"{record['id']} and the answer of {record['model']}"):
                 rewards.append(float(function(record["prompt"], record["response"])))
                 assert math.isfinite(rewards[-1]), "the number is not finite"
     shared = [rewards]
@@ -674,7 +674,7 @@ def runs_among(names):
 def read_log(run):
     """log.jsonl -> list of dicts; the last line may be cut off."""
     lines = Path(run, "log.jsonl").read_text().splitlines()
-    with explain(f"{run}/log.jsonl has a line that is not JSON ({{}}); take the line out"):
+    with explain(f"{run}/log.jsonl has a line that is not JSON; take the line out"):
         return [json.loads(line) for line in lines if line.endswith("}")]
 
 def draw(path, names, results):
@@ -720,7 +720,7 @@ def parse_args(cls):
     values = vars(parser.parse_args())
     for name, value in values.items():
         if type(value) is str:
-            values[name] = value.rstrip("/") or value  # x/ is x
+            values[name] = value.rstrip("/") or value  # model/ and model are one name
     args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
@@ -732,25 +732,25 @@ def parse_args(cls):
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
+    if int(os.environ.get("RANK", 0)) > 0:  # mostly rank 0 fails too; then torchrun ends this one
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))
 
 @contextlib.contextmanager
-def explain(trouble, kinds=(Exception, dcp.CheckpointException)):
-    """An error in the `with` block ends the program with the line `trouble`, {} is the reason."""
+def explain(trouble, kinds=(Exception, dcp.CheckpointException)):  # dcp's is no Exception
+    """An error in the `with` block ends the program with one line: `trouble`, and the reason."""
     try:
         yield
     except kinds as error:
-        reason = re.sub(r"(?s).*Traceback.*\n", "", str(error).strip())  # checkpoints: a traceback
-        fail(trouble.replace("{}", f"{type(error).__name__}: {reason[:300]}"))
+        reason = re.sub(r"(?s).*Traceback.*\n", "", str(error).strip())  # dcp adds a traceback
+        fail(f"{trouble} ({type(error).__name__}: {reason[:300]})")
 
 def start_process_group(dtype):
     """Join torchrun's process group, or make one alone -> rank, world size, device, dtype."""
     # Each micro-batch has another shape. On a GPU these break the memory into pieces (138 GiB were
     # reserved at a peak of 65) unless its segments can grow, and cuDNN plans each for 0.1 s.
-    if not any("ALLOC_CONF" in name for name in os.environ):  # it has two older names
+    if not any("ALLOC_CONF" in name for name in os.environ):  # set by the user, by any of its names
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_flush_denormal(True)  # on a CPU, denormal numbers can be many times slower
@@ -759,16 +759,16 @@ def start_process_group(dtype):
     if cuda:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    with explain("the ranks do not find each other ({}): start them by torchrun, or use python"):
+    with explain("the ranks do not find each other: start them by torchrun, or use python"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    if not alone:
+    if "RANK" in os.environ:  # torchrun's
         sys.excepthook = late_traceback
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
     return dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype)
 
 def late_traceback(*error):
-    """A rank that only lost its connection to the one that failed is ended before it says so."""
+    """Wait first: if another rank failed, and this one only lost it, torchrun ends this one."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(5)
     sys.__excepthook__(*error)
@@ -783,7 +783,7 @@ def find_model(name):
     folder = Path(name, "final") if Path(name, "final").is_dir() else Path(name)
     if not folder.is_dir():
         wanted = [f"*{kind}" for kind in MODEL_FILES] + ["model*.safetensors", "adapter_model*"]
-        with explain(f"{name} (--model or its base) is no folder, and the hub has none ({{}})"):
+        with explain(f"{name} (--model or its base) is no folder, and the hub has none"):
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     adapter = folder / "adapter_config.json"
     if not adapter.exists():
@@ -795,6 +795,6 @@ def find_model(name):
     return [*find_model(str(base)), folder]
 
 if __name__ == "__main__":
-    with explain("{}; mend this and run the same command again",
+    with explain("mend the cause and run the same command again",
                  (OSError, dcp.CheckpointException, ModuleNotFoundError)):
         main()

@@ -302,7 +302,7 @@ def parse_args(cls):
     values = vars(parser.parse_args())
     for name, value in values.items():
         if type(value) is str:
-            values[name] = value.rstrip("/") or value  # x/ is x
+            values[name] = value.rstrip("/") or value  # model/ and model are one name
     args = cls(**values)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in vars(args).items():
@@ -314,7 +314,7 @@ def parse_args(cls):
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""
-    if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it too, and then torchrun ends this one
+    if int(os.environ.get("RANK", 0)) > 0:  # mostly rank 0 fails too; then torchrun ends this one
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     raise SystemExit("error: " + " ".join(message.split()))

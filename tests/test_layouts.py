@@ -318,13 +318,13 @@ def test_the_targets_are_the_response_tokens_in_order_and_nothing_else(layout):
 
 
 def packed(pairs):
-    """What collate makes of them: ids and positions (L,), tables, back (2, L)."""
+    """What collate makes of them: ids and positions (L,), tables, cells (2, L)."""
     (batch,) = dpo.collate(pairs, "packed")
     inputs = batch["inputs"]
     texts = inputs["texts"]
-    cells = texts.places.split([shape.numel() for shape in texts.shapes])
+    cells = texts.tokens.split([shape.numel() for shape in texts.shapes])
     tables = [part.view(shape) for part, shape in zip(cells, texts.shapes)]
-    return inputs["input_ids"][0], inputs["position_ids"][0], tables, texts.back
+    return inputs["input_ids"][0], inputs["position_ids"][0], tables, texts.cells
 
 
 def text_rows(tables):
@@ -417,29 +417,28 @@ def test_the_docstring_of_pack_draws_what_pack_gives():
 
 def test_the_docstring_of_attention_tables_draws_what_it_gives():
     lines = dpo.attention_tables.__doc__.splitlines()
-    drawn = [re.fullmatch(r" {8}((?:\d+ +){4}\d+)(.*)", line) for line in lines]
-    drawn = [match for match in drawn if match]
-    _, _, tables, back = packed(DRAWN)
+    drawn = [re.fullmatch(r" {8}((?:\d+ +){4}\d+)(?: {4}\S.*)?", line) for line in lines]
+    _, _, tables, cells = packed(DRAWN)
     assert len(tables) == 1
-    assert [numbers(match[1]) for match in drawn] == tables[0].tolist()
-    beside = " ".join(match[2] for match in drawn)
-    assert numbers(re.search(r"stands: +([-\d ]+) A", beside)[1]) == back.flatten().tolist()
+    assert [numbers(match[1]) for match in drawn if match] == tables[0].tolist()
+    (found,) = [line.split(",") for line in lines if re.fullmatch(r"[-\d ]+,[-\d ]+", line)]
+    assert [numbers(half) for half in found] == cells.tolist()
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_gradients_of_the_gathers_are_those_of_autograd(name):
     texts = dpo.collate(batch_of(name), "packed")[0]["inputs"]["texts"]
-    rows = torch.randn(texts.back.shape[1], 2, 3, dtype=torch.float64, requires_grad=True)
-    cells = torch.randn(len(texts.places), 2, 3, dtype=torch.float64, requires_grad=True)
-    stands = texts.back[texts.back >= 0].tolist()
+    rows = torch.randn(texts.cells.shape[1], 2, 3, dtype=torch.float64, requires_grad=True)
+    cells = torch.randn(len(texts.tokens), 2, 3, dtype=torch.float64, requires_grad=True)
+    stands = texts.cells[texts.cells >= 0].tolist()
     padding = sorted({*range(len(cells))} - {*stands})
-    assert len(stands) == len({*stands}) and (texts.places[padding] == 0).all()
+    assert len(stands) == len({*stands}) and (texts.tokens[padding] == 0).all()
     into, out = torch.randn_like(cells), torch.randn_like(rows)  # the gradients that come from attention, and go to it
     into[padding] = 0  # no token sees padding
-    ours = torch.autograd.grad(dpo.Gather.apply(rows, texts.places, texts.back), rows, into)
-    assert torch.equal(ours[0], torch.autograd.grad(rows[texts.places], rows, into)[0])
-    ours = torch.autograd.grad(dpo.Gather.apply(cells, texts.back[0], texts.takers), cells, out)
-    assert torch.equal(ours[0], torch.autograd.grad(cells[texts.back[0]], cells, out)[0])
+    ours = torch.autograd.grad(dpo.Gather.apply(rows, texts.tokens, texts.cells), rows, into)
+    assert torch.equal(ours[0], torch.autograd.grad(rows[texts.tokens], rows, into)[0])
+    ours = torch.autograd.grad(dpo.Gather.apply(cells, texts.cells[0], texts.takers), cells, out)
+    assert torch.equal(ours[0], torch.autograd.grad(cells[texts.cells[0]], cells, out)[0])
 
 
 def test_attention_scatters_no_gradients(tiny_model):

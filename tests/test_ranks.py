@@ -108,7 +108,8 @@ def one_step(script, policy, split, plan, case):
     if script is auxdpo:
         margins, parts = script.first_pass(policy, mine, split, args)
         script.update_delta(rows, margins, split, args)
-    for part, *known in script.hold_weights(policy, parts):
+    for i, (part, *known) in enumerate(parts):
+        policy.set_reshard_after_backward(policy.reshards or i == len(parts) - 1)
         losses, metrics = script.pair_losses(policy, part, split, args, *known)
         (losses.sum() / len(rows) * world).backward()
         sums.append(metrics)

@@ -87,12 +87,12 @@ def layout_of(folder, layout):
     simpo.find_model.cache_clear()
     out = folder.parent / layout
     args = tiny_args(str(folder), layout=layout, out=str(out))
-    with simpo.explain("{}"):  # as main() does
+    with simpo.explain("refused"):  # as main() does
         model, weights = simpo.read_model(args.model, args)
     policy = simpo.build_policy(model, weights, simpo.token_logps, torch.device("cpu"), torch.float32, args)
     simpo.check_forward(policy, split_of(PAIRS), torch.float32, args)
     ours = policy(simpo.collate(PAIRS, layout)).numpy()
-    simpo.give_back(policy)
+    simpo.free_weights(policy)
     own = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     error = abs(ours - simpo.own_logps(own.eval(), PAIRS)).max()
     out.mkdir()

@@ -123,7 +123,8 @@ def our_step(policy, split, args):
     def step(rows):
         sums = []
         parts = dpo.micro_batches(np.array(rows), split["lengths"], args, 1)
-        for part in dpo.hold_weights(policy, parts):
+        for i, part in enumerate(parts):
+            policy.set_reshard_after_backward(policy.reshards or i == len(parts) - 1)
             losses, metrics = dpo.pair_losses(policy, part, split, args)
             (losses.sum() / len(rows)).backward()
             sums.append(metrics)

@@ -174,7 +174,8 @@ def auxdpo_step(policy, split, args):
         parts = auxdpo.micro_batches(np.array(rows), split["lengths"], args, 1)
         margins, computed = auxdpo.first_pass(policy, parts, split, args)
         auxdpo.update_delta(np.array(rows), margins, split, args)
-        for part, logps in auxdpo.hold_weights(policy, computed):
+        for i, (part, logps) in enumerate(computed):
+            policy.set_reshard_after_backward(policy.reshards or i == len(parts) - 1)
             losses, _ = auxdpo.pair_losses(policy, part, split, args, logps)
             (losses.sum() / len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0).full_tensor().item()

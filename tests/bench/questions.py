@@ -47,7 +47,7 @@ class Args:
 
 def read_items(path, what):
     """The objects of a JSON list or of JSON lines."""
-    with explain(f"{what} {path} is no list or lines of JSON objects ({{}})"):
+    with explain(f"{what} {path} is no list or lines of JSON objects"):
         text = Path(path).read_text().strip()
         lines = [line for line in text.splitlines() if line.strip()]
         items = json.loads(text if text[:1] == "[" else f"[{','.join(lines)}]")
@@ -71,7 +71,7 @@ def read_choices(args):
     """-> list of dict(text, right: number of the right option, count: of options, subject)."""
     questions = []
     for item in read_items(args.choices, "--choices")[:args.limit or None]:
-        with explain(f"--choices {args.choices}: {str(item)[:80]} lacks question, options and an answer among them ({{}})"):
+        with explain(f"--choices {args.choices}: {str(item)[:80]} lacks question, options and an answer among them"):
             options = item.get("options") or item["choices"]
             letters = [chr(65 + i) for i in range(len(options))]
             key = item["answer"]
@@ -128,7 +128,7 @@ def answer_prompts(model, tokenizer, name, args):
     """Writes out/answers/NAME.json or .jsonl, in the layout that the questions' own benchmark reads."""
     items = read_items(args.prompts, "--prompts")[:args.limit or None]
     texts = []
-    with explain(f"--prompts {args.prompts}: an object lacks instruction, prompt or turns ({{}})"):
+    with explain(f"--prompts {args.prompts}: an object lacks instruction, prompt or turns"):
         for item in items:
             texts.append(item.get("instruction") or item.get("prompt") or item["turns"][0]["content"])
     answers = []
@@ -178,5 +178,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with explain("{}; mend this and run the same command again", (OSError, ModuleNotFoundError)):
+    with explain("mend the cause and run the same command again", (OSError, ModuleNotFoundError)):
         main()
