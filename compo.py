@@ -29,7 +29,7 @@ bfloat16, which loses most of a step; here it is float32, and never tied to the 
 code's trial step, --accept_step, is off. 7. Ours: span, exact, --pairs_per_step, --baseline.
 Differs from dpo.py: votes, not a loss and AdamW; no cache.
 
-Read to line 354: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
+Read to line 352: settings, a step of the algorithm, the loop over steps, what the oracle sees, the
 head. Below the rule stand the helpers of dpo.py; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are numbers of
@@ -89,7 +89,7 @@ class Args:
     estimator: Literal["gaussian", "span", "exact"] = "gaussian"  # of the direction u
     perturbations: int = 1800  # m
     radius: float = 5e-4  # r, size of a perturbation
-    gate: float = 0.2  # lambda, share of votes -1 above which a step is made; 0 = any
+    gate: float = 0.2  # share of votes -1 above which a step is made, lambda; 0 = any
     keep_fraction: float = 0.012  # share of the entries of g that are kept
     entry_threshold: float = 0.0  # lambda_g, instead of --keep_fraction; 0 = not set
     baseline: bool = False  # u = sum_i (y_i - E[y]) z_i: the same mean, about 1/4 less variance
@@ -174,8 +174,6 @@ def sparse(g, args):
 @torch.no_grad()
 def main():
     args = parse_args(Args)
-    if max(args.keep_fraction, args.gate) > 1:
-        fail("--keep_fraction and --gate are shares of 1, not percent")
     rank, world, device, dtype = start_process_group(args.dtype)
     sigterm = threading.Event()  # set when the job's time is up
     signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
@@ -357,24 +355,24 @@ def check_head(head, held_out, dtype, args):
 
 # -- command line, errors, processes
 def parse_args(cls):
-    """Command line -> dataclass `cls`; --help shows its source, comments and all. A number must be
-    above 0; it may be 0 where that is the default, or where its comment says what "0 =" means."""
+    """Command line -> dataclass `cls`; --help shows its source. Its comments are read: a number
+    is above 0, or maybe 0 if "0 =" or the default says so; a share or fraction is at most 1."""
     source = inspect.getsource(cls)
     parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
     parser.format_help = lambda: source
     parser.error = lambda message: fail(f"{message}; see --help")
     values = vars(parser.parse_args())
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in values.items():
         if type(value) is str:
             values[name] = value.rstrip("/") or value  # model/ and model are one name
-    args = cls(**values)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
-    for name, value in vars(args).items():
-        may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
-        least = 0 if may_be_0 else sys.float_info.min
-        if type(value) in (int, float) and not least <= value < math.inf:
-            fail(f"--{name} {value} must be finite and {'not below' if may_be_0 else 'above'} 0")
-    return args
+        comment = comments.get(name, "")
+        least = 0 if getattr(cls, name, None) == 0 or "0 =" in comment else sys.float_info.min
+        most = 1 if re.match("share|fraction|probability", comment) else sys.float_info.max
+        if type(value) in (int, float) and not least <= value <= most:
+            limit = "at most 1" if most == 1 else "finite"
+            fail(f"--{name} {value} must be {'above' if least else 'at least'} 0 and {limit}")
+    return cls(**values)
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""

@@ -199,24 +199,24 @@ def pair_losses(policy, rows, split, args):
 
 # -- command line, errors, processes
 def parse_args(cls):
-    """Command line -> dataclass `cls`; --help shows its source, comments and all. A number must be
-    above 0; it may be 0 where that is the default, or where its comment says what "0 =" means."""
+    """Command line -> dataclass `cls`; --help shows its source. Its comments are read: a number
+    is above 0, or maybe 0 if "0 =" or the default says so; a share or fraction is at most 1."""
     source = inspect.getsource(cls)
     parser = transformers.HfArgumentParser(cls, allow_abbrev=False)
     parser.format_help = lambda: source
     parser.error = lambda message: fail(f"{message}; see --help")
     values = vars(parser.parse_args())
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for name, value in values.items():
         if type(value) is str:
             values[name] = value.rstrip("/") or value  # model/ and model are one name
-    args = cls(**values)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
-    for name, value in vars(args).items():
-        may_be_0 = getattr(cls, name, None) == 0 or "0 =" in comments.get(name, "")
-        least = 0 if may_be_0 else sys.float_info.min
-        if type(value) in (int, float) and not least <= value < math.inf:
-            fail(f"--{name} {value} must be finite and {'not below' if may_be_0 else 'above'} 0")
-    return args
+        comment = comments.get(name, "")
+        least = 0 if getattr(cls, name, None) == 0 or "0 =" in comment else sys.float_info.min
+        most = 1 if re.match("share|fraction|probability", comment) else sys.float_info.max
+        if type(value) in (int, float) and not least <= value <= most:
+            limit = "at most 1" if most == 1 else "finite"
+            fail(f"--{name} {value} must be {'above' if least else 'at least'} 0 and {limit}")
+    return cls(**values)
 
 def fail(message):
     """End the program with one line on stderr and exit status 1."""

@@ -302,11 +302,12 @@ TABLE = [
     ("dpo", "a float where an int is due", lambda w: dict(batch_size=2.5), "--batch_size 2.5 int"),
     ("dpo", "a batch of 0", lambda w: dict(batch_size=0), "--batch_size 0 above"),
     ("dpo", "a negative beta", lambda w: dict(beta=-0.1), "--beta -0.1 above"),
-    ("dpo", "a negative seed", lambda w: dict(seed=-1), "--seed -1 below"),
+    ("dpo", "a negative seed", lambda w: dict(seed=-1), "--seed -1 at least 0"),
     ("dpo", "a learning rate that is NaN", lambda w: dict(learning_rate="nan"), "--learning_rate nan above"),
     ("dpo", "an infinite beta", lambda w: dict(beta="inf"), "--beta inf"),
+    ("dpo", "ten steps of warm-up, where a fraction is wanted", lambda w: dict(warmup=10), "--warmup 10 at most 1"),
     ("prepare_data", "a fraction of NaN", lambda w: dict(val_fraction="nan"), "--val_fraction nan"),
-    ("prepare_data", "a fraction of 1.5", lambda w: dict(val_fraction=1.5), "--val_fraction 1.5 below"),
+    ("prepare_data", "a fraction of 1.5", lambda w: dict(val_fraction=1.5), "--val_fraction 1.5 at most 1"),
     ("prepare_data", "a maximum length of 0", lambda w: dict(max_length=0), "--max_length 0 above"),
     ("cache_ref", "a precision that is none", lambda w: dict(dtype="float8"), "--dtype float8 bfloat16"),
     ("cache_ref", "a bound of 0 tokens", lambda w: dict(max_tokens=0), "--max_tokens 0 above"),
@@ -537,8 +538,8 @@ def test_compo_says_the_same(what, w):
     assert all(word in message for word in words.split()), message
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(keep_fraction=1.2), "--keep_fraction shares"),
-    (dict(gate=20), "--gate shares"),
+    (dict(keep_fraction=1.2), "--keep_fraction 1.2 at most 1"),
+    (dict(gate=20), "--gate 20 at most 1"),
     (dict(radius=-1e-4), "--radius above 0"),
     (dict(estimator="best"), "--estimator gaussian span exact"),
     (dict(beta=0.1), "--beta"),

@@ -35,7 +35,7 @@ LIMITS = {
     "simpo.py": (976, 215, 30),
     "wpo.py": (1005, 220, 20),
     "auxdpo.py": (1196, 399, 160),
-    "compo.py": (943, 357, 250),
+    "compo.py": (941, 357, 250),
     "cache_ref.py": (982, None, None),
     "evaluate.py": (800, None, None),
 }
