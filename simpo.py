@@ -573,10 +573,10 @@ def gathered_attention(module, query, key, value, attention_mask, texts=None, **
     if texts is None:
         return causal_attention(module, query, key, value, **kwargs), None
     outputs, sizes = [], [shape.numel() for shape in texts.shapes]
-    gathered = [Gather.apply(x[0].transpose(0, 1), texts.tokens, texts.cells).split(sizes)
-                for x in (query, key, value)]  # of each of them, of each table: (its cells, H, d)
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # each (L, H, d)
+    gathered = [Gather.apply(x, texts.tokens, texts.cells).split(sizes) for x in rows]
     for shape, *table in zip(texts.shapes, *gathered):
-        table = [x.unflatten(0, shape).transpose(1, 2) for x in table]  # (k, H, T, d)
+        table = [x.unflatten(0, shape).transpose(1, 2) for x in table]  # each (k, H, T, d)
         output = causal_attention(module, *table, **kwargs)  # (k, T, H, d)
         outputs.append(output.flatten(0, 1))
     return Gather.apply(torch.cat(outputs), texts.cells[0], texts.takers)[None], None

@@ -12,6 +12,7 @@ from conftest import ROOT
 import dpo
 
 sys.path.insert(0, str(ROOT / "tests/bench"))
+import floor  # noqa: E402
 import gpu  # noqa: E402
 
 
@@ -136,3 +137,32 @@ def test_a_variant_with_other_lengths_is_compared_with_its_like():
     text = gpu.report(results, args)
     assert "ultrafeedback: the fastest of ours, packed 16384, makes 2.00 times" in text
     assert "hh: the fastest of ours, packed 16384 hh, makes 4.00 times" in text
+
+
+def test_other_processes_on_the_card_are_named(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(gpu.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="11\n12\n13\n"))
+        assert gpu.others() == 2
+    args = SimpleNamespace(slice="lease15b", size="tiny", only="", rounds=1)
+    result = dict(variant="packed 16384", fresh=[1.0], repeated=1.0, first=1.0, peak=1.0)
+    assert "2 other processes were on the card with packed 16384" in gpu.report([result | dict(others=2)], args)
+    assert "other processes" not in gpu.report([result | dict(others=0)], args)
+
+
+def test_the_floor_has_the_products_that_mfu_counts_and_adds_no_gradient_by_atomics():
+    lengths = np.array([[5, 2, 3], [9, 7, 1], [4, 4, 4]])
+    counts = floor.step_counts("tiny", lengths, 16384)  # one chunk of logits, made once
+    assert sum(counts[name][1] for name in ("mm", "addmm") if name in counts) == gpu.flops("tiny", lengths)
+    assert not {"index_add_", "index_put_", "index_put"} & counts.keys() and counts["index"][2] == 2 * 4
+    # Causal attention of the texts 16, 10, 8, 8, 8, 7 of 4 heads of 16, with their padding, in 2 layers:
+    tables = dpo.attention_tables(dpo_places(lengths), int(lengths.sum())).shapes
+    assert counts["attention"][1] == 2 * sum(7 * rows * width**2 * 64 for rows, width in tables)
+
+
+def dpo_places(lengths):
+    return [torch.zeros(row[0] + row[side], dtype=int) for side in (1, 2) for row in lengths]
+
+
+def test_the_host_starts_the_kernels_of_every_kind_of_step(tmp_path):
+    assert all(0 < gpu.launch_times(tmp_path / "model", how, layers=2, steps=1) < 5000 for how in ("eager", "full", "zero3"))

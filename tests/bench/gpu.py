@@ -3,7 +3,7 @@
     python tests/bench/gpu.py --list
     python tests/bench/gpu.py --slice speed15b [--budget 400] [--out results/gpu]
     python tests/bench/gpu.py --slice speed15b --size tiny --out out/gpu    (any machine, less than a minute)
-    python tests/bench/gpu.py --host    what the CPU does before a GPU gets its micro-batches (any machine)
+    python tests/bench/gpu.py --host    the CPU's own work: making micro-batches and starting kernels (any machine)
 
 A contender (ours, TRL) is a process of its own, and the variants of a slice take turns in it. All of them see the same
 pairs of random ids, whose lengths are those of UltraFeedback, of hh or 2,000 + 1,000 tokens; the model has random weights
@@ -58,11 +58,12 @@ import unpadded  # noqa: E402
 
 PAIRS = dict(ultrafeedback=64, hh=128, long=16)  # of a step
 SLICES = {  # name: (size, lengths, variants of ours, of TRL)
-    # The first is for a lease of ten minutes: what is compiled comes first, while another process may run tests.
+    # The first two are for one lease, a call each, with nothing else on the card; tests/bench/gpu_check.py comes after them.
     "lease15b": ("1.5B", "ultrafeedback",
-                 ["packed 16384 compile*", "packed 16384 kernel compile*", "packed 16384*", "packed 16384 scatter*",
-                  "packed 16384 single", "packed 16384 hh*", "packed 16384 full", "packed 16384 full auxdpo", "compo"],
-                 ["trl 4", "trl 32 hh", "trl 8"]),
+                 ["packed 16384 compile*", "packed 16384 hh compile*", "packed 16384*", "packed 16384 compile head*",
+                  "packed 16384 scatter*", "packed 16384 single", "packed 16384 hh"], ["trl 4", "trl 32 hh"]),
+    "rest15b": ("1.5B", "ultrafeedback", ["packed 16384 full", "packed 16384 full auxdpo", "compo", "packed 16384 kernel compile*",
+                                          "packed 16384 selective compile"], []),
     "speed15b": ("1.5B", "ultrafeedback", ["packed 16384*", "packed 8192", "packed 32768", "packed 16384 zero3"],
                  ["trl 4", "trl 8*", "trl 16", "trl 16 full", "trl 8 cudnn"]),
     "hh15b": ("1.5B", "hh", ["packed 16384*", "packed 8192", "packed 32768"], ["trl 8", "trl 16", "trl 32", "trl 32 full"]),
@@ -277,6 +278,14 @@ def measure(step, batches):
     return dict(first=first, fresh=fresh, repeated=min(again), peak=dpo.peak_memory(), graphs=graphs, later=later)
 
 
+def others():
+    """How many other processes compute on this machine's GPUs; our own is one of them."""
+    if not torch.cuda.is_available():
+        return 0
+    found = subprocess.run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"], capture_output=True, text=True).stdout
+    return max(len(found.split()) - 1, 0)
+
+
 def profile(step, rows, seconds):
     """What ran in a step that takes so many seconds without the profiler."""
     _, own = trace(int)  # the profiler waits too
@@ -315,6 +324,7 @@ def contender(args):
             else:
                 step = make(variant.rstrip("*").split())
                 result |= measure(step, batches)
+            result["others"] = others()
             if variant.endswith("*"):
                 result |= profile(step, batches[-1], result["repeated"])
         except torch.OutOfMemoryError:
@@ -460,6 +470,8 @@ def report(results, args):
             text += f"\nKernels of {r['variant']}: {kinds}.\n\n"
             for name, part, calls in r["longest"]:
                 text += f"- {100 * part:.1f} %, {calls} times: `{name[:120]}`\n"
+        if r.get("others"):
+            text += f"\n{r['others']} other processes were on the card with {r['variant']}: its times are too long.\n"
         if r.get("graphs"):
             text += f"\n{r['variant']} compiled {r['graphs']} graphs in the first two steps, {r['later']} later.\n"
         if "estimators" in r:
@@ -500,15 +512,49 @@ def host_times(work, folder, tokens=16384, steps=10):
     return {name: 1000 * seconds / steps for name, seconds in spent.items()}
 
 
+def launch_times(folder, how, layers=28, steps=5):
+    """CPU milliseconds of a step of four micro-batches in a model of so many layers that is so narrow (32), on texts so short, that
+    hardly anything is computed: what remains is the host's time to start a step's kernels, by threads that work at once or not."""
+    import dpo
+    if not folder.exists():
+        config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+                                          num_key_value_heads=2, vocab_size=512)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 12, (32, 3))
+    pairs = [dict(zip(("prompt", "chosen", "rejected"), (rng.integers(3, 500, size).tolist() for size in row))) for row in lengths]
+    args = dpo.Args(model=str(folder), data="", max_tokens=int(lengths.sum() / 4 + 30), compile=how == "compile",
+                    activation_checkpointing=how if how in ("selective", "full") else "off", zero="3" if how == "zero3" else "2")
+    if not torch.distributed.is_initialized():
+        dpo.start_process_group("bfloat16")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, weights = dpo.read_model(args.model, args)
+    policy = dpo.build_policy(model, weights, dpo.token_logps, device, torch.bfloat16, args)
+    split = dict(pairs=pairs, lengths=lengths, ref_logps=np.zeros((len(pairs), 2), np.float32))
+    assert len(dpo.micro_batches(np.arange(len(pairs)), lengths, args, 1)) == 4
+    step, spent = bench.our_step(policy, split, args), []
+    for _ in range(3 + steps):
+        start = time.process_time()
+        step(np.arange(len(pairs)))
+        spent.append(1000 * (time.process_time() - start))
+    torch._dynamo.reset()
+    return median(spent[3:])
+
+
 def host_report(args):
-    """Print the table of host_times, and write it to out/host.md."""
+    """Print the tables of host_times and launch_times, and write them to out/host.md."""
+    torch.set_num_threads(1)
     lines = ["| lengths | pairs | choose, ms | read, ms | tensors, ms | until the first, ms |", "|---|---:|---:|---:|---:|---:|"]
     for work in PAIRS:
         with tempfile.TemporaryDirectory() as folder:
             times = [host_times(work, f"{folder}/{i}") for i in range(3)]
         cells = [f"{median(each[name] for each in times):.1f}" for name in times[0]]
         lines.append(f"| {work} | {PAIRS[work]} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n\nCPU time per step, --max_tokens 16384, packed; the median of three times ten steps."
+    text = "\n".join(lines) + "\n\nCPU time per step, --max_tokens 16384, packed; the median of three times ten steps.\n\n"
+    with tempfile.TemporaryDirectory() as folder:
+        times = {how: launch_times(Path(folder, "model"), how) for how in ("eager", "compile", "selective", "full", "zero3")}
+    text += table([["starting the kernels", *times], ["CPU ms", *(f"{each:.0f}" for each in times.values())]])
+    text += "\nA step of four micro-batches in 28 layers of width 32, packed, bfloat16: little but the host's own work."
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "host.md").write_text(f"{text}\n{versions()}. `python tests/bench/gpu.py --host`\n")
     print(text)
@@ -553,7 +599,7 @@ def run_slice(args, folder, until):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--list", action="store_true", help="the slices, and how long they should take on an H100")
-    parser.add_argument("--host", action="store_true", help="only the time in which the CPU makes micro-batches")
+    parser.add_argument("--host", action="store_true", help="only the time in which the CPU makes micro-batches, and starts kernels")
     parser.add_argument("--slice", default="", help="one, or several separated by commas")
     parser.add_argument("--size", default="", choices=["", *gpu_check.SIZES], help="of the model, in place of the slice's")
     parser.add_argument("--only", default="", help="only these variants of the slice, separated by commas")

@@ -3,7 +3,8 @@
 Makes a randomly initialised model of a real shape and random pairs, and then does what a user would (through torchrun if there are
 several GPUs), in bfloat16 on a GPU and float32 on a CPU: prepare_data.py; cache_ref.py with sketches and the split by noise; all six
 algorithms, dpo.py in its layouts, with both checkpointings, --compile, --zero 3 and LoRA; a run that is resumed; evaluate.py with
-samples. Start-up is most of the time, so --jobs of them run at once. Checks what must hold on every device:
+samples. Start-up is most of the time, so --jobs of them run at once, on one GPU as forks of a process that has imported the packages
+(the first, prepare_data.py, starts as a user starts it). Checks what must hold on every device:
 
     no script stops: stored log-probs are those of the policy before its first step, and final/ gives those of the policy at the end;
     the runs of dpo.py on the same weights agree on log-probs and gradient norm;
@@ -15,12 +16,17 @@ compo.py for a head of Mistral's shape, and exits with status 1 if a check fails
 Sizes: tiny (2 layers, for CI), 0.5B, 1.5B, 3B, 7B, 8B.
 """
 import argparse
+import functools
 import json
 import math
+import multiprocessing
+import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,18 +91,47 @@ def make_pairs(path, count, tokens):
             file.write(json.dumps(dict(prompt=text(length()) + " ", chosen=text(chosen), rejected=text(rejected))) + "\n")
 
 
+SERVER = multiprocessing.get_context("forkserver")  # a process without CUDA, which can be forked
+SERVER.set_forkserver_preload(["datasets", "torch._dynamo", "torch.distributed.checkpoint", "transformers.core_model_loading",
+                               "transformers.models.llama.modeling_llama", "transformers.generation"])
+
+
+@functools.cache
+def forks_work():
+    """Does a fork reach the device? If not, every script is started as a user starts it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    process = SERVER.Process(target=torch.zeros, args=(1,), kwargs=dict(device=device))
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def forked(script, words, log):
+    """In a fork: what `python SCRIPT WORDS` does; both outputs go to the file log."""
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    sys.argv = [script, *words]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
 def run(script, *flags):
     """Run a script of ours, through torchrun if there are several GPUs -> what it said if it failed, else None."""
-    gpus = torch.cuda.device_count()
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-    launch = [] if script == "prepare_data.py" else launch
-    start = time.time()
-    command = [sys.executable, *launch, str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(f"{script} {' '.join(map(str, flags))}: {time.time() - start:.0f} s", flush=True)
-    if done.returncode:
-        print(done.stdout[-3000:], flush=True)
-        return f"{script} ended with status {done.returncode}: {done.stdout.strip().splitlines()[-1][-200:]}"
+    gpus, start, words = torch.cuda.device_count(), time.time(), [str(flag) for flag in flags]
+    with tempfile.NamedTemporaryFile("r") as log:
+        if gpus > 1 or script == "prepare_data.py" or not forks_work():  # this script has processes of its own
+            launch = [] if script == "prepare_data.py" else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+            status = subprocess.run([sys.executable, *launch, str(ROOT / script), *words], stdout=open(log.name, "w"),
+                                    stderr=subprocess.STDOUT).returncode
+        else:
+            process = SERVER.Process(target=forked, args=(script, words, log.name))
+            process.start()
+            process.join()
+            status = process.exitcode
+        print(f"{script} {' '.join(words)}: {time.time() - start:.0f} s", flush=True)
+        if status:
+            said = log.read()
+            print(said[-3000:], flush=True)
+            return f"{script} ended with status {status}: {said.strip().splitlines()[-1][-200:]}"
 
 
 def lines(out):
