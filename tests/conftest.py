@@ -6,12 +6,15 @@ import functools
 import json
 import os
 import signal
+import socket
 import sys
+import tempfile
 import types
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices; and a process that has used more must not be forked
 
 import pytest
 
@@ -22,7 +25,7 @@ with contextlib.suppress(ModuleNotFoundError):  # test_copies.py and test_readme
     import transformers
 
     datasets.disable_progress_bars()
-    torch.set_num_threads(1)  # tiny matrices; more threads would only wait for each other
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "tests/bench", "tests/demo", "tests/losses")]
@@ -203,6 +206,47 @@ def run_main(script, *words):
             run_as_program(script)
         finally:
             signal.signal(signal.SIGTERM, handler)
+
+
+class Program:
+    """`python SCRIPT FLAGS` like a subprocess.Popen that begins at once: a fork of a process that has imported the packages."""
+
+    def __init__(self, script, *flags, **environment):
+        from gpu_check import PACKAGES, SERVER, forked
+
+        SERVER.set_forkserver_preload([*PACKAGES, "conftest"])
+        self.log = tempfile.NamedTemporaryFile("r")
+        self.process = SERVER.Process(target=forked, args=(script, list(map(str, flags)), self.log.name, environment))
+        self.process.start()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def kill(self):
+        self.process.kill()
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout=300):
+        """-> all that it said, on both streams."""
+        self.process.join(timeout)
+        assert not self.process.is_alive(), f"still running after {timeout} s"
+        return self.log.read()
+
+
+def run_ranks(count, script, *flags):
+    """So many ranks of a script, with the variables that torchrun sets; all must end well."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    shared = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    ranks = [Program(script, *flags, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(count)]
+    said = [rank.wait() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * count, "\n".join(text[-3000:] for text in said)
 
 
 def random_pairs(sizes, seed=0):

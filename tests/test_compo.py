@@ -14,11 +14,8 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import types
 import weakref
@@ -33,7 +30,7 @@ import transformers
 from compo_check import (
     ESTIMATORS, cosine_table, cosines, draw, expected_cosine, gradients, load, slow_votes, theory_line,
     whole_logps, whole_model)
-from conftest import ROOT, random_pairs, run_main
+from conftest import Program, random_pairs, run_main, run_ranks
 from safetensors.torch import load_file
 
 import cache_ref
@@ -41,7 +38,6 @@ import compo
 import dpo
 
 SIZES = [(4, 5, 6), (3, 7, 2), (6, 2, 9), (2, 8, 8), (5, 1, 4)]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -500,17 +496,15 @@ def test_a_run_ends_with_a_block_of_lines_for_grep(pairs, tmp_path, capsys):
 # ---- several processes
 
 
-def started(world, out, *flags, ranks=0):
+def words_of(world, out, *flags):
     model, data = world
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    command = [sys.executable, *launch, str(ROOT / "compo.py"), "--model", model, "--data", data, "--out", str(out),
-               "--perturbations", "150", "--gate", "0", "--epochs", "12", "--eval_every", "20", "--step_size", "2", *flags]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return ["compo.py", "--model", model, "--data", data, "--out", out, "--perturbations", 150, "--gate", 0, "--epochs", 12,
+            "--eval_every", 20, "--step_size", 2, *flags]
 
 
-def finished(*args, **flags):
-    process = started(*args, **flags)
-    output = process.communicate(timeout=300)[0]
+def finished(*args):
+    process = Program(*words_of(*args))
+    output = process.wait()
     assert process.returncode == 0, output[-3000:]
 
 
@@ -531,13 +525,13 @@ def log(out):
 def test_a_killed_run_continues_to_the_same_bits(pairs, alone, tmp_path):
     for kill in range(4):
         before = set(tmp_path.glob("step-*"))
-        process = started(pairs("llama-tied"), tmp_path, "--save_every", "1", "--resume")
+        process = Program(*words_of(pairs("llama-tied"), tmp_path, "--save_every", 1, "--resume"))
         while process.poll() is None and set(tmp_path.glob("step-*")) <= before:
             time.sleep(0.005)
         time.sleep(0.05 * kill)
-        assert process.poll() is None, process.communicate()[0][-3000:]  # it ended before it was killed
+        assert process.poll() is None, process.wait()[-3000:]  # it ended before it was killed
         process.send_signal(signal.SIGTERM if kill == 3 else signal.SIGKILL)
-        output = process.communicate()[0]
+        output = process.wait()
         assert kill < 3 or "--resume" in output and "Traceback" not in output
     assert len(list(tmp_path.glob("step-*"))) == 2 and not (tmp_path / "final").exists()
     finished(pairs("llama-tied"), tmp_path, "--save_every", "1", "--resume")
@@ -549,7 +543,7 @@ def test_a_killed_run_continues_to_the_same_bits(pairs, alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.torchrun
 def test_three_ranks_give_the_update_of_one(pairs, alone, tmp_path):
-    finished(pairs("llama-tied"), tmp_path, ranks=3)
+    run_ranks(3, *words_of(pairs("llama-tied"), tmp_path))
     one, other = (load_file(out / "final/model.safetensors") for out in (alone, tmp_path))
     start = load_file(Path(pairs("llama-tied")[0]) / "model.safetensors")["model.embed_tokens.weight"]
     moved = one["lm_head.weight"] - start

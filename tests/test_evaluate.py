@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, random_pairs, run_as_program, tiny_hf_model
+from conftest import ROOT, random_pairs, run_as_program, run_ranks, tiny_hf_model
 
 import evaluate
 
@@ -445,8 +445,8 @@ def test_a_checkpoint_of_a_run_is_a_model(run, world, tmp_path, script):
     flags = ["--model", world["one"], "--data", world["data"], "--out", tmp_path / "run", "--max_steps", 2, "--batch_size", 4,
              "--learning_rate", 1e-2, "--save_every", 1, "--warmup", 0, "--schedule", "constant", "--log_every", 1]
     flags += ["--geometry", "ridge"] if script == "auxdpo" else []  # needs no sketches
-    for script, more in (("cache_ref.py", ["--model", world["one"], "--data", world["data"]]), (f"{script}.py", flags)):
-        subprocess.run(list(map(str, [sys.executable, ROOT / script, *more])), check=True, capture_output=True)
+    run_ranks(1, "cache_ref.py", "--model", world["one"], "--data", world["data"])
+    run_ranks(1, f"{script}.py", *flags)
     names = [f"{tmp_path}/run/step-000001", f"{tmp_path}/run/step-000002", f"{tmp_path}/run"]
     record = run("--models", ",".join(names), "--data", world["data"], "--plot", tmp_path / "p.png", "--reference", world["one"])
     first, last, final = (means(record, name)["margin"][0] for name in names)

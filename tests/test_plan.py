@@ -10,6 +10,7 @@ import transformers
 from conftest import ROOT, random_pairs, tiny_policy
 
 import dpo
+import gpu_check
 import plan
 
 
@@ -53,6 +54,16 @@ def test_predicted_bytes_are_those_of_a_step(folder, process_group):
     more = plan.plan(config, tokens=2 * tokens, dtype=torch.float32)[0]["activations"]
     assert more == pytest.approx(2 * parts["activations"], rel=0.01)
     np.testing.assert_array_less(plan.plan(config, tokens=tokens)[0]["activations"], parts["activations"])  # bfloat16
+
+
+@pytest.mark.parametrize("size, checkpointing, measured", [("1.5B", "off", 71.0), ("1.5B", "full", 29.8), ("3B", "selective", 88.7)])
+def test_the_prediction_is_within_a_twentieth_of_what_an_h200_allocated(size, checkpointing, measured):
+    """GiB, 16,384 tokens per forward pass: results/gpu/lease15b.md and full3b.md."""
+    hidden, mlp, layers, heads, kv_heads, vocabulary = gpu_check.SIZES[size]
+    config = transformers.LlamaConfig(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, vocab_size=vocabulary,
+                                      num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True)
+    parts, _ = plan.plan(config, tokens=16384, checkpointing=checkpointing)
+    assert sum(parts.values()) / 2**30 == pytest.approx(measured, rel=0.05)
 
 
 def test_the_largest_bound_that_fits_is_that_of_the_parts_added_by_hand(folder):

@@ -7,13 +7,9 @@ one, log-probs and sketches, and does not compute a known row again; any number 
 jobs may fill one folder at once."""
 import hashlib
 import json
-import multiprocessing
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 import types
 from pathlib import Path
@@ -23,12 +19,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from conftest import ROOT, random_pairs, run_as_program
+from conftest import Program, random_pairs, run_ranks
 from safetensors.torch import load_file
 
 STEPS = 144  # 8 epochs of 18 steps
 SCRIPTS = ["simpo.py", "dpo.py", "dpo_norm.py", "wpo.py", "auxdpo.py"]  # the first runs while there is no cache
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +35,9 @@ def world(tiny_model, tiny_data):
     return model, data
 
 
-def start(script, *flags):
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def finish(script, *flags):
-    process = start(script, *flags)
-    output = process.communicate(timeout=300)[0]
+    process = Program(script, *flags)
+    output = process.wait()
     assert process.returncode == 0, output[-3000:]
     return output
 
@@ -115,14 +105,14 @@ def test_kills_at_random_moments_leave_the_same_bits(script, world, uninterrupte
     wanted = 10 if script in ("dpo.py", "auxdpo.py") else 4  # the others have no state of their own
     while kills < wanted:
         before = set(tmp_path.glob("step-*"))
-        process = start(script, *train_flags(script, world, tmp_path))
+        process = Program(script, *train_flags(script, world, tmp_path))
         while process.poll() is None and set(tmp_path.glob("step-*")) <= before:
             time.sleep(0.005)  # until this run has written a checkpoint of its own
         time.sleep(rng.uniform(0, 0.3))
         if process.poll() is not None:
             break
         process.kill()
-        process.communicate()
+        process.wait()
         kills += 1
     assert kills == wanted, "the run ended before it was killed so often"
     finish(script, *train_flags(script, world, tmp_path))
@@ -137,12 +127,12 @@ def test_kills_at_random_moments_leave_the_same_bits(script, world, uninterrupte
 def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_ends_with_the_same_bits(
         script, world, uninterrupted, tmp_path):
     flags = [flag if flag != 1 else 1000 for flag in train_flags(script, world, tmp_path)]  # no other checkpoints
-    process = start(script, *flags)
+    process = Program(script, *flags)
     while process.poll() is None and not (tmp_path / "log.jsonl").exists():
         time.sleep(0.01)
     time.sleep(0.7)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.wait(60)
     assert process.returncode == 1 and "--resume" in output and "Traceback" not in output, output[-2000:]
     saved = [int(path.name[5:]) for path in tmp_path.glob("step-*")]
     assert len(saved) == 1 and 0 < saved[0] < STEPS
@@ -155,15 +145,12 @@ def test_sigterm_saves_the_step_it_is_in_and_the_resumed_run_ends_with_the_same_
 @pytest.mark.torchrun
 def test_a_checkpoint_of_one_rank_continues_on_two_to_rounding(script, world, uninterrupted, tmp_path):
     flags = train_flags(script, world, tmp_path)
-    process = start(script, *flags)
+    process = Program(script, *flags)
     while process.poll() is None and len(list(tmp_path.glob("step-*"))) < 2:
         time.sleep(0.01)
     process.kill()
-    process.communicate()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
+    process.wait()
+    run_ranks(2, script, *flags)
     for key, tensor in weights(uninterrupted).items():
         torch.testing.assert_close(weights(tmp_path)[key], tensor, rtol=1e-3, atol=1e-3)
 
@@ -191,31 +178,14 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.npy")}
 
 
-def job(*flags):
-    """cache_ref.py in a process of its own."""
-    import cache_ref
-
-    sys.argv = ["cache_ref.py", *flags]
-    run_as_program(cache_ref)
-
-
-def start_job(*flags):
-    """A process that has imported everything already, so that two of them start at the same moment."""
-    fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["cache_ref", "conftest"])
-    process = fork.Process(target=job, args=flags)
-    process.start()
-    return process
-
-
 def kill_at(count, path, *flags):
     """Kill cache_ref.py as soon as so many rows of the file are known -> how many were in the end."""
-    process = start_job(*flags)
-    while process.is_alive() and known(path) < count:
+    process = Program("cache_ref.py", *flags)
+    while process.poll() is None and known(path) < count:
         time.sleep(0.001)
-    assert process.is_alive()
+    assert process.poll() is None
     process.kill()
-    process.join()
+    process.wait()
     return known(path)
 
 
@@ -267,9 +237,7 @@ def test_any_number_of_ranks_makes_the_same_cache_and_sketches_and_completes_tha
             np.save(path, values)
         for path in folder.rglob("meta.json"):
             path.unlink()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                   str(ROOT / "cache_ref.py"), *flags]
-        subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+        run_ranks(ranks, "cache_ref.py", *flags)
         assert files_of(folder) == truth
 
 
@@ -278,12 +246,12 @@ def test_any_number_of_ranks_makes_the_same_cache_and_sketches_and_completes_tha
 
 def run_two_jobs(first, second, seconds):
     """Run cache_ref.py with two lists of flags, the second some seconds later -> exit statuses."""
-    jobs = [start_job(*first)]
+    jobs = [Program("cache_ref.py", *first)]
     time.sleep(seconds)
-    jobs.append(start_job(*second))
+    jobs.append(Program("cache_ref.py", *second))
     for each in jobs:
-        each.join(120)
-    return [each.exitcode for each in jobs]
+        each.wait(120)
+    return [each.returncode for each in jobs]
 
 
 def assert_complete(folder):

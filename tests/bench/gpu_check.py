@@ -92,8 +92,9 @@ def make_pairs(path, count, tokens):
 
 
 SERVER = multiprocessing.get_context("forkserver")  # a process without CUDA, which can be forked
-SERVER.set_forkserver_preload(["datasets", "torch._dynamo", "torch.distributed.checkpoint", "transformers.core_model_loading",
-                               "transformers.models.llama.modeling_llama", "transformers.generation"])
+PACKAGES = ["datasets", "torch._dynamo", "torch.distributed.checkpoint", "transformers.core_model_loading",
+            "transformers.models.llama.modeling_llama", "transformers.generation"]  # none of them looks for a GPU
+SERVER.set_forkserver_preload(PACKAGES)
 
 
 @functools.cache
@@ -106,8 +107,9 @@ def forks_work():
     return process.exitcode == 0
 
 
-def forked(script, words, log):
+def forked(script, words, log, environment):
     """In a fork: what `python SCRIPT WORDS` does; both outputs go to the file log."""
+    os.environ.update(environment)
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     sys.argv = [script, *words]
@@ -123,7 +125,7 @@ def run(script, *flags):
             status = subprocess.run([sys.executable, *launch, str(ROOT / script), *words], stdout=open(log.name, "w"),
                                     stderr=subprocess.STDOUT).returncode
         else:
-            process = SERVER.Process(target=forked, args=(script, words, log.name))
+            process = SERVER.Process(target=forked, args=(script, words, log.name, {}))
             process.start()
             process.join()
             status = process.exitcode
