@@ -11,13 +11,13 @@ with c = 0 have the same best policy, to first order in 1 / beta. So AuxDPO adds
 each response a delta, which takes up what the policy cannot express; the penalty holds c near 0.
 delta is no part of the policy.
 
-All pairs with a response share its delta. (The paper writes two for each pair and takes off no
-mean: --delta per_pair.) In c each response counts once, however often it is compared: how often a
-pair occurs shall not matter. The mean is taken off because a constant added to all delta of a group
-changes no margin, and would let c take any value. Where the pairs of a group neither repeat nor
-close a cycle, delta can shift each margin by itself, nothing is shared, and this is DPO with a
-penalised shift for each pair. N - (U - S) is the number of pairs beyond that. It is printed at the
-start; where it is 0, sharing gains nothing.
+All pairs that contain a response share its delta. (In the paper every pair has two delta of its
+own, and no mean is taken off: --delta per_pair.) In c each response counts once, however often it
+was compared. The mean of the group is taken off because a constant added to all delta of a group
+changes no margin, and could let c take any value. If the pairs of a group neither repeat nor close
+a cycle, delta can shift each margin by itself: nothing is shared, and this is DPO with a penalised
+shift for each pair. N - (U - S) pairs are beyond that. A run prints that number at its start; where
+it is 0, sharing gains nothing.
 
     python prepare_data.py --dataset HUB_OR_FILE --model MODEL --out data/NAME
     torchrun --nproc_per_node=8 cache_ref.py --model MODEL --data data/NAME --sketch_dim 4096
@@ -35,7 +35,7 @@ Departures from the paper and from its authors' notebook:
 
 Differs from dpo.py: delta and its solver, a first pass for the margins, the sketches; no
 label_smoothing, no sft_weight.
-Read to line 397: settings, loss, training loop. Below the rule stand the helpers, the same in every
+Read to line 398: settings, loss, training loop. Below the rule stand the helpers, the same in every
 script; you can fork this file without opening them.
 
 Words: a text is a prompt and one response, a pair is two texts of one prompt, rows are indices of
@@ -219,22 +219,23 @@ def null_projection(split, args):
 def first_pass(policy, parts, split, args):
     """This rank's micro-batches `parts` -> margins (N,), without delta, 0 outside the batch, and a
     list of (rows, log-probs (2, n) or None), last part first. The loss needs delta, and delta needs
-    all margins, so most log-probs are computed twice: here without a graph, and in pair_losses with
-    one. Only the last part (four with full checkpointing, whose graphs are small) keeps its graph
-    for the backward pass, which therefore begins with it."""
+    all margins: so most log-probs are computed twice, at first without a graph. Only the last part
+    (four with full checkpointing) keeps its graph, and the backward pass begins with it."""
     first_kept = len(parts) - (4 if args.activation_checkpointing == "full" else 1)
-    margins, computed = torch.zeros(len(split["pairs"]), dtype=torch.float64), []
+    computed = []
     for i, rows in enumerate(parts):
         some = rows if len(rows) else [0]  # FSDP needs every rank: one without a pair computes one
         pairs = [split["pairs"][int(row)] for row in some]
         with torch.set_grad_enabled(i >= first_kept):
-            logps = policy(collate(pairs, args.layout))  # (2, n) log pi(y|x)
+            computed.append(policy(collate(pairs, args.layout)))  # (2, n) log pi(y|x)
+    margins = torch.zeros(len(split["pairs"]), dtype=torch.float64)
+    for rows, logps in zip(parts, computed):  # the CPU waits for the GPU here, and not above
         ref_logps = torch.from_numpy(split["ref_logps"][rows].T)  # (2, n)
         rewards = args.beta * (logps.detach().double().cpu()[:, :len(rows)] - ref_logps)
         margins[rows] = rewards[0] - rewards[1]
-        computed.append((rows, logps if i >= first_kept else None))
     dist.all_reduce(margins)
-    return margins, computed[::-1]
+    kept = [logps if logps.requires_grad else None for logps in computed]
+    return margins, list(zip(parts, kept))[::-1]
 
 def prepare_delta(splits, reference, args):
     """Add to train what the solver needs. Of each pair: index (N, 2) of its two delta, weights (N,)

@@ -34,7 +34,7 @@ LIMITS = {
     "dpo_norm.py": (991, 215, 6),
     "simpo.py": (976, 215, 30),
     "wpo.py": (1005, 220, 20),
-    "auxdpo.py": (1196, 399, 160),
+    "auxdpo.py": (1197, 400, 160),
     "compo.py": (941, 357, 250),
     "cache_ref.py": (982, None, None),
     "evaluate.py": (800, None, None),
