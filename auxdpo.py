@@ -867,9 +867,10 @@ def read_model(name, args):
         model = auto.from_config(config, dtype=torch.float32, **trust)
     if dist.get_rank() > 0:
         return model, None
+    # The folder's generation_config is not judged. SDPA had no cap before 5.23 (Gemma-2).
     weights, info = auto.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
-        generation_config=transformers.GenerationConfig(), **trust)  # the folder's is not judged
+        generation_config=transformers.GenerationConfig(), attn_implementation="eager", **trust)
     wrong = info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
     model._weight_conversions = weights._weight_conversions  # which in_files undoes
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}

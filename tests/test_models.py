@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SMALL, VOCAB, random_pairs, run_as_program, tiny_hf_model, tiny_tokenizer, write_tiny_data
+from conftest import (ROOT, SMALL, VOCAB, random_pairs, run_as_program, tiny_args, tiny_hf_model, tiny_tokenizer,
+                      write_tiny_data)
 from safetensors.torch import load_file, save_file
 
 import cache_ref
@@ -733,3 +734,9 @@ def test_a_rank_without_its_companions_is_one_line(world, tmp_path):
     done = subprocess.run(command, env=os.environ | dict(RANK="0", OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "torchrun" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_final_is_compared_with_attends_by_the_models_own_code(tiny_model, process_group):
+    """Before transformers 5.23, SDPA was Gemma-2's default and left out its soft-cap; llama's default is SDPA in every version."""
+    weights = cache_ref.read_model(tiny_model("llama"), tiny_args(tiny_model("llama")))[1]
+    assert weights.config._attn_implementation == "eager"
