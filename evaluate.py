@@ -26,7 +26,7 @@ Shapes: n pairs (or answers); a second dimension of 2 means (chosen y_w, rejecte
 are in nats, summed over the response.
 """
 import contextlib, dataclasses, functools, hashlib, importlib.util, inspect, itertools, json, math
-import operator, os, re, signal, sys, time
+import operator, os, re, runpy, signal, sys, time
 from pathlib import Path
 from typing import Literal
 
@@ -479,12 +479,11 @@ def add_logps(key, model, records, name, args):
 # -- rewards
 def load_reward(args):
     """The function that --reward FILE.py:FUNCTION names, from (prompt, response) to a number."""
-    path, _, function = args.reward.rpartition(":")
+    path, _, name = args.reward.rpartition(":")
     with explain(f"--reward {args.reward} is no FILE.py:FUNCTION"):
-        place = importlib.util.spec_from_file_location("reward", path)
-        module = importlib.util.module_from_spec(place)
-        place.loader.exec_module(module)
-        return getattr(module, function)
+        function = runpy.run_path(path)[name]
+        assert callable(function), f"{name} is no function"
+    return function
 
 def reward_everything(data, answers, tokenizer, args):
     """Adds the reward to each record of `answers` -> rewards of the pairs (n, 2). Only rank 0 calls

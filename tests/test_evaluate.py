@@ -436,6 +436,14 @@ def test_a_reward_model_needs_one_label(run, world, tmp_path, reward_model, monk
             run("--models", world["one"], "--data", world["data"], "--reward", f"{ROOT}/tests/bench/reward_model.py:reward")
 
 
+def test_the_file_of_a_reward_may_use_dataclasses(run, world, tmp_path):
+    (tmp_path / "r.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Judge:\n    bonus: int = 2\n\n"
+        "judge = Judge()\ndef score(prompt, response):\n    return judge.bonus\n")
+    record = run("--models", world["one"], "--data", world["data"], "--reward", f"{tmp_path}/r.py:score")
+    assert means(record, f"{tmp_path}/r.py:score")["margin"] == [0, 0]
+
+
 # ---- checkpoints
 
 
@@ -653,7 +661,7 @@ def prepare_mistake(mistake, world, tmp_path):
     flags = {"models": world["one"], "data": world["data"], "max_new_tokens": 2}
     results = {"none": "None", "word": "'good'", "nan": "float('nan')", "boom": "1 / 0"}
     (tmp_path / "r.py").write_text("".join(
-        f"def {name}(prompt, response): return {value}\n" for name, value in results.items()))
+        f"def {name}(prompt, response): return {value}\n" for name, value in results.items()) + "constant = 3\n")
     if isinstance(mistake, dict):
         flags |= mistake
     elif mistake == "unfinished run":
@@ -711,6 +719,7 @@ MISTAKES = [
     ("r.py", ["r.py", "FILE.py:FUNCTION"]),
     ("missing.py:score", ["missing.py:score", "FILE.py:FUNCTION"]),
     ("r.py:missing", ["r.py:missing", "FILE.py:FUNCTION"]),
+    ("r.py:constant", ["r.py:constant", "FILE.py:FUNCTION", "no function"]),
     ("r.py:none", ["number", "pair-"]),
     ("r.py:word", ["number", "could not convert"]),
     ("r.py:nan", ["number", "not finite"]),
