@@ -19,7 +19,7 @@ to answer_metrics (one value per answer), and its heading to COLUMNS. The folder
     samples.jsonl     all answers; samples.md has those to three prompts, all models side by side
     logps.npz         the log-probs of all pairs: a new question about them needs no model
 
-Read to line 245: settings, what is measured, main. Then follow the functions that main calls, in
+Read to line 246: settings, what is measured, main. Then follow the functions that main calls, in
 groups. Below the rule stand the helpers that all scripts share.
 
 Shapes: n pairs (or answers); a second dimension of 2 means (chosen y_w, rejected y_l). Log-probs
@@ -120,9 +120,9 @@ def values_of(records, key):
 
 def equal_length(wins, longer):
     """Win rate without the help of length: sigmoid(a) of the logistic regression of wins (n,), 0 to
-    1, on a + b tanh(longer / its spread), longer (n,) in tokens -> rate, its standard error. The
-    idea is that of AlpacaEval 2 (Dubois et al. 2024, https://arxiv.org/abs/2404.04475), without its
-    terms for each prompt."""
+    1, on a + b tanh(longer / its spread), longer (n,) in tokens -> rate, its standard error (None
+    for one answer). It is AlpacaEval 2's idea without its terms for each prompt (Dubois et al.
+    2024, https://arxiv.org/abs/2404.04475)."""
     spread = longer.std() or 1.0
     x = np.stack([np.ones(len(wins)), np.tanh(longer / spread)], 1)  # (n, 2)
     theta = np.zeros(2)  # a, b
@@ -133,7 +133,8 @@ def equal_length(wins, longer):
         theta += np.linalg.solve(bend, slope)
     rate = 1 / (1 + np.exp(-theta[0]))
     steps = np.linalg.solve(bend, x.T * (wins - p)) / len(x)  # (2, n) how each answer moves theta
-    return float(rate), float(rate * (1 - rate) * np.sqrt((steps[0] ** 2).sum()))
+    error = float(rate * (1 - rate) * np.sqrt((steps[0] ** 2).sum()))
+    return float(rate), error if len(wins) > 1 else None
 
 def beats_all(values, questions):
     """Accuracy on questions with several wrong answers, each of which makes a pair. values (n, 2),
@@ -602,7 +603,7 @@ def markdown(cells):
     the first two columns on the left, numbers on the right."""
     columns = []
     for number, words in enumerate(zip(*cells)):
-        width = max(map(len, words))
+        width = max(2, *map(len, words))  # the rule of numbers, "-:", takes two
         words = [word.ljust(width) if number < 2 else word.rjust(width) for word in words]
         rule = "-" * width if number < 2 else "-" * (width - 1) + ":"
         columns.append([words[0], rule, *words[1:]])
@@ -630,7 +631,7 @@ def difference_table(names, values, data):
         for metric in metrics:
             clusters = None if metric == "reward" else data["clusters"]
             mean, error = mean_and_error(values[two][metric] - values[one][metric], clusters)
-            star = "*" if error and abs(mean) > 2 * error else ""
+            star = "*" if error is not None and abs(mean) > 2 * error else ""
             cells[-1].append(f"{show((mean, error), metric)} {star}")
     return markdown(cells)
 

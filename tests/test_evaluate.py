@@ -229,6 +229,12 @@ def test_the_regression_is_the_maximum_of_its_likelihood():
     assert evaluate.equal_length(wins, longer)[0] == pytest.approx(1 / (1 + np.exp(-best)), abs=2e-3)
 
 
+def test_one_answer_has_no_error_at_equal_length_as_it_has_none_elsewhere():
+    rate, error = evaluate.equal_length(np.array([1.0]), np.array([3.0]))
+    assert rate > 0.9 and error is None
+    assert evaluate.equal_length(np.array([1.0, 0]), np.array([3.0, 1]))[1] > 0
+
+
 def test_a_model_wins_half_against_itself_and_ties_count_half(run, world, tmp_path):
     (tmp_path / "judge.py").write_text("def judge(prompt, response):\n    return len(response.split()) % 3\n")
     record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 8, "--max_new_tokens", 6,
@@ -365,6 +371,20 @@ def test_every_two_models_are_compared_by_pairs(run, world, tmp_path):
     mean, error = by_hand((two - one).tolist())
     assert re.fullmatch(r"(\S+) ± (\S+)( \*)?", cells[4]).groups() == (
         f"{mean:.2f}", f"{error:.2f}", " *" if abs(mean) > 2 * error else None)
+
+
+def test_a_difference_that_is_the_same_for_all_prompts_has_a_star_and_none_has_no_star():
+    values = {"a": {"accuracy": np.zeros(4)}, "b": {"accuracy": np.ones(4)}, "c": {"accuracy": np.ones(4)}}
+    rows = cells_of(evaluate.difference_table(["a", "b", "c"], values, dict(clusters=np.arange(4))))[2:]
+    assert [row[2].split("*")[0].strip() for row in rows] == ["100.0 ± 0.0", "100.0 ± 0.0", "0.0 ± 0.0"]
+    assert ["*" in row[2] for row in rows] == [True, True, False]
+    one_prompt = evaluate.difference_table(["a", "b"], values, dict(clusters=np.zeros(4)))
+    assert "100.0" in one_prompt and "*" not in one_prompt and "±" not in one_prompt
+
+
+def test_the_rule_of_a_narrow_column_is_one_to_markdown():
+    rule = evaluate.markdown([["model", "", "n"], ["one", "", "3"]]).splitlines()[1]
+    assert all(re.fullmatch(" *-+:? *", cell) for cell in rule.strip("|").split("|")), rule
 
 
 def test_step_0_the_untouched_model_has_changed_nothing(run, world, tmp_path):
