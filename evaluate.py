@@ -278,14 +278,14 @@ def load_pairs(args, names):
     """The pairs of --split as a dict, whose fields are explained where it is made."""
     remake = f"run: prepare_data.py --model {names[0]} --out {args.data} --dataset ..."
     with explain(f"--data {args.data}, --split {args.split}: cannot be read; {remake}"):
-        meta = json.loads(Path(args.data, "meta.json").read_text())
+        vocab_hash = json.loads(Path(args.data, "meta.json").read_text())["vocab_hash"]
         folders = [f"{args.data}/{split}" for split in args.split.split(",")]
         rows = datasets.concatenate_datasets([datasets.load_from_disk(path) for path in folders])
         assert len(rows), "it has no pairs"
-    if args.limit:
-        rows = rows.select(range(min(args.limit, len(rows))))
-    ids, prompts = rows["id"][:], rows["prompt"][:]
-    chosen, rejected = rows["chosen"][:], rows["rejected"][:]
+        if args.limit:
+            rows = rows.select(range(min(args.limit, len(rows))))
+        ids, prompts = rows["id"][:], rows["prompt"][:]
+        chosen, rejected = rows["chosen"][:], rows["rejected"][:]
     words = [str(prompt) for prompt in prompts]
     _, first, clusters = np.unique(words, return_index=True, return_inverse=True)
     asked = np.random.default_rng(args.seed).permutation(np.sort(first))[:args.samples].tolist()
@@ -302,7 +302,7 @@ def load_pairs(args, names):
         prompts=prompts,
         asked=sorted(asked, key=ids.__getitem__),  # rows whose prompts are answered
         end=chosen[0][-1],  # the token that ends a turn
-        vocab_hash=meta["vocab_hash"],  # of the tokenizer that made the data
+        vocab_hash=vocab_hash,  # of the tokenizer that made the data
         remake=remake)
 
 def number_questions(prompts, chosen, ties):

@@ -699,6 +699,16 @@ def prepare_mistake(mistake, world, tmp_path):
         meta = json.loads((tmp_path / "data/meta.json").read_text())
         (tmp_path / "data/meta.json").write_text(json.dumps(meta))
         flags |= {"data": tmp_path / "data", "split": "none"}
+    elif mistake == "meta.json without the tokenizer":
+        shutil.copytree(world["data"], tmp_path / "data")
+        (tmp_path / "data/meta.json").write_text("{}")
+        flags["data"] = tmp_path / "data"
+    elif mistake == "rows without id":
+        import datasets
+        shutil.copytree(world["data"], tmp_path / "data")
+        rows = datasets.load_from_disk(world["data"] + "/val").remove_columns(["id"])
+        rows.save_to_disk(str(tmp_path / "data/other"))
+        flags |= {"data": tmp_path / "data", "split": "other"}
     elif mistake == "no model":
         shutil.copytree(world["one"], tmp_path / "model")
         (tmp_path / "model/config.json").write_text("{}")
@@ -733,6 +743,8 @@ MISTAKES = [
     ("unfinished run", ["run", "final/", "--resume"]),
     ("other tokenizer", ["another model", "prepare_data.py"]),
     ("empty split", ["--data", "prepare_data.py"]),
+    ("meta.json without the tokenizer", ["--data", "vocab_hash", "prepare_data.py"]),
+    ("rows without id", ["--data", "--split other", "'id'", "prepare_data.py"]),
     ("no model", ["model", "causal language model"]),
     ("weights that are not finite", ["pair-", "not finite"]),
     ("a file in the way", ["--out", "cannot write"]),
