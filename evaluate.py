@@ -16,10 +16,10 @@ to answer_metrics (one value per answer), and its heading to COLUMNS. The folder
     table.md          what is printed: eight columns, or the metrics that --columns names
     evaluation.json   all metrics, the settings, the versions of the packages
     differences.md    the mean difference between every two models
-    samples.jsonl     all answers; samples.md has those to three prompts, all models side by side
+    samples.jsonl     answers of the models; samples.md has those to three prompts side by side
     logps.npz         the log-probs of all pairs: a new question about them needs no model
 
-Read to line 246: settings, what is measured, main. Then follow the functions that main calls, in
+Read to line 253: settings, what is measured, main. Then follow the functions that main calls, in
 groups. Below the rule stand the helpers that all scripts share.
 
 Shapes: n pairs (or answers); a second dimension of 2 means (chosen y_w, rejected y_l). Log-probs
@@ -218,31 +218,38 @@ def main():
                 answer_prompts(model, tokenizer, data, answers, name, args)
         del model
         seconds[name] = time.time() - began
+        if rank == 0:
+            with contextlib.suppress(OSError):  # the end tells of a full disk
+                write_raw(out, names, data, logps, answers)
+    if rank > 0:  # rank 0 goes on alone: it may call --reward for longer than the others can wait
+        return dist.destroy_process_group()
     rewards = None  # (n, 2)
     if args.reward:
         rewards = reward_everything(data, answers, tokenizer, args)
 
     results, values = summarise(names, data, logps, answers, rewards, args)
-    if rank == 0:
-        threads = f"{torch.get_num_threads()} CPU threads"
-        hardware = torch.cuda.get_device_name() if device.type == "cuda" else threads
-        precision = str(dtype).removeprefix("torch.")
-        record = dict(args=dataclasses.asdict(args), ranks=world, hardware=hardware,
-                      dtype=precision, torch=torch.__version__, seconds=seconds, results=results,
-                      transformers=transformers.__version__)
-        note = (f"\n{args.data}/{args.split}: mean ± standard error, log-probs in nats; "
-                f"{len(data['asked'])} samples per model at temperature {args.temperature:g}; "
-                f"{world} x {hardware}, {precision}, torch {torch.__version__}, transformers "
-                f"{transformers.__version__}, {sum(seconds.values()):.0f} s\n")
-        table = result_table(results, args.columns) + note
-        print(samples_table(names, answers) + table, end="")  # first: a full disk does not lose it
-        with explain(writing):
-            (out / "table.md").write_text(table)
-            write_details(out, names, data, logps, values, answers, note)
-            if args.plot:
-                draw(args.plot, names, results)
-            (out / "evaluation.json").write_text(json.dumps(record, indent=1))
-        print(f"{out}/evaluation.json has all numbers")
+    threads = f"{torch.get_num_threads()} CPU threads"
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else threads
+    precision = str(dtype).removeprefix("torch.")
+    record = dict(args=dataclasses.asdict(args), ranks=world, hardware=hardware, dtype=precision,
+                  torch=torch.__version__, transformers=transformers.__version__,
+                  seconds=seconds, results=results)
+    note = (f"\n{args.data}/{args.split}: mean ± standard error, log-probs in nats; "
+            f"{len(data['asked'])} samples per model at temperature {args.temperature:g}; "
+            f"{world} x {hardware}, {precision}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}, {sum(seconds.values()):.0f} s\n")
+    table = result_table(results, args.columns) + note
+    print(samples_table(names, answers) + table, end="")  # first: a full disk does not lose it
+    with explain(writing):
+        (out / "table.md").write_text(table)
+        write_raw(out, names, data, logps, answers)
+        (out / "samples.md").write_text(samples_table(names, answers))
+        if len(names) > 1:
+            (out / "differences.md").write_text(difference_table(names, values, data) + note)
+        if args.plot:
+            draw(args.plot, names, results)
+        (out / "evaluation.json").write_text(json.dumps(record, indent=1))
+    print(f"{out}/evaluation.json has all numbers")
     dist.destroy_process_group()
 
 # ---- what main calls ----
@@ -487,26 +494,21 @@ def load_reward(args):
     return function
 
 def reward_everything(data, answers, tokenizer, args):
-    """Adds the reward to each record of `answers` -> rewards of the pairs (n, 2). Only rank 0 calls
-    the function, because it may be slow or cost money."""
+    """Adds the reward to each record of `answers` -> rewards of the pairs (n, 2)."""
     records = []
     for name, (prompt, response) in zip(data["ids"] * 2, data["texts"]):
         records.append(as_text(tokenizer, prompt, response) | dict(id=name, model="--data"))
     count = len(records)
     for others in answers.values():
         records += others
-    function, rewards = load_reward(args), []
-    if dist.get_rank() == 0:
-        for record in records:
-            with explain(f"--reward {args.reward} has to return a number, but failed on pair "
-                         f"{record['id']} and the answer of {record['model']}"):
-                rewards.append(float(function(record["prompt"], record["response"])))
-                assert math.isfinite(rewards[-1]), "the number is not finite"
-    shared = [rewards]
-    dist.broadcast_object_list(shared, 0)
-    for record, reward in zip(records, shared[0]):
-        record["reward"] = reward
-    return np.array(shared[0][:count]).reshape(2, -1).T
+    function = load_reward(args)
+    for record in records:
+        with explain(f"--reward {args.reward} has to return a number, but failed on pair "
+                     f"{record['id']} and the answer of {record['model']}; {args.out} has what "
+                     "was measured before"):
+            record["reward"] = float(function(record["prompt"], record["response"]))
+            assert math.isfinite(record["reward"]), "the number is not finite"
+    return np.array([record["reward"] for record in records[:count]]).reshape(2, -1).T
 
 # -- from values to results
 def summarise(names, data, logps, answers, rewards, args):
@@ -579,19 +581,16 @@ def mean_and_error(values, clusters=None):
     return float(values.mean()), error
 
 # -- files and tables
-def write_details(out, names, data, logps, values, answers, note):
-    """samples.jsonl and samples.md, logps.npz, differences.md."""
+def write_raw(out, names, data, logps, answers):
+    """samples.jsonl and logps.npz of the models so far, so that an error later loses little."""
     with open(out / "samples.jsonl", "w") as file:
         for name in names:
             for record in answers.get(name, []):
                 line = {key: value for key, value in record.items() if key != "ids"}
                 file.write(json.dumps(line) + "\n")
-    (out / "samples.md").write_text(samples_table(names, answers))
     lengths = np.column_stack([[len(prompt) for prompt in data["prompts"]], data["lengths"]])
     np.savez(out / "logps.npz", models=list(logps), logps=np.float32(list(logps.values())),
              ids=data["ids"], lengths=lengths)
-    if len(names) > 1:
-        (out / "differences.md").write_text(difference_table(names, values, data) + note)
 
 def show(numbers, metric):
     """(mean, error or None) -> "12.3 ± 0.4", in the unit of the metric's heading."""

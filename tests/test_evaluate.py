@@ -464,6 +464,25 @@ def test_the_file_of_a_reward_may_use_dataclasses(run, world, tmp_path):
     assert means(record, f"{tmp_path}/r.py:score")["margin"] == [0, 0]
 
 
+def test_what_was_measured_before_an_error_is_kept(run, world, tmp_path):
+    (tmp_path / "r.py").write_text("def score(prompt, response): return 1 / 0\n")
+    shutil.copytree(world["two"], tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"cut off")
+    flags = ["--data", world["data"], "--samples", 3, "--max_new_tokens", 2]
+    mistakes = [([world["one"], world["two"]], ["--reward", f"{tmp_path}/r.py:score"], [f"{tmp_path}/out has"]),
+                ([world["one"], str(tmp_path / "broken")], [], ["broken"])]
+    for number, (names, more, words) in enumerate(mistakes):
+        with pytest.raises(SystemExit) as stop:
+            run("--models", ",".join(names), *flags, *more)
+        assert all(word in str(stop.value) for word in words), stop.value
+        known = names[:2 - number]
+        with np.load(tmp_path / "out/logps.npz") as stored:
+            assert stored["models"].tolist() == known
+            np.testing.assert_allclose(stored["logps"][0], hf_logps(world["one"], world["pairs"]), atol=2e-4)
+        answers = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+        assert [answer["model"] for answer in answers] == [name for name in known for _ in range(3)]
+
+
 # ---- checkpoints
 
 
@@ -801,6 +820,19 @@ def test_two_processes_find_the_numbers_of_one(run, world, tmp_path):
             assert a["metrics"][name] == pytest.approx(b["metrics"][name], abs=1e-4), name
     texts = [(tmp_path / name / "samples.md").read_text() for name in ("out", "two")]
     assert texts[0] == texts[1]
+
+
+def test_only_the_first_process_waits_for_a_judge(world, process_group, tmp_path, monkeypatch):
+    """Others that waited gave up after half an hour, and then torchrun ended the first one too."""
+    (tmp_path / "r.py").write_text("def score(prompt, response): raise AssertionError('called')\n")
+    argv = ["evaluate.py", "--models", world["one"], "--data", world["data"], "--reward", f"{tmp_path}/r.py:score",
+            "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    monkeypatch.setattr(evaluate, "start_process_group", lambda dtype: (1, 2, torch.device("cpu"), torch.float32))
+    ended = []
+    monkeypatch.setattr(evaluate.dist, "destroy_process_group", lambda: ended.append(True))
+    evaluate.main()
+    assert ended and not list((tmp_path / "out").iterdir())
 
 
 def test_a_model_is_not_spread_by_several_processes(run, world, monkeypatch):
