@@ -19,7 +19,7 @@ to answer_metrics (one value per answer), and its heading to COLUMNS. The folder
     samples.jsonl     answers of the models; samples.md has those to three prompts side by side
     logps.npz         the log-probs of all pairs: a new question about them needs no model
 
-Read to line 253: settings, what is measured, main. Then follow the functions that main calls, in
+Read to line 251: settings, what is measured, main. Then follow the functions that main calls, in
 groups. Below the rule stand the helpers that all scripts share.
 
 Shapes: n pairs (or answers); a second dimension of 2 means (chosen y_w, rejected y_l). Log-probs
@@ -223,9 +223,7 @@ def main():
                 write_raw(out, names, data, logps, answers)
     if rank > 0:  # rank 0 goes on alone: it may call --reward for longer than the others can wait
         return dist.destroy_process_group()
-    rewards = None  # (n, 2)
-    if args.reward:
-        rewards = reward_everything(data, answers, tokenizer, args)
+    rewards = reward_everything(data, answers, tokenizer, args) if args.reward else None  # (n, 2)
 
     results, values = summarise(names, data, logps, answers, rewards, args)
     threads = f"{torch.get_num_threads()} CPU threads"
@@ -329,7 +327,10 @@ def check_model(name):
     """End the program now, not after an hour, if a name stands for no model."""
     if Path(name, "args.json").is_file() and not Path(name, "final").is_dir():
         fail(f"{name} is a run without final/: let it finish (--resume), or take another model")
-    if find_model(name)[1:] and not importlib.util.find_spec("peft"):
+    folder, *adapters = find_model(name)
+    if not Path(folder, "config.json").is_file() and not Path(folder, ".metadata").is_file():
+        fail(f"{name} is no model, run or checkpoint: {folder} has no config.json")
+    if adapters and not importlib.util.find_spec("peft"):
         fail(f"{name} is a LoRA adapter, which needs a package: pip install peft")
 
 def load_model(name, args, dtype, device):

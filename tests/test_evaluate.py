@@ -4,6 +4,7 @@ answers are those of generate() without padding; a reward function gets the text
 eight columns; what a user gets wrong is one line."""
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -787,6 +788,24 @@ def test_a_mistake_ends_in_one_line_that_names_it(mistake, words, run, world, tm
     assert message.startswith("error: ") and "\n" not in message
     for word in words:
         assert word in message, message
+
+
+def test_a_last_model_that_is_none_is_told_before_the_first_one_runs(run, world, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for flags in ["--models", f"{world['one']},{tmp_path}/runs"], ["--models", world["one"], "--reference", tmp_path / "runs"]:
+        with pytest.raises(SystemExit, match=f"^error: {tmp_path}/runs is no model, run or checkpoint"):
+            run(*flags, "--data", world["data"])
+        assert not (tmp_path / "out/logps.npz").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("name", ["samples.jsonl", "logps.npz"])
+def test_the_table_is_printed_even_if_the_disk_was_full_after_the_first_model(name, run, world, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="^error: cannot write .*No space"):
+        run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 2, "--max_new_tokens", 2)
+    assert f"| {world['two']} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("package, flags", [("matplotlib", ["--plot", "x.png"]), ("peft", [])])
