@@ -16,17 +16,17 @@ to answer_metrics (one value per answer), and its heading to COLUMNS. The folder
     table.md          what is printed: eight columns, or the metrics that --columns names
     evaluation.json   all metrics, the settings, the versions of the packages
     differences.md    the mean difference between every two models
-    samples.jsonl     all answers; samples.md has those to three prompts, all models side by side
+    samples.jsonl     answers of the models; samples.md has those to three prompts side by side
     logps.npz         the log-probs of all pairs: a new question about them needs no model
 
-Read to line 245: settings, what is measured, main. Then follow the functions that main calls, in
+Read to line 251: settings, what is measured, main. Then follow the functions that main calls, in
 groups. Below the rule stand the helpers that all scripts share.
 
 Shapes: n pairs (or answers); a second dimension of 2 means (chosen y_w, rejected y_l). Log-probs
 are in nats, summed over the response.
 """
 import contextlib, dataclasses, functools, hashlib, importlib.util, inspect, itertools, json, math
-import operator, os, re, signal, sys, time
+import operator, os, re, runpy, signal, sys, time
 from pathlib import Path
 from typing import Literal
 
@@ -120,9 +120,9 @@ def values_of(records, key):
 
 def equal_length(wins, longer):
     """Win rate without the help of length: sigmoid(a) of the logistic regression of wins (n,), 0 to
-    1, on a + b tanh(longer / its spread), longer (n,) in tokens -> rate, its standard error. The
-    idea is that of AlpacaEval 2 (Dubois et al. 2024, https://arxiv.org/abs/2404.04475), without its
-    terms for each prompt."""
+    1, on a + b tanh(longer / its spread), longer (n,) in tokens -> rate, its standard error (None
+    for one answer). It is AlpacaEval 2's idea without its terms for each prompt (Dubois et al.
+    2024, https://arxiv.org/abs/2404.04475)."""
     spread = longer.std() or 1.0
     x = np.stack([np.ones(len(wins)), np.tanh(longer / spread)], 1)  # (n, 2)
     theta = np.zeros(2)  # a, b
@@ -133,7 +133,8 @@ def equal_length(wins, longer):
         theta += np.linalg.solve(bend, slope)
     rate = 1 / (1 + np.exp(-theta[0]))
     steps = np.linalg.solve(bend, x.T * (wins - p)) / len(x)  # (2, n) how each answer moves theta
-    return float(rate), float(rate * (1 - rate) * np.sqrt((steps[0] ** 2).sum()))
+    error = float(rate * (1 - rate) * np.sqrt((steps[0] ** 2).sum()))
+    return float(rate), error if len(wins) > 1 else None
 
 def beats_all(values, questions):
     """Accuracy on questions with several wrong answers, each of which makes a pair. values (n, 2),
@@ -217,31 +218,36 @@ def main():
                 answer_prompts(model, tokenizer, data, answers, name, args)
         del model
         seconds[name] = time.time() - began
-    rewards = None  # (n, 2)
-    if args.reward:
-        rewards = reward_everything(data, answers, tokenizer, args)
+        if rank == 0:
+            with contextlib.suppress(OSError):  # the end tells of a full disk
+                write_raw(out, names, data, logps, answers)
+    if rank > 0:  # rank 0 goes on alone: it may call --reward for longer than the others can wait
+        return dist.destroy_process_group()
+    rewards = reward_everything(data, answers, tokenizer, args) if args.reward else None  # (n, 2)
 
     results, values = summarise(names, data, logps, answers, rewards, args)
-    if rank == 0:
-        threads = f"{torch.get_num_threads()} CPU threads"
-        hardware = torch.cuda.get_device_name() if device.type == "cuda" else threads
-        precision = str(dtype).removeprefix("torch.")
-        record = dict(args=dataclasses.asdict(args), ranks=world, hardware=hardware,
-                      dtype=precision, torch=torch.__version__, seconds=seconds, results=results,
-                      transformers=transformers.__version__)
-        note = (f"\n{args.data}/{args.split}: mean ± standard error, log-probs in nats; "
-                f"{len(data['asked'])} samples per model at temperature {args.temperature:g}; "
-                f"{world} x {hardware}, {precision}, torch {torch.__version__}, transformers "
-                f"{transformers.__version__}, {sum(seconds.values()):.0f} s\n")
-        table = result_table(results, args.columns) + note
-        print(samples_table(names, answers) + table, end="")  # first: a full disk does not lose it
-        with explain(writing):
-            (out / "table.md").write_text(table)
-            write_details(out, names, data, logps, values, answers, note)
-            if args.plot:
-                draw(args.plot, names, results)
-            (out / "evaluation.json").write_text(json.dumps(record, indent=1))
-        print(f"{out}/evaluation.json has all numbers")
+    threads = f"{torch.get_num_threads()} CPU threads"
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else threads
+    precision = str(dtype).removeprefix("torch.")
+    record = dict(args=dataclasses.asdict(args), ranks=world, hardware=hardware, dtype=precision,
+                  torch=torch.__version__, transformers=transformers.__version__,
+                  seconds=seconds, results=results)
+    note = (f"\n{args.data}/{args.split}: mean ± standard error, log-probs in nats; "
+            f"{len(data['asked'])} samples per model at temperature {args.temperature:g}; "
+            f"{world} x {hardware}, {precision}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}, {sum(seconds.values()):.0f} s\n")
+    table = result_table(results, args.columns) + note
+    print(samples_table(names, answers) + table, end="")  # first: a full disk does not lose it
+    with explain(writing):
+        (out / "table.md").write_text(table)
+        write_raw(out, names, data, logps, answers)
+        (out / "samples.md").write_text(samples_table(names, answers))
+        if len(names) > 1:
+            (out / "differences.md").write_text(difference_table(names, values, data) + note)
+        if args.plot:
+            draw(args.plot, names, results)
+        (out / "evaluation.json").write_text(json.dumps(record, indent=1))
+    print(f"{out}/evaluation.json has all numbers")
     dist.destroy_process_group()
 
 # ---- what main calls ----
@@ -277,14 +283,14 @@ def load_pairs(args, names):
     """The pairs of --split as a dict, whose fields are explained where it is made."""
     remake = f"run: prepare_data.py --model {names[0]} --out {args.data} --dataset ..."
     with explain(f"--data {args.data}, --split {args.split}: cannot be read; {remake}"):
-        meta = json.loads(Path(args.data, "meta.json").read_text())
+        vocab_hash = json.loads(Path(args.data, "meta.json").read_text())["vocab_hash"]
         folders = [f"{args.data}/{split}" for split in args.split.split(",")]
         rows = datasets.concatenate_datasets([datasets.load_from_disk(path) for path in folders])
         assert len(rows), "it has no pairs"
-    if args.limit:
-        rows = rows.select(range(min(args.limit, len(rows))))
-    ids, prompts = rows["id"][:], rows["prompt"][:]
-    chosen, rejected = rows["chosen"][:], rows["rejected"][:]
+        if args.limit:
+            rows = rows.select(range(min(args.limit, len(rows))))
+        ids, prompts = rows["id"][:], rows["prompt"][:]
+        chosen, rejected = rows["chosen"][:], rows["rejected"][:]
     words = [str(prompt) for prompt in prompts]
     _, first, clusters = np.unique(words, return_index=True, return_inverse=True)
     asked = np.random.default_rng(args.seed).permutation(np.sort(first))[:args.samples].tolist()
@@ -301,7 +307,7 @@ def load_pairs(args, names):
         prompts=prompts,
         asked=sorted(asked, key=ids.__getitem__),  # rows whose prompts are answered
         end=chosen[0][-1],  # the token that ends a turn
-        vocab_hash=meta["vocab_hash"],  # of the tokenizer that made the data
+        vocab_hash=vocab_hash,  # of the tokenizer that made the data
         remake=remake)
 
 def number_questions(prompts, chosen, ties):
@@ -321,7 +327,10 @@ def check_model(name):
     """End the program now, not after an hour, if a name stands for no model."""
     if Path(name, "args.json").is_file() and not Path(name, "final").is_dir():
         fail(f"{name} is a run without final/: let it finish (--resume), or take another model")
-    if find_model(name)[1:] and not importlib.util.find_spec("peft"):
+    folder, *adapters = find_model(name)
+    if not Path(folder, "config.json").is_file() and not Path(folder, ".metadata").is_file():
+        fail(f"{name} is no model, run or checkpoint: {folder} has no config.json")
+    if adapters and not importlib.util.find_spec("peft"):
         fail(f"{name} is a LoRA adapter, which needs a package: pip install peft")
 
 def load_model(name, args, dtype, device):
@@ -479,34 +488,28 @@ def add_logps(key, model, records, name, args):
 # -- rewards
 def load_reward(args):
     """The function that --reward FILE.py:FUNCTION names, from (prompt, response) to a number."""
-    path, _, function = args.reward.rpartition(":")
+    path, _, name = args.reward.rpartition(":")
     with explain(f"--reward {args.reward} is no FILE.py:FUNCTION"):
-        place = importlib.util.spec_from_file_location("reward", path)
-        module = importlib.util.module_from_spec(place)
-        place.loader.exec_module(module)
-        return getattr(module, function)
+        function = runpy.run_path(path)[name]
+        assert callable(function), f"{name} is no function"
+    return function
 
 def reward_everything(data, answers, tokenizer, args):
-    """Adds the reward to each record of `answers` -> rewards of the pairs (n, 2). Only rank 0 calls
-    the function, because it may be slow or cost money."""
+    """Adds the reward to each record of `answers` -> rewards of the pairs (n, 2)."""
     records = []
     for name, (prompt, response) in zip(data["ids"] * 2, data["texts"]):
         records.append(as_text(tokenizer, prompt, response) | dict(id=name, model="--data"))
     count = len(records)
     for others in answers.values():
         records += others
-    function, rewards = load_reward(args), []
-    if dist.get_rank() == 0:
-        for record in records:
-            with explain(f"--reward {args.reward} has to return a number, but failed on pair "
-                         f"{record['id']} and the answer of {record['model']}"):
-                rewards.append(float(function(record["prompt"], record["response"])))
-                assert math.isfinite(rewards[-1]), "the number is not finite"
-    shared = [rewards]
-    dist.broadcast_object_list(shared, 0)
-    for record, reward in zip(records, shared[0]):
-        record["reward"] = reward
-    return np.array(shared[0][:count]).reshape(2, -1).T
+    function = load_reward(args)
+    for record in records:
+        with explain(f"--reward {args.reward} has to return a number, but failed on pair "
+                     f"{record['id']} and the answer of {record['model']}; {args.out} has what "
+                     "was measured before"):
+            record["reward"] = float(function(record["prompt"], record["response"]))
+            assert math.isfinite(record["reward"]), "the number is not finite"
+    return np.array([record["reward"] for record in records[:count]]).reshape(2, -1).T
 
 # -- from values to results
 def summarise(names, data, logps, answers, rewards, args):
@@ -579,19 +582,16 @@ def mean_and_error(values, clusters=None):
     return float(values.mean()), error
 
 # -- files and tables
-def write_details(out, names, data, logps, values, answers, note):
-    """samples.jsonl and samples.md, logps.npz, differences.md."""
+def write_raw(out, names, data, logps, answers):
+    """samples.jsonl and logps.npz of the models so far, so that an error later loses little."""
     with open(out / "samples.jsonl", "w") as file:
         for name in names:
             for record in answers.get(name, []):
                 line = {key: value for key, value in record.items() if key != "ids"}
                 file.write(json.dumps(line) + "\n")
-    (out / "samples.md").write_text(samples_table(names, answers))
     lengths = np.column_stack([[len(prompt) for prompt in data["prompts"]], data["lengths"]])
     np.savez(out / "logps.npz", models=list(logps), logps=np.float32(list(logps.values())),
              ids=data["ids"], lengths=lengths)
-    if len(names) > 1:
-        (out / "differences.md").write_text(difference_table(names, values, data) + note)
 
 def show(numbers, metric):
     """(mean, error or None) -> "12.3 ± 0.4", in the unit of the metric's heading."""
@@ -603,7 +603,7 @@ def markdown(cells):
     the first two columns on the left, numbers on the right."""
     columns = []
     for number, words in enumerate(zip(*cells)):
-        width = max(map(len, words))
+        width = max(2, *map(len, words))  # the rule of numbers, "-:", takes two
         words = [word.ljust(width) if number < 2 else word.rjust(width) for word in words]
         rule = "-" * width if number < 2 else "-" * (width - 1) + ":"
         columns.append([words[0], rule, *words[1:]])
@@ -631,7 +631,7 @@ def difference_table(names, values, data):
         for metric in metrics:
             clusters = None if metric == "reward" else data["clusters"]
             mean, error = mean_and_error(values[two][metric] - values[one][metric], clusters)
-            star = "*" if error and abs(mean) > 2 * error else ""
+            star = "*" if error is not None and abs(mean) > 2 * error else ""
             cells[-1].append(f"{show((mean, error), metric)} {star}")
     return markdown(cells)
 

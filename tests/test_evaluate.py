@@ -4,6 +4,7 @@ answers are those of generate() without padding; a reward function gets the text
 eight columns; what a user gets wrong is one line."""
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -229,6 +230,12 @@ def test_the_regression_is_the_maximum_of_its_likelihood():
     assert evaluate.equal_length(wins, longer)[0] == pytest.approx(1 / (1 + np.exp(-best)), abs=2e-3)
 
 
+def test_one_answer_has_no_error_at_equal_length_as_it_has_none_elsewhere():
+    rate, error = evaluate.equal_length(np.array([1.0]), np.array([3.0]))
+    assert rate > 0.9 and error is None
+    assert evaluate.equal_length(np.array([1.0, 0]), np.array([3.0, 1]))[1] > 0
+
+
 def test_a_model_wins_half_against_itself_and_ties_count_half(run, world, tmp_path):
     (tmp_path / "judge.py").write_text("def judge(prompt, response):\n    return len(response.split()) % 3\n")
     record = run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 8, "--max_new_tokens", 6,
@@ -367,6 +374,20 @@ def test_every_two_models_are_compared_by_pairs(run, world, tmp_path):
         f"{mean:.2f}", f"{error:.2f}", " *" if abs(mean) > 2 * error else None)
 
 
+def test_a_difference_that_is_the_same_for_all_prompts_has_a_star_and_none_has_no_star():
+    values = {"a": {"accuracy": np.zeros(4)}, "b": {"accuracy": np.ones(4)}, "c": {"accuracy": np.ones(4)}}
+    rows = cells_of(evaluate.difference_table(["a", "b", "c"], values, dict(clusters=np.arange(4))))[2:]
+    assert [row[2].split("*")[0].strip() for row in rows] == ["100.0 ± 0.0", "100.0 ± 0.0", "0.0 ± 0.0"]
+    assert ["*" in row[2] for row in rows] == [True, True, False]
+    one_prompt = evaluate.difference_table(["a", "b"], values, dict(clusters=np.zeros(4)))
+    assert "100.0" in one_prompt and "*" not in one_prompt and "±" not in one_prompt
+
+
+def test_the_rule_of_a_narrow_column_is_one_to_markdown():
+    rule = evaluate.markdown([["model", "", "n"], ["one", "", "3"]]).splitlines()[1]
+    assert all(re.fullmatch(" *-+:? *", cell) for cell in rule.strip("|").split("|")), rule
+
+
 def test_step_0_the_untouched_model_has_changed_nothing(run, world, tmp_path):
     (tmp_path / "judge.py").write_text("def judge(prompt, response):\n    return len(response.split()) % 3\n")
     again = shutil.copytree(world["one"], tmp_path / "again")
@@ -434,6 +455,33 @@ def test_a_reward_model_needs_one_label(run, world, tmp_path, reward_model, monk
         monkeypatch.setenv("REWARD_MODEL", str(folder))
         with pytest.raises(SystemExit, match=f"^error: --reward .*{words}"):
             run("--models", world["one"], "--data", world["data"], "--reward", f"{ROOT}/tests/bench/reward_model.py:reward")
+
+
+def test_the_file_of_a_reward_may_use_dataclasses(run, world, tmp_path):
+    (tmp_path / "r.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Judge:\n    bonus: int = 2\n\n"
+        "judge = Judge()\ndef score(prompt, response):\n    return judge.bonus\n")
+    record = run("--models", world["one"], "--data", world["data"], "--reward", f"{tmp_path}/r.py:score")
+    assert means(record, f"{tmp_path}/r.py:score")["margin"] == [0, 0]
+
+
+def test_what_was_measured_before_an_error_is_kept(run, world, tmp_path):
+    (tmp_path / "r.py").write_text("def score(prompt, response): return 1 / 0\n")
+    shutil.copytree(world["two"], tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"cut off")
+    flags = ["--data", world["data"], "--samples", 3, "--max_new_tokens", 2]
+    mistakes = [([world["one"], world["two"]], ["--reward", f"{tmp_path}/r.py:score"], [f"{tmp_path}/out has"]),
+                ([world["one"], str(tmp_path / "broken")], [], ["broken"])]
+    for number, (names, more, words) in enumerate(mistakes):
+        with pytest.raises(SystemExit) as stop:
+            run("--models", ",".join(names), *flags, *more)
+        assert all(word in str(stop.value) for word in words), stop.value
+        known = names[:2 - number]
+        with np.load(tmp_path / "out/logps.npz") as stored:
+            assert stored["models"].tolist() == known
+            np.testing.assert_allclose(stored["logps"][0], hf_logps(world["one"], world["pairs"]), atol=2e-4)
+        answers = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+        assert [answer["model"] for answer in answers] == [name for name in known for _ in range(3)]
 
 
 # ---- checkpoints
@@ -653,7 +701,7 @@ def prepare_mistake(mistake, world, tmp_path):
     flags = {"models": world["one"], "data": world["data"], "max_new_tokens": 2}
     results = {"none": "None", "word": "'good'", "nan": "float('nan')", "boom": "1 / 0"}
     (tmp_path / "r.py").write_text("".join(
-        f"def {name}(prompt, response): return {value}\n" for name, value in results.items()))
+        f"def {name}(prompt, response): return {value}\n" for name, value in results.items()) + "constant = 3\n")
     if isinstance(mistake, dict):
         flags |= mistake
     elif mistake == "unfinished run":
@@ -671,6 +719,16 @@ def prepare_mistake(mistake, world, tmp_path):
         meta = json.loads((tmp_path / "data/meta.json").read_text())
         (tmp_path / "data/meta.json").write_text(json.dumps(meta))
         flags |= {"data": tmp_path / "data", "split": "none"}
+    elif mistake == "meta.json without the tokenizer":
+        shutil.copytree(world["data"], tmp_path / "data")
+        (tmp_path / "data/meta.json").write_text("{}")
+        flags["data"] = tmp_path / "data"
+    elif mistake == "rows without id":
+        import datasets
+        shutil.copytree(world["data"], tmp_path / "data")
+        rows = datasets.load_from_disk(world["data"] + "/val").remove_columns(["id"])
+        rows.save_to_disk(str(tmp_path / "data/other"))
+        flags |= {"data": tmp_path / "data", "split": "other"}
     elif mistake == "no model":
         shutil.copytree(world["one"], tmp_path / "model")
         (tmp_path / "model/config.json").write_text("{}")
@@ -705,12 +763,15 @@ MISTAKES = [
     ("unfinished run", ["run", "final/", "--resume"]),
     ("other tokenizer", ["another model", "prepare_data.py"]),
     ("empty split", ["--data", "prepare_data.py"]),
+    ("meta.json without the tokenizer", ["--data", "vocab_hash", "prepare_data.py"]),
+    ("rows without id", ["--data", "--split other", "'id'", "prepare_data.py"]),
     ("no model", ["model", "causal language model"]),
     ("weights that are not finite", ["pair-", "not finite"]),
     ("a file in the way", ["--out", "cannot write"]),
     ("r.py", ["r.py", "FILE.py:FUNCTION"]),
     ("missing.py:score", ["missing.py:score", "FILE.py:FUNCTION"]),
     ("r.py:missing", ["r.py:missing", "FILE.py:FUNCTION"]),
+    ("r.py:constant", ["r.py:constant", "FILE.py:FUNCTION", "no function"]),
     ("r.py:none", ["number", "pair-"]),
     ("r.py:word", ["number", "could not convert"]),
     ("r.py:nan", ["number", "not finite"]),
@@ -727,6 +788,24 @@ def test_a_mistake_ends_in_one_line_that_names_it(mistake, words, run, world, tm
     assert message.startswith("error: ") and "\n" not in message
     for word in words:
         assert word in message, message
+
+
+def test_a_last_model_that_is_none_is_told_before_the_first_one_runs(run, world, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for flags in ["--models", f"{world['one']},{tmp_path}/runs"], ["--models", world["one"], "--reference", tmp_path / "runs"]:
+        with pytest.raises(SystemExit, match=f"^error: {tmp_path}/runs is no model, run or checkpoint"):
+            run(*flags, "--data", world["data"])
+        assert not (tmp_path / "out/logps.npz").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("name", ["samples.jsonl", "logps.npz"])
+def test_the_table_is_printed_even_if_the_disk_was_full_after_the_first_model(name, run, world, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="^error: cannot write .*No space"):
+        run("--models", f"{world['one']},{world['two']}", "--data", world["data"], "--samples", 2, "--max_new_tokens", 2)
+    assert f"| {world['two']} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("package, flags", [("matplotlib", ["--plot", "x.png"]), ("peft", [])])
@@ -760,6 +839,19 @@ def test_two_processes_find_the_numbers_of_one(run, world, tmp_path):
             assert a["metrics"][name] == pytest.approx(b["metrics"][name], abs=1e-4), name
     texts = [(tmp_path / name / "samples.md").read_text() for name in ("out", "two")]
     assert texts[0] == texts[1]
+
+
+def test_only_the_first_process_waits_for_a_judge(world, process_group, tmp_path, monkeypatch):
+    """Others that waited gave up after half an hour, and then torchrun ended the first one too."""
+    (tmp_path / "r.py").write_text("def score(prompt, response): raise AssertionError('called')\n")
+    argv = ["evaluate.py", "--models", world["one"], "--data", world["data"], "--reward", f"{tmp_path}/r.py:score",
+            "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    monkeypatch.setattr(evaluate, "start_process_group", lambda dtype: (1, 2, torch.device("cpu"), torch.float32))
+    ended = []
+    monkeypatch.setattr(evaluate.dist, "destroy_process_group", lambda: ended.append(True))
+    evaluate.main()
+    assert ended and not list((tmp_path / "out").iterdir())
 
 
 def test_a_model_is_not_spread_by_several_processes(run, world, monkeypatch):
