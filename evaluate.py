@@ -356,6 +356,8 @@ def load_model(name, args, dtype, device):
             assert not wrong, f"{adapter} does not fit {folder} in {sorted(wrong)[:3]}"
             model = model.merge_and_unload()
             folder = adapter if (adapter / "tokenizer_config.json").exists() else folder
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):  # Gemma-2
+            model.set_attn_implementation("eager")  # before transformers 5.23, SDPA had no cap
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=args.trust_remote_code)
     if is_checkpoint:
@@ -366,9 +368,8 @@ def load_model(name, args, dtype, device):
 
 # -- log-probs and answers of texts, which the processes share
 def deal(lengths, model, name, args):
-    """Put texts of these lengths into batches, longest first, as many as fit into --max_tokens when
-    they are padded -> the batches of this process, [(number of the batch, numbers of its texts)],
-    which show a progress bar."""
+    """Put texts of these lengths into padded batches of at most --max_tokens, longest text first ->
+    the batches of this process with a progress bar, [(number of the batch, numbers of texts)]."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     alone = rope.get("rope_type") in ("dynamic", "longrope")  # it follows the longest of a batch
     batches, longest = [], 0
@@ -382,9 +383,8 @@ def deal(lengths, model, name, args):
 
 @torch.no_grad()
 def score(model, texts, name, args):
-    """log pi(response | prompt) of texts, a list of (prompt, response) as token ids -> (texts,),
-    float64. Equal texts are computed once. Padding on the right needs no mask: attention is causal,
-    so padding changes nothing before it."""
+    """log pi(response | prompt) of a list of (prompt, response) in token ids -> (texts,) float64.
+    Equal texts are computed once. Padding on the right needs no mask, as attention is causal."""
     distinct = sorted({(tuple(prompt), tuple(response)) for prompt, response in texts})
     lengths = [len(prompt) + len(response) for prompt, response in distinct]
     sums = torch.zeros(len(distinct), dtype=torch.float64)

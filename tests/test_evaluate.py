@@ -869,3 +869,13 @@ def test_a_model_that_accelerate_has_placed_gives_the_same_numbers(run, world):
     pytest.importorskip("accelerate")
     flags = ["--models", world["one"], "--data", world["data"], "--samples", 3, "--max_new_tokens", 4]
     assert run(*flags, "--spread")["results"] == run(*flags)["results"]
+
+
+def test_soft_caps_are_in_the_attention_of_every_version_of_transformers(tiny_model, monkeypatch):
+    """Before 5.23, Gemma-2's default was SDPA, which left out the cap; so eager attention is asked for."""
+    asked = []
+    monkeypatch.setattr(transformers.PreTrainedModel, "set_attn_implementation", lambda model, name: asked.append(name))
+    for family in ("gemma2", "llama"):
+        args = evaluate.Args(models=tiny_model(family), data="")
+        evaluate.load_model(args.models, args, torch.float32, torch.device("cpu"))
+    assert asked == ["eager"]
