@@ -118,8 +118,8 @@ reference_flags() {  # ARGS: sets model, data, dtype, and flags, which are for c
 cached() {  # after reference_flags; sketches are not looked at
   local meta
   if [ "$dtype" = auto ]; then dtype=float32; [ "$gpus" = 0 ] || dtype=bfloat16; fi
-  meta=$(grep -lF "\"model\": \"$model\"" "$data"/ref-*/meta.json |
-    xargs grep -lF "\"dtype\": \"$dtype\"" | sed -n 1p)
+  meta=$(grep -lF --null "\"model\": \"$model\"" "$data"/ref-*/meta.json |
+    xargs -0 grep -lF "\"dtype\": \"$dtype\"" | sed -n 1p)
   [ -z "$sketch" ] && [ "$nnodes" = 1 ] && [ -d "$model" ] && [ "$meta" ] &&
     [ -z "$(find -L "$model" "$data"/{meta.json,train,val} -newercm "$meta" 2>&1)" ]
 } 2>/dev/null

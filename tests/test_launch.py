@@ -178,6 +178,8 @@ def test_cache_ref_is_left_out_only_while_neither_model_nor_data_is_touched(root
     assert commands("--reference", "m", model="other") == 1  # which is the one that is wanted here
     assert commands("--reference", "other") == 2
     assert commands(NNODES="2", MASTER_ADDR="n0") == 2  # nodes might see different files
+    (root / "it's a link").symlink_to(root / "d")
+    assert commands("--data", "it's a link") == 1
     assert len(launch(root, "dpo.py", "--model=m", "--data=d", "--dtype=bfloat16")) == 2
     time.sleep(0.02)
     shutil.copy2(root / "m/model.safetensors", root / "m/model.bin")  # a new file with an old date
