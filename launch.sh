@@ -22,10 +22,10 @@
 # elsewhere set NNODES, MASTER_ADDR (the first node) and NODE_RANK (0, 1, ...; without it the nodes
 # number themselves). MASTER_PORT [29500] and the port after it must be free on the first node.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(realpath "$0")")"  # also if it was called through a link
 say() { echo "[launch, $SECONDS s] $*" >&2; }
 fail() { echo "error: $*" >&2; exit 1; }
-dry() { [ "${DRY_RUN:-0}" = 1 ]; }
+dry() { [ "${DRY_RUN:-0}" != 0 ]; }
 run() {  # COMMAND: run it, or print it
   if ! dry; then "$@"; return; fi
   echo ${OMP_NUM_THREADS:+"OMP_NUM_THREADS=$OMP_NUM_THREADS"} "$(printf '%q ' "$@")"
@@ -61,29 +61,34 @@ environment() {  # FILE...: sets python
 }
 
 # ---- where a script runs
-nodes() {  # sets nnodes and, for more than one, MASTER_ADDR and node_rank (empty: not known)
-  nnodes=${NNODES:-${SLURM_NNODES:-1}} node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
-  if [ "$nnodes" -le 1 ]; then return; fi
-  [ "${SLURM_LOCALID:-0}" = 0 ] || fail "one task per node is enough: srun --ntasks-per-node=1"
-  [ -z "${SLURM_JOB_NODELIST:-}" ] ||
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
-  [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$nnodes needs MASTER_ADDR, the name of the first node"
+whole() {  # NAME VALUE LEAST MOST
+  [[ $2 =~ ^(0|[1-9][0-9]{0,4})$ && $2 -ge $3 && $2 -le $4 ]] ||
+    fail "$1=$2 must be a whole number from $3 to $4"
 }
-devices() { "$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0; }
+nodes() {  # sets nnodes, node_rank (empty: not known) and, for more than one node, MASTER_ADDR
+  nnodes=${NNODES:-${SLURM_NNODES:-1}} node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
+  whole NNODES "$nnodes" 1 9999; whole NODE_RANK "${NODE_RANK:-0}" 0 $((nnodes - 1))
+  whole MASTER_PORT "${MASTER_PORT:-29500}" 1 65534; whole RESTARTS "${RESTARTS:-0}" 0 9999
+  [[ ${SLURM_LOCALID:-0} = 0 || ${NNODES:-} = 1 ]] ||
+    fail "one task per node is enough: srun --ntasks-per-node=1 (NNODES=1: each is its own run)"
+  if [ "$nnodes" = 1 ]; then return; fi
+  MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null |
+    sed -n 1p || true)}
+  [ "$MASTER_ADDR" ] || fail "NNODES=$nnodes needs MASTER_ADDR, the name of the first node"
+}
 command_line() {  # PORT_OFFSET SCRIPT ARGS: sets line
-  local meet=(--standalone) port=$((${MASTER_PORT:-29500} + $1))
-  if [ "$nnodes" -gt 1 ] && [ -n "$node_rank" ]; then
-    meet=(--node_rank "$node_rank" --master_addr "$MASTER_ADDR" --master_port "$port")
-  elif [ "$nnodes" -gt 1 ]; then
-    meet=(--rdzv_backend c10d --rdzv_id "${SLURM_JOB_ID:-0}" --rdzv_endpoint "$MASTER_ADDR:$port")
-  fi
+  local host=${MASTER_ADDR:-} port=$((${MASTER_PORT:-29500} + $1)) meet
+  meet=(--node_rank "$node_rank" --master_addr "$host" --master_port "$port")
+  [ "$node_rank" ] ||
+    meet=(--rdzv_backend c10d --rdzv_id "${SLURM_JOB_ID:-0}" --rdzv_endpoint "$host:$port")
+  [ "$nnodes" != 1 ] || meet=(--standalone)
   line=("$python")  # without torchrun an error stays one line
-  [ "$nnodes $nproc" = "1 1" ] ||
+  [ "$nnodes $nproc ${RESTARTS:-0}" = "1 1 0" ] ||
     line+=(-m torch.distributed.run --nnodes "$nnodes" --nproc_per_node "$nproc" "${meet[@]}"
       ${RESTARTS:+--max_restarts "$RESTARTS"})
   line+=("${@:2}")
 }
-start() { dry || exec "${line[@]}"; run "${line[@]}"; }  # exec: signals reach the process
+start() { dry || exec "$@"; run "$@"; }  # exec: signals reach the process
 check_flags() {  # SCRIPT ARGS: a wrong flag shows now, not after an hour or once per process
   if dry || ! grep -q 'parse_args(Args)' "$1"; then return; fi
   "$python" -c 'import importlib.util, sys
@@ -110,45 +115,43 @@ reference_flags() {  # ARGS: sets model, data, dtype, and flags, which are for c
 }
 # cache_ref.py must read the model to know that its cache is complete, so it is left out where there
 # is no doubt: a folder --model has a cache in this precision, younger than it and than the data.
-cached() {  # after reference_flags
+cached() {  # after reference_flags; sketches are not looked at
   local meta
-  if [ "$dtype" = auto ]; then dtype=float32; [ "$(devices)" = 0 ] || dtype=bfloat16; fi
-  meta=$(grep -lF "\"model\": \"$model\"" "$data"/ref-*/meta.json |
-    xargs grep -lF "\"dtype\": \"$dtype\"" | sed -n 1p)
-  [ "$nnodes" = 1 ] && [ -d "$model" ] && [ "$meta" ] &&
+  if [ "$dtype" = auto ]; then dtype=float32; [ "$gpus" = 0 ] || dtype=bfloat16; fi
+  meta=$(grep -lF --null "\"model\": \"$model\"" "$data"/ref-*/meta.json |
+    xargs -0 grep -lF "\"dtype\": \"$dtype\"" | sed -n 1p)
+  [ -z "$sketch" ] && [ "$nnodes" = 1 ] && [ -d "$model" ] && [ "$meta" ] &&
     [ -z "$(find -L "$model" "$data"/{meta.json,train,val} -newercm "$meta" 2>&1)" ]
 } 2>/dev/null
 script() {  # SCRIPT ARGS
-  local first=0 cores sketch
+  local first=0 gpus cores sketch
   [[ -f $1 && -f cache_ref.py ]] || fail "there is no script $1 or cache_ref.py in: $(echo *.py)"
-  nodes
-  case "$* " in prepare_data.py*|*" -h "*|*" --help "*) nnodes=1 NPROC=1 ;; esac
-  environment requirements.txt
-  nproc=${NPROC:-$(devices)}; [ "$nproc" != 0 ] || nproc=1
+  case "$* " in prepare_data.py*|*" -h "*|*" --help "*) NNODES=1 NODE_RANK=0 NPROC=1 ;; esac
+  nodes; environment requirements.txt
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
+  whole NPROC "${NPROC:-1}" 1 $((gpus ? gpus : 9999)); nproc=${NPROC:-$((gpus ? gpus : 1))}
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
   # seconds for a checkpoint on SIGTERM; before torch 2.13, torchrun always kills after 30
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else restarted processes hang (torch 2.13)
-  if grep -q 'AdamW(' "$1" && [ "$(devices)" != 0 ]; then
+  if grep -q 'AdamW(' "$1" && [ "$gpus" != 0 ]; then
     set -- "$@" $("$python" tests/bench/plan.py --training $((nproc * nnodes)) "${@:2}")
   fi
   reference_flags "${@:2}"
   sketch=$(sed -n 's/^    sketch_dim: int = \([1-9][0-9]*\) .*/\1/p' "$1")  # default, if any
   case "$* " in *"--geometry"[\ =]"ridge "*) sketch="" ;; esac  # this needs none
   [ -z "$sketch" ] || flags=(--sketch_dim "$sketch" "${flags[@]}")
-  if grep -q 'load_reference(' "$1" && [ "$model" ] && [ "$data" ]; then
-    if [ "$sketch" ] || ! cached; then first=1; fi
-  fi
+  if grep -q 'load_reference(' "$1" && [ "$model" ] && [ "$data" ] && ! cached; then first=1; fi
   # One process that starts at once checks its own flags, and needs no other that does.
   [ "$first $nproc $nnodes" = "0 1 1" ] || check_flags "$@"
   if [ "$first" = 1 ]; then
     say "cache_ref.py runs first: $1 needs the log-probs of the reference $model on $data"
-    command_line 1 cache_ref.py "${flags[@]}"; start &
-    trap 'kill -TERM $! 2>/dev/null; wait $! || true; exit 143' TERM INT; wait $! || exit $?
+    command_line 1 cache_ref.py "${flags[@]}"; start "${line[@]}" &
+    trap 'kill -TERM $! 2>/dev/null; wait $! || true; exit 143' TERM INT HUP; wait $! || exit $?
   fi
   [ "$nnodes" = 1 ] || say "node ${node_rank:-?} of $nnodes: starts when all run this command"
-  command_line 0 "$@"; start
+  command_line 0 "$@"; start "${line[@]}"
 }
 
 # ---- published recipes: tests/recipes.txt
@@ -181,15 +184,14 @@ recipe_commands() {  # NAME: sets prepare and train, as text
     $compo --save_every 10 --resume"
 }
 recipe() {  # [NAME [--run [FLAGS]]]
-  local name names prepare train
+  local name=${1:-} names prepare train
   names=$(sed -n 's/^recipe  *//p' tests/recipes.txt)
-  case ${1:-} in ""|-*)
+  case $name in ""|-*)
     for name in $names; do
       printf '%-22s %s <- %s: %s\n' "$name" "$(field "$name" model)" "$(field "$name" data)" \
         "$(field "$name" train)$(field "$name" clean)"  # it has one of the two
     done
     return ;; esac
-  name=$1
   grep -qxF -e "$name" <<<"$names" || fail "there is no recipe $name; there are:" $names
   recipe_commands "$name"
   case ${2:-} in
@@ -197,10 +199,9 @@ recipe() {  # [NAME [--run [FLAGS]]]
     --run) nodes; environment requirements.txt; PATH=$(dirname "$python"):$PATH  # for hf
       if dry; then hf() { echo hf "$@"; }; export -f hf; fi
       [ "$nnodes" = 1 ] || [ -d "data/$name" ] || fail "first, on one node:" ${prepare//\\/}
-      set -m  # the stages before the last are a process group, so that SIGTERM reaches all of it
-      bash -euc "trap : TERM; $prepare" &
-      trap 'kill -TERM -- -$!; wait $!; exit 143' TERM; wait $! || exit $?; trap - TERM
-      set +m
+      # the stages before the last are a process group, so that SIGTERM reaches all of it
+      set -m; bash -euc "trap : TERM; $prepare" & set +m
+      trap 'kill -TERM -- -$!; wait $!; exit 143' TERM INT HUP; wait $! || exit $?
       exec bash -euc "exec $train \"\$@\"" launch "${@:3}" ;;
     *) fail "$2 is not --run" ;;
   esac
@@ -209,11 +210,11 @@ recipe() {  # [NAME [--run [FLAGS]]]
 case ${1:-} in
   demo) . tests/demo/demo.sh; demo "${@:2}" ;;
   test) environment requirements.txt requirements-dev.txt
-    export HF_HUB_OFFLINE=1; run "$python" -m pytest tests "${@:2}" ;;
+    export HF_HUB_OFFLINE=1; start "$python" -m pytest tests "${@:2}" ;;
   recipe) recipe "${@:2}" ;;
-  plan) environment requirements.txt; run "$python" tests/bench/plan.py "${@:2}" ;;
+  plan) environment requirements.txt; start "$python" tests/bench/plan.py "${@:2}" ;;
   install) environment requirements.txt requirements-dev.txt; echo "$python has all packages" ;;
   *.py) script "$@" ;;
-  ""|-h|--help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" ;;
+  ""|-h|--help) sed -n '2,/^set/s/^# \{0,1\}//p' launch.sh ;;
   *) fail "$1 is none of demo, test, recipe, plan, install or a script; see ./launch.sh -h" ;;
 esac

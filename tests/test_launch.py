@@ -178,6 +178,8 @@ def test_cache_ref_is_left_out_only_while_neither_model_nor_data_is_touched(root
     assert commands("--reference", "m", model="other") == 1  # which is the one that is wanted here
     assert commands("--reference", "other") == 2
     assert commands(NNODES="2", MASTER_ADDR="n0") == 2  # nodes might see different files
+    (root / "it's a link").symlink_to(root / "d")
+    assert commands("--data", "it's a link") == 1
     assert len(launch(root, "dpo.py", "--model=m", "--data=d", "--dtype=bfloat16")) == 2
     time.sleep(0.02)
     shutil.copy2(root / "m/model.safetensors", root / "m/model.bin")  # a new file with an old date
@@ -367,6 +369,40 @@ def test_nodes_without_ranks_number_themselves(root):
     meet = "--rdzv_backend c10d --rdzv_id 0 --rdzv_endpoint n0:4000"
     assert line == torchrun(1, nnodes=3, meet=meet) + "cache_ref.py"
 
+@pytest.mark.parametrize("wrong", [
+    dict(NNODES="two"), dict(NNODES="0"), dict(NNODES="-1"), dict(NNODES="1:4"), dict(NODE_RANK="2"), dict(NODE_RANK="-1"),
+    dict(NODE_RANK="first"), dict(NODE_RANK="01"), dict(MASTER_PORT="tcp"), dict(MASTER_PORT="65535"), dict(NPROC="0"),
+    dict(NPROC="-1"), dict(NPROC="all"), dict(NPROC="5"), dict(RESTARTS="-1"), dict(RESTARTS="often")], ids=str)
+def test_a_number_that_torchrun_would_wait_for_or_stumble_over_is_one_line(root, tmp_path, wrong):
+    env = dict(NNODES="2", MASTER_ADDR="n0", NODE_RANK="0", PYTHON=gpus(tmp_path, 4)) | wrong
+    line, = launch(root, "cache_ref.py", rc=1, **env)
+    (name, value), = wrong.items()
+    assert line.startswith(f"error: {name}={value} must be a whole number from ")
+
+def test_a_rank_without_a_number_of_nodes_is_no_run_of_its_own(root):
+    """Each node would write to the same --out."""
+    assert launch(root, "cache_ref.py", rc=1, NODE_RANK="1", MASTER_ADDR="n0")[0].startswith("error: NODE_RANK=1 ")
+
+def test_help_and_preparation_need_no_other_node(root):
+    for words in (["dpo.py", "--help"], ["prepare_data.py", "-x"]):
+        line, = launch(root, *words, NNODES="2", NODE_RANK="1", NPROC="8")
+        assert line.endswith(f"{sys.executable} {' '.join(words)}")
+
+def test_without_scontrol_as_in_a_container_the_first_node_must_be_named(root, tmp_path):
+    for name in ("bash", "dirname", "realpath", "sed", "grep", "nproc", "xargs", "echo"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    slurm = dict(SLURM_NNODES="2", SLURM_NODEID="1", SLURM_JOB_NODELIST="n[7-8]", SLURM_JOB_ID="99", PATH=f"{tmp_path}/bin")
+    line, = launch(root, "cache_ref.py", rc=1, **slurm)
+    assert line == "error: NNODES=2 needs MASTER_ADDR, the name of the first node"
+    assert "--master_addr n7 " in launch(root, "cache_ref.py", **slurm, MASTER_ADDR="n7")[0]
+
+def test_on_one_node_too_several_tasks_are_refused_unless_each_is_a_run_of_its_own(root):
+    slurm = dict(SLURM_NNODES="1", SLURM_NODEID="0", SLURM_LOCALID="1", SLURM_JOB_NODELIST="n7")
+    line, = launch(root, "cache_ref.py", rc=1, **slurm)
+    assert line.startswith("error: ") and "--ntasks-per-node=1" in line and "NNODES=1" in line
+    assert launch(root, "cache_ref.py", NNODES="1", **slurm)[0].endswith(f"{sys.executable} cache_ref.py")
+
 def test_slurm_tells_the_nodes(root, tmp_path):
     stub(tmp_path / "scontrol", '[ "$*" = "show hostnames n[7-8]" ] && printf "n7\\nn8\\n"')
     slurm = dict(SLURM_NNODES="2", SLURM_NODEID="1", SLURM_JOB_NODELIST="n[7-8]", SLURM_JOB_ID="99",
@@ -384,6 +420,9 @@ def test_restarts_are_those_of_torchrun(root):
     line, = launch(root, "cache_ref.py", NPROC="4", RESTARTS="3")
     assert "--nproc_per_node 4 --standalone --max_restarts 3 cache_ref.py" in line
     assert "--max_restarts" not in launch(root, "cache_ref.py", NPROC="4")[0]
+    line, = launch(root, "cache_ref.py", NPROC="1", RESTARTS="3")  # one process too is started again only by torchrun
+    assert "--nproc_per_node 1 --standalone --max_restarts 3 cache_ref.py" in line
+    assert "torch.distributed" not in launch(root, "cache_ref.py", RESTARTS="0")[0]
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (ROOT / "launch.sh").read_text()
 
 def test_flags_make_another_demo_in_folders_of_its_own(root):
@@ -439,6 +478,10 @@ def test_a_loss_that_is_not_there_is_one_line_with_the_names_of_those_that_are(r
         assert line.startswith("error: there is no loss dpopp; ") and all(name in line for name in LOSSES)
     assert "--also" in launch(root, "demo", "--also", rc=1)[0]
 
+@pytest.mark.parametrize("flags", [["--seed", "1", "--only", "simpo.py"], ["--only=simpo.py", "--seed", "1"]])
+def test_only_may_stand_after_other_flags_and_have_an_equals_sign(root, flags):
+    assert launch(root, "demo", *flags) == launch(root, "demo", "--only", "simpo.py", "--seed", "1")
+
 def test_plan_gives_its_flags_on(root):
     assert launch(root, "plan", "MODEL", "--ranks", "2")[-1].endswith("tests/bench/plan.py MODEL --ranks 2")
 
@@ -453,6 +496,21 @@ def test_usage_names_every_command_and_variable(root):
     assert launch(root, "-h") == launch(root) and "set -e" not in text
     for word in "demo test plan install SCRIPT.py PYTHON TORCH NPROC RESTARTS DRY_RUN NNODES MASTER_ADDR NODE_RANK srun".split():
         assert word in text
+
+def test_launch_sh_is_found_through_a_link_and_a_relative_path(root, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/prefer").symlink_to(root / "launch.sh")
+    env = CLEAN | dict(PYTHON=sys.executable, DRY_RUN="1", NPROC="1")
+    for command in (["bin/prefer"], ["bash", "bin/prefer"], [f"../{root.name}/launch.sh"]):
+        for words, expected in [(["-h"], "launch.sh demo"), (["cache_ref.py"], "cache_ref.py")]:
+            done = subprocess.run([*command, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+            assert expected in done.stdout and not done.stderr
+
+@pytest.mark.parametrize("value, printed", [("1", True), ("true", True), ("yes", True), ("0", False), ("", False)])
+def test_dry_run_is_off_only_if_it_is_0_or_empty(root, value, printed):
+    (root / "simple.py").write_text("print('it runs')")
+    line, = launch(root, "simple.py", DRY_RUN=value)
+    assert line == ("it runs" if not printed else f"OMP_NUM_THREADS={CORES} {sys.executable} simple.py")
 
 
 # ---- environment
@@ -517,20 +575,33 @@ def test_a_recipe_in_stages_begins_where_it_was_left(root):
     line, = launch(root, *command)
     assert " compo.py " in line and line.endswith(" --seed 3")
 
-def test_a_term_signal_reaches_the_first_stage_of_a_recipe_and_the_next_does_not_begin(root):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_reaches_the_first_stage_of_a_recipe_and_the_next_does_not_begin(root, number):
+    """Ctrl-C and a closed terminal too: the stage is a process group of its own, which gets neither from the terminal."""
     (root / "data/compo-mistral-7b/clean").mkdir(parents=True)
     (root / "dpo.py").write_text("import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(os.write(1, b'saved\\n') - 6))\n"
                                  "os.write(1, b'ready\\n')\ntime.sleep(60)\n")
     env = CLEAN | dict(PYTHON=sys.executable, NPROC="1")
     process = subprocess.Popen([root / "launch.sh", "recipe", "compo-mistral-7b", "--run"], env=env, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     rest, _ = process.communicate(timeout=20)
     assert process.returncode == 143 and rest == b"saved\n"
 
-@pytest.mark.parametrize("words", [["wait.py"], ["recipe", "zephyr-7b", "--run"]], ids=["a script", "a recipe"])
+def test_a_term_signal_ends_a_demo_and_the_process_that_it_waits_for(root):
+    (root / "tests/demo/demo_world.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen([root / "launch.sh", "demo"], env=CLEAN | dict(PYTHON=sys.executable), stderr=subprocess.DEVNULL)
+    log, end = root / "out/demo/demo.log", time.time() + 60
+    while not (log.exists() and log.read_text().strip()) and time.time() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+@pytest.mark.parametrize("words", [["wait.py"], ["plan", "MODEL"], ["recipe", "zephyr-7b", "--run"]], ids=["a script", "plan", "a recipe"])
 def test_signals_and_exit_status_pass_through(root, words):
-    for name in ("wait.py", "dpo.py"):
+    for name in ("wait.py", "dpo.py", "tests/bench/plan.py"):
         (root / name).write_text("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
                                  "print('ready', flush=True)\ntime.sleep(60)\n")
     (root / "data/zephyr-7b").mkdir(parents=True)

@@ -100,3 +100,39 @@ def test_the_command_prints_gib_and_flops_and_names_what_is_no_model(folder, tmp
     assert "no --max_tokens fits 0.001 GiB" in done.stdout and done.returncode == 0, done.stderr
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}")
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--ranks", "0"], "--ranks 0 must"), (["--ranks", "-2"], "--ranks -2"), (["--max_tokens", "0"], "--max_tokens 0"),
+    (["--teraflops", "0"], "--teraflops 0"), (["--fit", "-3"], "--fit -3"), (["--fit", "nan"], "--fit nan"),
+    (["--lora_rank", "-1"], "--lora_rank -1"), (["--ranks", "8", "--shard_group", "3"], "--shard_group 3 does not divide --ranks 8"),
+    (["--ranks", "2", "--shard_group", "8"], "--shard_group 8"), (["--ranks", "two"], "two"), (["--rnks", "2"], "--rnks")])
+def test_a_wrong_flag_of_the_command_is_one_line(monkeypatch, folder, flags, word):
+    monkeypatch.setattr(sys, "argv", ["plan.py", folder, *flags])
+    with pytest.raises(SystemExit) as raised:
+        plan.main()
+    assert str(raised.value).startswith("error: ") and word in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_wrong_flag_of_a_training_is_left_to_the_training(folder, capsys):
+    assert plan.training_flag(1, ["--model", folder, "--dtype", "float8"]) == ""
+    said, = capsys.readouterr().err.splitlines()
+    assert "keeps its default" in said and "float8" in said
+
+
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=301)
+
+@pytest.mark.parametrize("kind, more", [
+    ("qwen2", dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1, tie_word_embeddings=True)),
+    ("mixtral", dict(num_key_value_heads=2, num_local_experts=4)), ("gemma2", dict(num_key_value_heads=2, head_dim=16)),
+    ("gpt_neox", {}), ("gpt2", dict(n_embd=64, n_layer=2, n_head=4)),
+    ("deepseek_v3", dict(num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+                         moe_intermediate_size=32, first_k_dense_replace=1))])
+def test_parameters_of_other_architectures_are_those_of_the_model(kind, more):
+    """Experts, tied and sliding ones; DeepSeek's values are narrower than its queries."""
+    config = transformers.AutoConfig.for_model(kind, **(SIZES if kind != "gpt2" else dict(vocab_size=301)) | more)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    parts, about = plan.plan(config, tokens=64)
+    assert about["parameters"] == sum(weight.numel() for weight in model.parameters()) and about["blocks"] == 2
+    assert parts["activations"] > 64 * 2 * 64 * 2  # at least the input of each block

@@ -40,8 +40,9 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value):
         gathered = lambda x: (*x.shape[:2], 3 * x.shape[2] // 2, x.shape[3])
-        ctx.save_for_backward(*(x.new_empty(gathered(x)) for x in (query, key, value)), query.new_zeros(gathered(query)))
-        return torch.empty_like(query).transpose(1, 2)
+        output = query.new_empty(*query.shape[:3], value.shape[3])  # DeepSeek's values are narrower than its queries
+        ctx.save_for_backward(*(x.new_empty(gathered(x)) for x in (query, key, value)), output.new_zeros(gathered(output)))
+        return output.transpose(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
@@ -140,11 +141,12 @@ def training_flag(ranks, words):
     parser.add_argument("--model", default="")
     add_flags(parser)
     parser.set_defaults(max_tokens=0)
+    parser.error = sys.exit  # the training itself says what is wrong
     underscored = [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
-    args, _ = parser.parse_known_args(underscored)
-    if args.max_tokens or not args.model:
-        return ""
     try:
+        args, _ = parser.parse_known_args(underscored)
+        if args.max_tokens or not args.model:
+            return ""
         memory = float(os.environ.get("GPU_GIB") or torch.cuda.get_device_properties(0).total_memory / GIB)
         gib = 0.9 * memory
         config = transformers.AutoConfig.from_pretrained(dpo.find_model(args.model)[0])
@@ -173,7 +175,13 @@ def main():
     parser.add_argument("--batch_size", type=int, default=128, help="pairs of a step, over all ranks")
     parser.add_argument("--teraflops", type=float, default=989, help="peak of a device: H100 and H200, bfloat16, dense")
     parser.add_argument("--fit", type=float, default=0, help="GiB of a device: also print the largest --max_tokens that fits")
+    parser.error = lambda message: sys.exit(f"error: {message}; see ./launch.sh plan --help")
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (value > 0 or value == parser.get_default(name)):
+            parser.error(f"--{name} {value} must be above 0")
+    if args.ranks % (args.shard_group or args.ranks):
+        parser.error(f"--shard_group {args.shard_group} does not divide --ranks {args.ranks}")
     how = settings(args)
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)

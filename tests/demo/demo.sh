@@ -4,14 +4,16 @@
 demo() {  # [--only SCRIPT.py] [--also LOSS,LOSS] [FLAGS of tests/demo/demo_world.py]
   local only="" also="" names="dpo dpo_norm simpo wpo auxdpo clean compo" shown name
   local what part script text flags tag seed world out data base log model models curves=""
-  local number=0 total began
-  while true; do
-    case ${1:-} in
+  local number=0 total began others=()
+  while [ $# -gt 0 ]; do
+    case $1 in
       --only) only=${2:-}; shift 2 || fail "--only needs a script" ;;
       --also) also=${2:-}; shift 2 || fail "--also needs losses of tests/losses: ipo,dpop" ;;
-      *) break ;;
+      --only=*|--also=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      *) others+=("$1"); shift ;;
     esac
   done
+  set -- ${others[@]+"${others[@]}"}
   also=${also//,/ }
   [ -z "$only" ] || [ -f "$only" ] || fail "there is no script $only; there are: $(echo *.py)"
   # a world of other flags has folders of its own
@@ -26,7 +28,9 @@ demo() {  # [--only SCRIPT.py] [--also LOSS,LOSS] [FLAGS of tests/demo/demo_worl
     number=$((number + 1)) began=$SECONDS
     echo "$number of $total: $1" >&2
     if dry; then run "$python" "${@:2}"; return; fi
-    "$python" "${@:2}" >>"$log" 2>&1 || fail "$(tail -n 1 "$log"); all of it is in $log"
+    "$python" "${@:2}" >>"$log" 2>&1 &
+    trap 'kill -TERM $!; wait $!; exit 143' TERM INT HUP  # no process is left behind
+    wait $! || fail "$(tail -n 1 "$log"); all of it is in $log"
     echo "    $((SECONDS - began)) s" >&2
   }
   [ -z "$only" ] || names=$(basename "${only%.py}")
