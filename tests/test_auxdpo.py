@@ -379,6 +379,15 @@ def test_the_margins_of_the_first_pass_are_those_of_the_second(tiny_model):
     assert torch.equal(computed[0][1], truth) and computed[0][1].requires_grad
 
 
+def test_the_first_pass_waits_for_the_gpu_only_after_all_micro_batches(tiny_model, monkeypatch):
+    pairs, policy, order, copy = random_pairs(SIZES), tiny_policy(auxdpo, tiny_model("llama")), [], torch.Tensor.cpu
+    split = with_delta(split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1))))
+    policy.register_forward_pre_hook(lambda *_: order.append("forward"))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: order.append("wait") or copy(tensor))
+    auxdpo.first_pass(policy, [np.array([1, 4]), np.array([0]), np.array([2, 3])], split, arguments())
+    assert order == ["forward"] * 3 + ["wait"] * 3
+
+
 def test_log_probs_that_are_kept_give_the_losses_and_gradients_of_new_ones(tiny_model):
     pairs, policy = random_pairs(SIZES), tiny_policy(auxdpo, tiny_model("llama"))
     split = with_delta(split_of(pairs, tiny_policy(dpo, tiny_model("llama", seed=1))), delta=torch.randn(12).double())
