@@ -321,7 +321,7 @@ def save_head(head, args):
         name = f"{modules[model.get_output_embeddings()]}.weight"
         name, = revert_weight_conversion(model, {name: head.weight})  # as it is called in files
         index = {}
-        for tensors, path in in_files(model, weights.state_dict(), find_model(args.model)[0]):
+        for tensors, path in weight_files(model, weights.state_dict(), find_model(args.model)[0]):
             tensors.pop(name, None)
             if not index:
                 tensors[name] = head.weight.cpu()
@@ -728,7 +728,7 @@ def read_model(name, args):
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
         generation_config=transformers.GenerationConfig(), attn_implementation="eager", **trust)
     wrong = info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
-    model._weight_conversions = weights._weight_conversions  # which in_files undoes
+    model._weight_conversions = weights._weight_conversions  # which weight_files undoes
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     for adapter in adapters:
         from peft import PeftModel
@@ -740,10 +740,10 @@ def read_model(name, args):
     wrong |= dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
     if wrong:  # such as a second output head, or one that is tied and that an adapter has changed
         fail(f"--model {name}: config and weights do not agree on {sorted(map(str, wrong))[:3]}")
-    list(in_files(model, model.state_dict(), folder))  # if this fails, then now, not at the end
+    list(weight_files(model, model.state_dict(), folder))  # if this fails, then now, not at the end
     return model, weights
 
-def in_files(model, state, folder):
+def weight_files(model, state, folder):
     """Yields for each file of weights {name: tensor} and its path. Where `state` has a tensor, it
     stands in place of the old one, under the name and in the type that it has in the file."""
     tied = {name: state[name] for name in model.all_tied_weights_keys if name in state}

@@ -298,9 +298,9 @@ def mean_over_pairs(sums):
     names = sorted(sums[0])
     totals = sum(torch.stack([each[name] for name in names]) for each in sums)
     dist.all_reduce(totals)
-    totals = dict(zip(names, totals.tolist()))
-    means = {name: total / totals["pairs"] for name, total in totals.items()}
-    return means | dict(pairs=totals["pairs"], tokens=totals["tokens"])
+    total_of = dict(zip(names, totals.tolist()))
+    means = {name: total / total_of["pairs"] for name, total in total_of.items()}
+    return means | dict(pairs=total_of["pairs"], tokens=total_of["tokens"])
 
 @torch.no_grad()
 def evaluate(policy, split, args):
@@ -447,7 +447,7 @@ def micro_batches(rows, lengths, args, world):
     tokens = pair_tokens(lengths[rows], args.layout)
     order = np.argsort(-pair_tokens(lengths[rows], "separate"), kind="stable")  # longest first
     count = math.ceil(len(fill(order, tokens, args.layout, args.max_tokens)) / world) * world
-    # Find a limit as low as possible with which that many suffice.
+    # Of 256 limits, take the lowest with which that many suffice.
     for limit in np.geomspace(max(tokens.max(), tokens.sum() / count), args.max_tokens, 256):
         parts = fill(order, tokens, args.layout, limit)
         if len(parts) <= count:
@@ -680,7 +680,7 @@ def read_model(name, args):
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
         generation_config=transformers.GenerationConfig(), attn_implementation="eager", **trust)
     wrong = info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
-    model._weight_conversions = weights._weight_conversions  # which in_files undoes
+    model._weight_conversions = weights._weight_conversions  # which weight_files undoes
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     for adapter in adapters:
         from peft import PeftModel
@@ -692,10 +692,10 @@ def read_model(name, args):
     wrong |= dict(model.named_parameters()).keys() ^ dict(weights.named_parameters()).keys()
     if wrong:  # such as a second output head, or one that is tied and that an adapter has changed
         fail(f"--model {name}: config and weights do not agree on {sorted(map(str, wrong))[:3]}")
-    list(in_files(model, model.state_dict(), folder))  # if this fails, then now, not at the end
+    list(weight_files(model, model.state_dict(), folder))  # if this fails, then now, not at the end
     return model, weights
 
-def in_files(model, state, folder):
+def weight_files(model, state, folder):
     """Yields for each file of weights {name: tensor} and its path. Where `state` has a tensor, it
     stands in place of the old one, under the name and in the type that it has in the file."""
     tied = {name: state[name] for name in model.all_tied_weights_keys if name in state}
@@ -954,7 +954,7 @@ def save_final(policy, args):
             aside.rename(final)
 
 def write_weights(model, state, name, folder):
-    for tensors, path in in_files(model, state, find_model(name)[0]):
+    for tensors, path in weight_files(model, state, find_model(name)[0]):
         safetensors.torch.save_file(tensors, folder / path.name, dict(format="pt"))
 
 def write_adapter(model, state, name, folder):

@@ -271,13 +271,13 @@ def test_final_that_is_not_what_was_trained_is_a_line_and_the_last_step_is_kept(
     import simpo
 
     model, data = world(tiny_hf_model("llama"))
-    in_files = simpo.in_files
+    weight_files = simpo.weight_files
 
     def wrong(*args):
-        for found, path in in_files(*args):
+        for found, path in weight_files(*args):
             found["model.norm.weight"] = found["model.norm.weight"] * 2
             yield found, path
-    monkeypatch.setattr(simpo, "in_files", wrong)
+    monkeypatch.setattr(simpo, "weight_files", wrong)
     line = refusal(train, program, "simpo", model, data, tmp_path / "out")
     assert "other log-probs" in line and (tmp_path / "out/step-000002").exists()
 
