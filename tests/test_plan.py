@@ -136,3 +136,12 @@ def test_parameters_of_other_architectures_are_those_of_the_model(kind, more):
     parts, about = plan.plan(config, tokens=64)
     assert about["parameters"] == sum(weight.numel() for weight in model.parameters()) and about["blocks"] == 2
     assert parts["activations"] > 64 * 2 * 64 * 2  # at least the input of each block
+
+
+def test_a_run_is_planned_as_its_final_model(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "final").symlink_to(folder)
+    for model in (folder, tmp_path):
+        monkeypatch.setattr(sys, "argv", ["plan.py", str(model)])
+        plan.main()
+    one, other = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if "billion parameters" in line]
+    assert one == other

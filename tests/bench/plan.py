@@ -182,9 +182,9 @@ def main():
             parser.error(f"--{name} {value} must be above 0")
     if args.ranks % (args.shard_group or args.ranks):
         parser.error(f"--shard_group {args.shard_group} does not divide --ranks {args.ranks}")
-    how = settings(args)
+    how, final = settings(args), Path(args.model, "final")
     try:
-        config = transformers.AutoConfig.from_pretrained(args.model)
+        config = transformers.AutoConfig.from_pretrained(final if final.is_dir() else args.model)  # a run means its final/
         parts, about = plan(config, args.ranks, tokens=args.max_tokens, **how)
     except Exception as error:
         raise SystemExit(f"error: {args.model} cannot be planned ({str(error).splitlines()[0][:150]}); give a folder with "
