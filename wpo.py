@@ -529,7 +529,7 @@ def attention_tables(places, size, shortest=0.5 if torch.cuda.is_available() els
     10 11 2 3 4 15 6 7 8 12 13 16 17 18, 0 1 -1 -1 -1 5 -1 -1 -1 -1 -1 -1 -1 -1"""
     groups = []
     for place in sorted(places, key=len, reverse=True):
-        # A GPU may pad to twice the length, as there each table costs time: four, 13 % of a step.
+        # A GPU may pad to twice the length, as there each table costs time (results/README.md).
         if not groups or len(place) < shortest * len(groups[-1][0]):
             groups.append([])
         groups[-1].append(place)
