@@ -70,6 +70,7 @@ def saved(folder_of, tmp_path):
     return save
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["selective", "full"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_activation_checkpointing_changes_no_loss_and_no_gradient(loss_of, name, how):

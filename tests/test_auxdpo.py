@@ -64,6 +64,7 @@ SHARED = [((1, 1, 10), 0.401, 0.143, -0.5), ((1, 1, 1), -0.426, -0.5, -0.5), ((1
           ((1, 10, 1), -1.316, -1.143, -0.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts, of_dpo, often, once", SHARED)
 def test_with_each_response_once_theta_is_minus_a_half_for_all_counts(counts, of_dpo, often, once):
     assert bandit.dpo(counts) == pytest.approx(of_dpo, abs=1e-3)

@@ -854,6 +854,7 @@ def test_sketches_of_another_precision_that_are_half_done_are_computed_again(bef
 # ---- real processes: one line on stderr, exit status 1
 
 
+@pytest.mark.slow
 def test_each_script_ends_with_one_line_and_exit_status_1(w):
     cases = dict(prepare_data=dict(dataset=w.tmp / "no.jsonl"), cache_ref=dict(model=w.tmp / "no_model"),
                  dpo=dict(data=w.tmp / "no_data"), evaluate=dict(models=w.tmp / "no_model"))

@@ -68,6 +68,7 @@ def test_the_oracle_is_minus_one_only_if_the_chosen_rises_and_the_rejected_falls
 FAMILIES = ["llama", "llama-tied", "gemma2", "cohere", "granite", "phi", "gpt2", "qwen3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("radius", [1e-6, 1e-3, 0.1])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -139,6 +140,7 @@ def test_a_perturbation_depends_on_seed_step_and_its_number_alone(world, monkeyp
         assert (compo.normal((97, 9), "cpu", *other) - compo.normal((97, 9), "cpu", 5, step, 0)).norm() > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", [False, True])
 @pytest.mark.parametrize("estimator", ["gaussian", "span"])
 @torch.no_grad()
@@ -415,6 +417,7 @@ def test_a_bfloat16_model_keeps_its_trunk_and_is_read_back_with_the_float32_head
     assert (rounded != 0).double().mean() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eval_every", [0, 100])
 def test_a_final_that_is_not_what_was_trained_is_said_and_the_last_step_stays(eval_every, pairs, tmp_path, monkeypatch):
     """It is read back: here the head was lost on the way, while the checkpoint has it."""

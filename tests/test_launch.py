@@ -76,6 +76,7 @@ def torchrun(nproc, python=sys.executable, nnodes=1, meet="--standalone", thread
 
 # ---- processes
 
+@pytest.mark.slow
 def test_on_gpus_a_training_and_its_cache_get_the_max_tokens_that_the_plan_finds(root, tmp_path):
     config = transformers.LlamaConfig(vocab_size=97, hidden_size=128, intermediate_size=352, num_hidden_layers=3,
                                       num_attention_heads=4, num_key_value_heads=2)
@@ -109,6 +110,7 @@ def test_nproc_overrules_the_number_of_gpus(root, tmp_path):
     python = gpus(tmp_path, 4)
     assert launch(root, "cache_ref.py", PYTHON=python, NPROC="2") == [torchrun(2, python) + "cache_ref.py"]
 
+@pytest.mark.slow
 def test_each_process_gets_its_share_of_the_cores_and_at_least_one(root):
     assert launch(root, "cache_ref.py", NPROC=str(2 * CORES))[0].startswith("OMP_NUM_THREADS=1 ")
     assert launch(root, "cache_ref.py", OMP_NUM_THREADS="7")[0].startswith("OMP_NUM_THREADS=7 ")
@@ -116,6 +118,7 @@ def test_each_process_gets_its_share_of_the_cores_and_at_least_one(root):
 
 # ---- the reference first
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     ["--model", "some/model", "--beta", "0.2", "--data=data/a=b", "--dtype", "float32", "--shard_group", "2"],
     ["--shard_group", "2", "--data=data/a=b", "--compile", "--dtype=float32", "--wandb", "model", "--model=some/model"]])
@@ -126,6 +129,7 @@ def test_cache_ref_runs_first_with_the_flags_that_it_shares(root, flags):
     assert set(" ".join(own).replace("=", " ").split()) == {
         "--model", "some/model", "--data", "data/a", "b", "--dtype", "float32", "--shard_group", "2"}
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     ["--model", "out/one/final", "--data", "data/a", "--reference", "some/base"],
     ["--reference=some/base", "--model=out/one/final", "--data", "data/a"]])
@@ -144,11 +148,13 @@ def test_flags_with_dashes_and_empty_or_negative_values_are_passed_on_as_they_ar
         "--sketch_modules '' --seed -1")
     assert second.endswith("--resume --keep 3 --reference ''")
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--geometry", "ridge"], ["--geometry=ridge"]])
 def test_a_ridge_has_no_sketches_made(root, flags):
     first, second = launch(root, "auxdpo.py", "--model", "m", "--data", "d", *flags)
     assert first.endswith("cache_ref.py --model m --data d") and second.endswith(" ".join(flags))
 
+@pytest.mark.slow
 def test_a_script_that_needs_sketches_has_them_made_with_its_own_default_unless_told_otherwise(root):
     flags = ["--model", "m", "--data", "d", "--train_modules", "norm"]
     first, second = launch(root, "auxdpo.py", *flags)
@@ -156,11 +162,13 @@ def test_a_script_that_needs_sketches_has_them_made_with_its_own_default_unless_
     first, _ = launch(root, "auxdpo.py", *flags, "--sketch_dim", "64")
     assert first.endswith("--sketch_dim 64")  # the last one counts
 
+@pytest.mark.slow
 def test_scripts_without_a_reference_and_incomplete_commands_run_no_cache_ref(root):
     (root / "free.py").write_text("print(1)")
     for args in (["free.py", *FLAGS], ["dpo.py", "--model", "m"], ["dpo.py", "--help"], ["dpo.py"]):
         assert len(launch(root, *args)) == 1
 
+@pytest.mark.slow
 def test_cache_ref_is_left_out_only_while_neither_model_nor_data_is_touched(root):
     def commands(*flags, model="m", **env):
         return len(launch(root, "dpo.py", "--model", model, "--data", "d", "--dtype", "float32", *flags, **env))
@@ -282,6 +290,7 @@ def commands(root, name):
     lines = text.replace("\\\n", " ").replace("||\n", "|| ").splitlines()
     return [" ".join(line.split()) for line in lines]
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_prints_commands_that_the_scripts_take_with_the_published_numbers(root, name, monkeypatch):
     script, rate, schedule, length, beta, ratio = RECIPES[name]
@@ -330,6 +339,7 @@ def test_a_recipe_in_stages_splits_the_data_and_ends_with_compo_on_the_noisy_pai
     assert args.model == f"out/{name}-{pairs or 'train'}/final" and args.data == f"data/{name}/noisy"
     assert args.resume and args.save_every and args.out == f"out/{name}"
 
+@pytest.mark.slow
 def test_a_recipe_runs_the_commands_that_it_prints(root):
     lines = launch(root, "recipe", "wpo-mistral-7b", "--run")
     assert scripts(lines) == ["prepare_data.py", "cache_ref.py", "wpo.py"]
@@ -340,6 +350,7 @@ def test_a_recipe_runs_the_commands_that_it_prints(root):
     line, = launch(root, "recipe", "simpo-llama3-8b", "--run", "--learning_rate", "1 e-7", NPROC="8")
     assert line == lines[1] + " --learning_rate 1\\ e-7"  # the last one counts
 
+@pytest.mark.slow
 def test_the_recipe_of_a_loss_that_no_script_has_makes_the_fork_and_fetches_its_revision_first(root):
     model, fork, *_ = commands(root, "smollm3")
     assert model == "hf download HuggingFaceTB/SmolLM3-3B-checkpoints --revision it-SFT --local-dir out/smollm3-sft"
@@ -383,6 +394,7 @@ def test_a_rank_without_a_number_of_nodes_is_no_run_of_its_own(root):
     """Each node would write to the same --out."""
     assert launch(root, "cache_ref.py", rc=1, NODE_RANK="1", MASTER_ADDR="n0")[0].startswith("error: NODE_RANK=1 ")
 
+@pytest.mark.slow
 def test_help_and_preparation_need_no_other_node(root):
     for words in (["dpo.py", "--help"], ["prepare_data.py", "-x"]):
         line, = launch(root, *words, NNODES="2", NODE_RANK="1", NPROC="8")
@@ -403,6 +415,7 @@ def test_on_one_node_too_several_tasks_are_refused_unless_each_is_a_run_of_its_o
     assert line.startswith("error: ") and "--ntasks-per-node=1" in line and "NNODES=1" in line
     assert launch(root, "cache_ref.py", NNODES="1", **slurm)[0].endswith(f"{sys.executable} cache_ref.py")
 
+@pytest.mark.slow
 def test_slurm_tells_the_nodes(root, tmp_path):
     stub(tmp_path / "scontrol", '[ "$*" = "show hostnames n[7-8]" ] && printf "n7\\nn8\\n"')
     slurm = dict(SLURM_NNODES="2", SLURM_NODEID="1", SLURM_JOB_NODELIST="n[7-8]", SLURM_JOB_ID="99",
@@ -416,6 +429,7 @@ def test_slurm_tells_the_nodes(root, tmp_path):
     line, = launch(root, "cache_ref.py", **slurm | dict(SLURM_NNODES="1", SLURM_NODEID="0"))
     assert "torch.distributed" not in line
 
+@pytest.mark.slow
 def test_restarts_are_those_of_torchrun(root):
     line, = launch(root, "cache_ref.py", NPROC="4", RESTARTS="3")
     assert "--nproc_per_node 4 --standalone --max_restarts 3 cache_ref.py" in line
@@ -461,6 +475,7 @@ def test_also_adds_losses_to_the_demo_whose_other_commands_stay_as_they_are(root
     for old, new in zip(plain[-3:-1], more[-3:-1]):
         assert new == old.replace("compo/final", r"compo/final\,out/demo/ipo\,out/demo/orpo")
 
+@pytest.mark.slow
 def test_the_steps_of_a_demo_are_counted(root):
     (root / "mine.py").write_text((ROOT / "dpo.py").read_text())
     for made in (False, True):
@@ -497,6 +512,7 @@ def test_usage_names_every_command_and_variable(root):
     for word in "demo test plan install SCRIPT.py PYTHON TORCH NPROC RESTARTS DRY_RUN NNODES MASTER_ADDR NODE_RANK srun".split():
         assert word in text
 
+@pytest.mark.slow
 def test_launch_sh_is_found_through_a_link_and_a_relative_path(root, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/prefer").symlink_to(root / "launch.sh")
@@ -506,6 +522,7 @@ def test_launch_sh_is_found_through_a_link_and_a_relative_path(root, tmp_path):
             done = subprocess.run([*command, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
             assert expected in done.stdout and not done.stderr
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value, printed", [("1", True), ("true", True), ("yes", True), ("0", False), ("", False)])
 def test_dry_run_is_off_only_if_it_is_0_or_empty(root, value, printed):
     (root / "simple.py").write_text("print('it runs')")
@@ -565,6 +582,7 @@ def test_the_demo_trains_with_every_algorithm_that_is_there(root):
 
 # ---- for real
 
+@pytest.mark.slow
 def test_a_recipe_in_stages_begins_where_it_was_left(root):
     name = "compo-mistral-7b"
     command = ["recipe", name, "--run", "--seed", "3"]
@@ -575,6 +593,7 @@ def test_a_recipe_in_stages_begins_where_it_was_left(root):
     line, = launch(root, *command)
     assert " compo.py " in line and line.endswith(" --seed 3")
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_the_first_stage_of_a_recipe_and_the_next_does_not_begin(root, number):
     """Ctrl-C and a closed terminal too: the stage is a process group of its own, which gets neither from the terminal."""
@@ -599,6 +618,7 @@ def test_a_term_signal_ends_a_demo_and_the_process_that_it_waits_for(root):
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text()), 0)
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["wait.py"], ["plan", "MODEL"], ["recipe", "zephyr-7b", "--run"]], ids=["a script", "plan", "a recipe"])
 def test_signals_and_exit_status_pass_through(root, words):
     for name in ("wait.py", "dpo.py", "tests/bench/plan.py"):
@@ -611,6 +631,7 @@ def test_signals_and_exit_status_pass_through(root, words):
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 7
 
+@pytest.mark.slow
 def test_a_term_signal_ends_cache_ref_and_nothing_runs_after_it(root):
     (root / "cache_ref.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n"
                                        "class Args:\n    model: str\n    data: str\n")

@@ -595,6 +595,7 @@ def gemma3n(tiny_model, monkeypatch):
     return tiny_model("gemma3n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("how", ["off", "selective", "full"])
 def test_checkpointing_changes_no_gradient_of_a_model_that_changes_a_product_in_place(

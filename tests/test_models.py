@@ -666,6 +666,7 @@ def test_code_of_others_runs_only_if_asked_and_nobody_is_prompted(world, program
     assert "is complete" in program("cache_ref", model=model, data=data, trust_remote_code=True)
 
 
+@pytest.mark.slow
 def test_a_wrong_name_without_a_network_is_a_line_within_seconds(world, program, monkeypatch):
     _, data = world(tiny_hf_model("llama"))
     environment = os.environ | dict(HF_HUB_OFFLINE="0", HTTPS_PROXY="http://127.0.0.1:9", OMP_NUM_THREADS="1")
@@ -679,6 +680,7 @@ def test_a_wrong_name_without_a_network_is_a_line_within_seconds(world, program,
 # ---- resume and ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, dict(activation_checkpointing="full"), dict(lora_rank=2)])
 def test_weights_that_are_kept_whole_for_a_step_are_never_old_ones(world, program, tmp_path, flags):
     """--zero 2 with several micro-batches, and an evaluation and a checkpoint after every step: the bits of --zero 3."""
@@ -728,6 +730,7 @@ def test_a_rank_that_fails_ends_all_with_one_line(world, tmp_path, broken):
     assert "[rank" not in done.stderr and "Traceback" not in ours.partition("ChildFailedError")[0].partition("W1")[0]
 
 
+@pytest.mark.slow
 def test_a_rank_without_its_companions_is_one_line(world, tmp_path):
     model, data = world(tiny_hf_model("llama"))
     command = [sys.executable, str(ROOT / "dpo.py"), "--model", model, "--data", data]

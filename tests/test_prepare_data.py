@@ -528,6 +528,7 @@ def test_a_folder_that_cannot_be_read_is_a_line_that_names_the_cause(chat, tmp_p
     assert "JSON parse error" in fails(capsys, tmp_path / "hub", chat, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_result_depends_neither_on_processes_nor_on_a_second_run(chat, tmp_path):
     path = write(tmp_path / "a.jsonl", [*ROWS * 12, '{"prompt": "cut'])
     results, drops = [], []
@@ -600,6 +601,7 @@ def command(dataset, model, out, *flags):
             "--out", str(out), *flags]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(chat, tmp_path):
     rows = [dict(prompt=f"Why {i}?", chosen="7 " * 400, rejected="8 " * 400) for i in range(400)]
     path = write(tmp_path / "a.jsonl", rows)
@@ -610,6 +612,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(chat, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_clears_up(chat, tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS * 200)
     child = subprocess.Popen(command(path, chat, tmp_path / "out", "--num_proc", "1"), stderr=subprocess.DEVNULL)
@@ -1391,6 +1394,7 @@ def test_no_row_of_20000_ends_the_run(with_tools, base, tmp_path):
     fuzz_run(20_000, with_tools, base, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_row_too_deep_for_another_process_is_a_drop(chat, tmp_path):
     deep = "[" * 900 + "]" * 900
     path = write(tmp_path / "a.jsonl", [*TABLE, '{"prompt": %s, "chosen": "a", "rejected": "b"}' % deep])

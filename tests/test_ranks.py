@@ -227,6 +227,7 @@ def test_with_fewer_pairs_than_ranks_the_others_compute_along(shared):
     assert len([lists for lists in dealt if lists == [[]]]) == world - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=" ".join)
 def test_small_micro_batches_give_the_gradient_of_one_large_one(alone, plan):
     small, large = (alone[(*plan, f"seven pairs, {size}")] for size in ("small", "large"))
