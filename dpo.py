@@ -659,7 +659,7 @@ def read_model(name, args):
         model = auto.from_config(config, dtype=torch.float32, **trust)
     if dist.get_rank() > 0:
         return model, None
-    # The folder's generation_config is not judged. SDPA had no cap before 5.23 (Gemma-2).
+    # The folder's generation_config is not judged. Before transformers 5.23, SDPA lacked soft-caps.
     weights, info = auto.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
         generation_config=transformers.GenerationConfig(), attn_implementation="eager", **trust)

@@ -94,7 +94,7 @@ def count_micro_batch(config, lengths, layers):
             dpo.Policy(model, dpo.token_logps)(batch).sum().backward()
     finally:
         dpo.to_device, dpo.causal_attention = old
-    return Counter({name: row for name, row in count.found.items()})
+    return count.found
 
 
 def step_counts(size, lengths, max_tokens):
